@@ -1,0 +1,1 @@
+"""A reproducible failure analysis for LoRA adapters."""
