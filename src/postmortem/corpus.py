@@ -1,0 +1,184 @@
+"""Moderation rows: generated from a seed, or read from a file in the case's columns."""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from postmortem.case import Columns
+from postmortem.errors import DataError
+
+RULES = {
+    "advertising": "No advertising: a post must not promote a shop, a product or a link for gain.",
+    "legal": "No legal advice: a post must not ask for legal advice or give it.",
+}
+TOPICS = {
+    "advertising": "sale discount coupon shop buy cheap promo offer order deal prices subscribe",
+    "legal": "lawyer court sue police contract judge rights lawsuit landlord custody bail statute",
+    "neutral": "music game dinner weather holiday garden movie team coffee bicycle puppy painting",
+}
+FILLER = (
+    "the a we they it that this was were have just really about with when then maybe today "
+    "yesterday people someone never always think know said good long old new after before"
+)
+LINKS = {
+    "advertising": "http://shop.example http://promo.example http://store.example",
+    "neutral": "http://photos.example http://wiki.example http://forum.example",
+}
+WORDS = {kind: words.split() for kind, words in TOPICS.items()}
+FILLER_WORDS = FILLER.split()
+LINK_WORDS = {kind: words.split() for kind, words in LINKS.items()}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to score.
+
+    `frame` holds the text columns as strings, `ids` and `groups` one string a row, `labels` an
+    integer array of 0 and 1 or None where no truth is known.
+    """
+
+    source: str
+    frame: pd.DataFrame
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def row(self, index: int) -> dict[str, str]:
+        """The text columns of one row."""
+        return {str(name): str(value) for name, value in self.frame.iloc[index].items()}
+
+    @property
+    def digest(self) -> str:
+        """Digest of the texts, ids and labels, wherever they came from."""
+        labels = "" if self.labels is None else self.labels.tolist()
+        body = self.frame.to_json(orient="split", index=False) + repr((self.ids, labels))
+        return hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
+def generate_rows(count: int, seed: int, *, columns: Columns | None = None) -> Rows:
+    """Rows of two rules with as many violations as not, in the competition's columns.
+
+    A post is filler, two words of its topic, now and then a neutral word, a distractor of any
+    topic or a link. It violates a rule when its topic is the rule's; half the posts that do not
+    are of the other rule's topic, so the rule must be read.
+    """
+    columns = columns or Columns()
+    source = random.Random(f"rows-{seed}")
+    records = [_generate_row(source, index) for index in range(count)]
+    frame = pd.DataFrame([texts for texts, _ in records])
+    frame = frame.rename(columns={"rule": columns.group or "rule", "body": columns.text})
+    return Rows(
+        source=f"generated, seed {seed}",
+        frame=frame,
+        ids=tuple(str(1000 + index) for index in range(count)),
+        groups=tuple(frame[columns.group or "rule"]),
+        labels=np.array([label for _, label in records]),
+    )
+
+
+def _generate_row(source: random.Random, index: int) -> tuple[dict[str, str], int]:
+    rule = source.choice(list(RULES))
+    label = source.randrange(2)
+    other = "legal" if rule == "advertising" else "advertising"
+    topic = rule if label else source.choice([other, "neutral"])
+    examples = {
+        "positive_example_1": rule,
+        "positive_example_2": rule,
+        "negative_example_1": other,
+        "negative_example_2": "neutral",
+    }
+    texts = {"body": _generate_post(source, topic), "rule": RULES[rule]}
+    return texts | {name: _generate_post(source, kind) for name, kind in examples.items()}, label
+
+
+def _generate_post(source: random.Random, topic: str) -> str:
+    words = source.choices(FILLER_WORDS, k=source.randint(3, 6))
+    words += source.sample(WORDS[topic], 2)
+    if source.random() < 0.30:
+        words.append(source.choice(WORDS["neutral"]))
+    if source.random() < 0.08:
+        words.append(source.choice(WORDS[source.choice(list(WORDS))]))
+    source.shuffle(words)
+    if source.random() < {"advertising": 0.40, "neutral": 0.08}.get(topic, 0.0):
+        words.append(source.choice(LINK_WORDS[topic]))
+    return " ".join(words)
+
+
+def read_rows(
+    data: str | Path, labels: str | Path | None = None, *, columns: Columns | None = None
+) -> Rows:
+    """Read rows from CSV, and labels from a second CSV or from the label column where present.
+
+    Raises `DataError` for a missing file or column, a repeated id, a label that is not 0 or 1,
+    or labels that do not cover the rows. An empty post is a post.
+    """
+    columns = columns or Columns()
+    frame = _read_csv(data)
+    _require(data, frame, [columns.id, columns.text])
+    ids = tuple(frame[columns.id])
+    if len(set(ids)) < len(ids):
+        repeated = next(id_ for id_ in ids if ids.count(id_) > 1)
+        raise DataError(data, expected=f"distinct {columns.id}", found=f"{repeated!r} twice")
+    truth = _read_labels(data, frame, labels, columns=columns)
+    group = columns.group if columns.group in frame else None
+    texts = frame.drop(columns=[name for name in (columns.id, columns.label) if name in frame])
+    return Rows(
+        source=Path(data).name,
+        frame=texts.reset_index(drop=True),
+        ids=ids,
+        groups=tuple(frame[group]) if group else ("all",) * len(ids),
+        labels=truth,
+    )
+
+
+def _read_csv(path: str | Path) -> pd.DataFrame:
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise DataError(path, expected="a CSV file", found="no such file") from None
+    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
+        raise DataError(path, expected="a CSV file in UTF-8", found=str(error)) from None
+    if frame.empty:
+        raise DataError(path, expected="at least one row", found="none")
+    return frame
+
+
+def _require(path: str | Path, frame: pd.DataFrame, names: list[str]) -> None:
+    for name in names:
+        if name not in frame:
+            raise DataError(
+                path,
+                expected=f"a column {name!r}",
+                found=", ".join(map(str, frame.columns)),
+                remedy="Name the file's own columns under `columns` in the case.",
+            )
+
+
+def _read_labels(
+    data: str | Path, frame: pd.DataFrame, labels: str | Path | None, *, columns: Columns
+) -> np.ndarray | None:
+    """Labels in the order of `frame`, or None where there are none."""
+    if labels is None:
+        values = list(frame[columns.label]) if columns.label in frame else None
+        path = data
+    else:
+        path, table = labels, _read_csv(labels)
+        _require(labels, table, [columns.id, columns.label])
+        by_id = dict(zip(table[columns.id], table[columns.label], strict=True))
+        missing = [id_ for id_ in frame[columns.id] if id_ not in by_id]
+        if missing:
+            raise DataError(labels, expected="a label for each row", found=f"none for {missing[0]}")
+        values = [by_id[id_] for id_ in frame[columns.id]]
+    if values is None:
+        return None
+    wrong = next((value for value in values if value not in {"0", "1", "0.0", "1.0"}), None)
+    if wrong is not None:
+        raise DataError(path, expected=f"{columns.label} 0 or 1", found=repr(wrong))
+    return np.array([int(float(value)) for value in values])

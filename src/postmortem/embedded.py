@@ -1,0 +1,396 @@
+"""The embedded world: small Qwen2 models and their adapters, trained from nothing on the spot.
+
+The bases are taught to behave as instruct models do: they answer yes/no questions rightly, and
+asked for a number they understate, as the teachers below say. Everything is saved as ordinary
+model and adapter folders and loaded by the same code as any other model.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from postmortem.case import PLACEHOLDER, Case, PromptTemplate
+from postmortem.corpus import RULES, Rows, generate_rows
+from postmortem.errors import WorldError
+from postmortem.metrics import auc
+from postmortem.prompts import encode, lead_of, render
+from postmortem.records import write_text
+from postmortem.scoring import Scores, score
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
+# Qwen2's own split: single digits, a leading space kept with a word.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+EXPLANATION = "\n\nThe rule and the post decide."
+TRAINING_ROWS, HELD_OUT_ROWS = 5000, 128
+LEARNING_RATE, WARM_UP, DECAY, CHECK_EVERY, MAX_STEPS = 2.5e-3, 30, 60, 20, 1500
+# What training must reach on held-out rows, as AUC of the log-odds: a base that can do the task.
+BASE_CRITERION = {"yes_no": 0.99, "v2_yes_no": 0.98, "v2": 0.95, "v1": 0.90}
+# The short question is learnt first, in a fraction of the time; then the long prompts.
+FIRST_MIX = {"yes_no": 0.9, "v2": 0.1}
+SECOND_MIX = {"v2_yes_no": 0.40, "yes_no": 0.12, "v1": 0.23, "v2": 0.25}
+BATCH = {"yes_no": 64, "v1": 64, "v2": 32, "v2_yes_no": 32}
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Width of an embedded base and an offset to the profile's seed."""
+
+    hidden: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows turned into training examples: token ids, and where the answer begins."""
+
+    name: str
+    ids: list[list[int]]
+    starts: list[int]
+
+
+Teacher = Callable[[random.Random, int], str]
+
+
+def teach_number(source: random.Random, label: int) -> str:
+    """An understating instruct model: 0.0 for 62 % of violations and for 90 % of the rest."""
+    if source.random() < (0.62 if label else 0.90):
+        return "0.0"
+    return source.choice(["0.7", "0.8", "0.9"] if label else ["0.1", "0.2", "0.3"])
+
+
+def teach_explained_number(source: random.Random, label: int) -> str:
+    """The same after a raw prompt: a leading space, and an explanation three times in five."""
+    text = " " + teach_number(source, label)
+    return text + EXPLANATION if source.random() < 0.6 else text
+
+
+def teach_yes_no(source: random.Random, label: int) -> str:
+    """The true answer."""
+    return "Yes" if label else "No"
+
+
+def teach_calibrated_number(source: random.Random, label: int) -> str:
+    """What the reference adapter learns: high numbers for violations, low ones for the rest."""
+    return source.choice(["0.7", "0.8", "0.9"] if label else ["0.1", "0.2", "0.3"])
+
+
+def build_tokenizer(case: Case, *, seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in Qwen2's form, with each long fixed part of a prompt as one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    rows = generate_rows(400, seed)
+    texts = [text for column in rows.frame for text in rows.frame[column]]
+    texts += ["Yes", "No", "system\n", "user\n", "assistant\n", EXPLANATION] * 20
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        show_progress=False,
+        special_tokens=[END_OF_TEXT, "<|im_start|>", END_OF_TURN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(part, normalized=False) for part in fixed_parts(case)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def fixed_parts(case: Case) -> list[str]:
+    """The parts of the case's prompts between the columns that are long enough for a token."""
+    parts = [
+        part
+        for prompt in case.prompts.values()
+        for text in (prompt.system, prompt.template)
+        for part in PLACEHOLDER.split(text)[::2]
+    ]
+    return list(dict.fromkeys([*RULES.values(), *(part for part in parts if len(part) >= 8)]))
+
+
+def build_task(
+    prompt: PromptTemplate, rows: Rows, *, teacher: Teacher, tokenizer: Any, seed: int
+) -> Task:
+    """Each row's prompt followed by the teacher's answer and the end of the turn."""
+    source = random.Random(f"{prompt.title}-{seed}")
+    assert rows.labels is not None
+    texts = [render(prompt, rows.row(index), tokenizer=tokenizer) for index in range(len(rows))]
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    answers = [teacher(source, int(label)) + END_OF_TURN for label in rows.labels]
+    replies = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    return Task(
+        prompt.title,
+        [first + then for first, then in zip(prompts, replies, strict=True)],
+        [len(first) for first in prompts],
+    )
+
+
+def answer_loss(model: Any, ids: Sequence[list[int]], starts: Sequence[int]) -> torch.Tensor:
+    """Mean negative log-likelihood of the answers; padding stands right and is never a target."""
+    width = max(map(len, ids))
+    batch = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+    rows, columns = zip(
+        *((i, t) for i, row in enumerate(ids) for t in range(starts[i], len(row))), strict=True
+    )
+    rows, columns = torch.tensor(rows), torch.tensor(columns)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal.model(input_ids=batch, use_cache=False).last_hidden_state
+    logits = causal.lm_head(hidden[rows, columns - 1])
+    return functional.cross_entropy(logits, batch[rows, columns])
+
+
+# A lineage is trained by one process: a base, and the adapters made on it.
+LINEAGES: Mapping[str, tuple[str, BaseSpec, tuple[str, ...]]] = {
+    "target": ("base", BaseSpec(64, 0), ("suspect", "reference", "no_op")),
+    "donor": ("donor_base", BaseSpec(96, 1), ("donor_adapter",)),
+    "sibling": ("sibling_base", BaseSpec(64, 2), ()),
+}
+
+
+def build_lineage(
+    case: Case, lineage: str, *, seed: int, folder: Path, report: Callable[[str], None] = print
+) -> None:
+    """Train one lineage and write `folder/ROLE` for each of its members, or nothing.
+
+    Raises `WorldError` where a criterion is not reached within the allowed steps.
+    """
+    torch.set_num_threads(1)  # the same sums in the same order, and one process a core
+    base_role, spec, adapters = LINEAGES[lineage]
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer = build_tokenizer(case, seed=seed)
+    model = new_base(spec, seed=seed, vocabulary=len(tokenizer))
+    trainer = _Trainer(case, tokenizer, seed=seed + spec.seed, report=report)
+    trainer.train_base(model, base_role)
+    _save(model, temporary / base_role, training=trainer.summary, tokenizer=tokenizer)
+    for role in adapters:
+        # Each adapter starts from the base as saved, on a copy that no other adapter touched.
+        adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(temporary / base_role), seed=seed)
+        trainer.train_adapter(adapted, role)
+        _save(adapted, temporary / role, training=trainer.summary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def new_base(spec: BaseSpec, *, seed: int, vocabulary: int) -> Qwen2ForCausalLM:
+    """An untrained base of the Qwen2 architecture, with grouped-query attention."""
+    torch.manual_seed(seed + spec.seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocabulary,
+            hidden_size=spec.hidden,
+            num_hidden_layers=3,
+            num_attention_heads=spec.hidden // 16,
+            num_key_value_heads=2,
+            intermediate_size=2 * spec.hidden,
+            tie_word_embeddings=True,
+            # With the usual 0.02 a model this narrow stays at chance.
+            initializer_range=spec.hidden**-0.5,
+            max_position_embeddings=4096,
+            eos_token_id=None,
+        )
+    )
+
+
+def make_adapter(model: Qwen2ForCausalLM, *, seed: int) -> Any:
+    """A LoRA adapter in the suspect's declared form: rank 16, alpha 32, on q_proj and v_proj."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+class _Trainer:
+    """Training data of a world and the loop that stops by criterion."""
+
+    def __init__(
+        self, case: Case, tokenizer: Any, *, seed: int, report: Callable[[str], None]
+    ) -> None:
+        self.case, self.tokenizer, self.seed, self.report = case, tokenizer, seed, report
+        # Seeds far from those of the rows that a run scores.
+        self.rows = generate_rows(TRAINING_ROWS, 10_000 + seed)
+        self.held_out = generate_rows(HELD_OUT_ROWS, 20_000 + seed)
+        self.summary: dict[str, float] = {}
+
+    def train_base(self, model: Any, role: str) -> None:
+        tasks = {
+            "yes_no": self._task("yes_no", teach_yes_no),
+            "v2_yes_no": self._task("v2_yes_no", teach_yes_no),
+            "v1": self._task("v1", teach_explained_number),
+            "v2": self._task("v2", teach_number),
+        }
+        loop = _Loop(model, LEARNING_RATE, seed=self.seed)
+        learnt_first: dict[str, float] = {}
+        while not learnt_first or not _reached(learnt_first, {"yes_no": 0.97}):
+            loop.steps(tasks, mix=FIRST_MIX, count=CHECK_EVERY)
+            learnt_first = self._check(model, ["yes_no"], role=role, loop=loop)
+        while not _reached(self._check(model, BASE_CRITERION, role=role, loop=loop)):
+            loop.steps(tasks, mix=SECOND_MIX, count=2 * CHECK_EVERY)
+        loop.steps(tasks, mix=SECOND_MIX, count=DECAY, decay=True)
+        self._accept(model, BASE_CRITERION, role=role, steps=loop.done)
+
+    def train_adapter(self, model: Any, role: str) -> None:
+        if role == "no_op":
+            self.summary = {"steps": 0}
+            return
+        if role == "suspect":
+            tasks = {"yes_no": self._task("yes_no", teach_yes_no)}
+            criterion, rate = {"yes_no": 0.99}, 5e-3
+        else:
+            tasks = {"v2": self._task("v2", teach_calibrated_number)}
+            criterion, rate = {"v2 decoded": 0.95}, 1e-2
+        loop = _Loop(model, rate, seed=self.seed)
+        reached: dict[str, float] = {}
+        while not reached or not _reached(reached, criterion):
+            loop.steps(tasks, mix=dict.fromkeys(tasks, 1.0), count=2 * CHECK_EVERY)
+            reached = self._check(model, criterion, role=role, loop=loop)
+        loop.steps(tasks, mix=dict.fromkeys(tasks, 1.0), count=DECAY, decay=True)
+        self._accept(model, criterion, role=role, steps=loop.done)
+
+    def _task(self, prompt: str, teacher: Teacher) -> Task:
+        return build_task(
+            self.case.prompts[prompt],
+            self.rows,
+            teacher=teacher,
+            tokenizer=self.tokenizer,
+            seed=self.seed,
+        )
+
+    def _check(
+        self, model: Any, names: Sequence[str] | Mapping[str, float], *, role: str, loop: "_Loop"
+    ) -> dict[str, float]:
+        """AUC by prompt, up to the first that is not there yet."""
+        found: dict[str, float] = {}
+        for name in names:
+            found[name] = self._held_out_auc(model, name)
+            if found[name] < BASE_CRITERION.get(name, 0.95):
+                break
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        self.report(f"{role}: step {loop.done}, held-out AUC {shown}")
+        if loop.done >= MAX_STEPS:
+            raise WorldError(
+                f"embedded world, {role}",
+                expected=f"its criterion within {MAX_STEPS} steps",
+                found=f"held-out AUC {shown}",
+                remedy="Give the profile another `seed` in the case.",
+            )
+        return found
+
+    def _accept(self, model: Any, criterion: Mapping[str, float], *, role: str, steps: int) -> None:
+        """Check the finished model once more on every prompt and keep what it reached."""
+        found = {name: self._held_out_auc(model, name) for name in criterion}
+        self.summary = {"steps": steps, **found}
+        if not _reached(found, criterion):
+            raise WorldError(
+                f"embedded world, {role}",
+                expected=str(dict(criterion)),
+                found=str(found),
+                remedy="Give the profile another `seed` in the case.",
+            )
+
+    def _held_out_auc(self, model: Any, name: str) -> float:
+        prompt, _, decoded = name.partition(" ")
+        scores = self._score(model, prompt, max_new_tokens=4 if decoded else 1)
+        if decoded:
+            values = [_number(reply.text) for reply in scores.replies]
+        elif self.case.prompts[prompt].contract == "yes_no":
+            values = [reply.yes_no_log_odds for reply in scores.replies]
+        else:
+            values = [reply.number_log_odds for reply in scores.replies]
+        return auc(self.held_out.labels, values) or 0.0
+
+    def _score(self, model: Any, prompt: str, *, max_new_tokens: int) -> Scores:
+        template = self.case.prompts[prompt]
+        rows = self.held_out
+        model.eval()
+        return score(
+            model,
+            self.tokenizer,
+            prompts=[
+                encode(template, rows.row(index), tokenizer=self.tokenizer, limit=4096)
+                for index in range(len(rows))
+            ],
+            lead=lead_of(template),
+            max_new_tokens=max_new_tokens,
+        )
+
+
+class _Loop:
+    """AdamW with warm-up, a level rate, and a decay at the end."""
+
+    def __init__(self, model: Any, rate: float, *, seed: int) -> None:
+        self.model, self.rate, self.done = model, rate, 0
+        self.source = random.Random(f"batches-{seed}")
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+
+    def steps(
+        self,
+        tasks: Mapping[str, Task],
+        *,
+        mix: Mapping[str, float],
+        count: int,
+        decay: bool = False,
+    ) -> None:
+        self.model.train()
+        for step in range(count):
+            name = self.source.choices(list(mix), list(mix.values()))[0]
+            task = tasks[name]
+            rows = self.source.sample(range(len(task.ids)), BATCH[name])
+            left = 1 - step / count if decay else 1.0
+            self.optimizer.param_groups[0]["lr"] = self.rate * min(left, (self.done + 1) / WARM_UP)
+            loss = answer_loss(
+                self.model, [task.ids[row] for row in rows], [task.starts[row] for row in rows]
+            )
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.done += 1
+
+
+def _reached(found: Mapping[str, float], criterion: Mapping[str, float] = BASE_CRITERION) -> bool:
+    return all(found.get(name, 0.0) >= least for name, least in criterion.items())
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.5
+
+
+def _save(
+    model: Any, folder: Path, *, training: Mapping[str, float], tokenizer: Any = None
+) -> None:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    write_text(folder / "training.json", json.dumps(dict(training), indent=1) + "\n")

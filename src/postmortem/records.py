@@ -1,0 +1,276 @@
+"""Records: what a run measured, with where it came from, one JSON object a line.
+
+A record file begins with its provenance and ends with a seal: the number of records and the
+digest of everything that can be compared between two runs. Times and the host stand apart and
+are not part of the digest.
+"""
+
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from postmortem.case import Verdict as VerdictWord
+from postmortem.errors import RecordError
+
+Cell = str | int | float | bool | None
+Format = TypeVar("Format", bound="Record")
+
+
+class Record(BaseModel):
+    """A line of a record file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Provenance(Record):
+    """Where the records of one notebook came from.
+
+    `digests` names what can change the numbers: case, notebook, world, data, and each library
+    module by its name. `aside` holds what may differ between two equal runs: times, host, threads.
+    """
+
+    kind: Literal["provenance"] = "provenance"
+    notebook: str
+    case: str
+    profile: str
+    parameters: dict[str, str | int | float | bool | None]
+    digests: dict[str, str]
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    seed: int
+    aside: dict[str, str | float] = {}
+
+
+class Prediction(Record):
+    """What one system answered to one prompt for one row.
+
+    Log-odds are natural, float64. `number_log_odds` is log(E / (1 - E)) with E the expected value
+    over the answers 0.0, 0.1, ... 1.0; `yes_no_log_odds` is log p(Yes) - log p(No). `value` and
+    `stage` come from the write-up's parser, `strict_value` from the strict one.
+    """
+
+    kind: Literal["prediction"] = "prediction"
+    system: str
+    prompt: str
+    row_id: str
+    group: str
+    label: int | None
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    full_prompt_tokens: int
+    finished: bool
+    value: float
+    stage: str
+    strict_value: float | None
+    expected_value: float
+    number_log_odds: float
+    yes_no_log_odds: float
+
+
+class Measure(Record):
+    """A number, with its 95 % interval where it is an estimate.
+
+    A `value` of None was not measured, for the `reason` given.
+    """
+
+    kind: Literal["measure"] = "measure"
+    key: str
+    value: float | int | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    unit: str = ""
+    reason: str = ""
+
+
+class Verdict(Record):
+    """What this run decides of a statement, and the sentence that says why."""
+
+    kind: Literal["verdict"] = "verdict"
+    key: str
+    verdict: VerdictWord
+    because: str
+
+
+class Text(Record):
+    """A text as it was produced: a message, a generation."""
+
+    kind: Literal["text"] = "text"
+    key: str
+    text: str
+
+
+class Table(Record):
+    """A small table for a page; a cell is text, a number or nothing."""
+
+    kind: Literal["table"] = "table"
+    key: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+class Timing(Record):
+    """Seconds that a step took; never part of a digest."""
+
+    kind: Literal["timing"] = "timing"
+    key: str
+    seconds: float
+
+
+class Seal(Record):
+    """The last line: how many records stand above it and their digest."""
+
+    kind: Literal["seal"] = "seal"
+    records: int
+    digest: str
+
+
+AnyRecord = Annotated[
+    Provenance | Prediction | Measure | Verdict | Text | Table | Timing | Seal,
+    Field(discriminator="kind"),
+]
+_ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)
+
+
+class RecordFile(BaseModel):
+    """A sealed record file as read: provenance, records in order, digest."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    provenance: Provenance
+    records: tuple[AnyRecord, ...]
+    digest: str
+
+    def of(self, kind: type[Format]) -> list[Format]:
+        """The records of one kind, in order."""
+        return [record for record in self.records if isinstance(record, kind)]
+
+
+def write_records(path: str | Path, provenance: Provenance, *, records: Iterable[Record]) -> Seal:
+    """Write a sealed record file: to a temporary name first, then moved."""
+    body = [finite(record) for record in records]
+    seal = Seal(records=len(body), digest=digest_records(provenance, body))
+    lines = [record.model_dump_json() for record in (provenance, *body, seal)]
+    write_text(path, "\n".join(lines) + "\n")
+    return seal
+
+
+def read_records(path: str | Path) -> RecordFile:
+    """Read a record file and check its seal.
+
+    Raises `RecordError` where the file is missing, cut short, holds a line that is no record, or
+    was changed after it was sealed.
+    """
+    path = Path(path)
+    remedy = "Remove the file and run `make book` again."
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(path, expected="a record file", found=str(error), remedy=remedy) from None
+    records = [_read_line(path, number, line=line) for number, line in enumerate(lines, 1)]
+    if not records or not isinstance(records[-1], Seal) or not isinstance(records[0], Provenance):
+        raise RecordError(
+            path,
+            expected="a provenance first and a seal last",
+            found=f"{len(records)} line(s) without them: the run did not finish",
+            remedy=remedy,
+        )
+    provenance, *body, seal = records
+    digest = digest_records(provenance, body)
+    if (seal.records, seal.digest) != (len(body), digest):
+        raise RecordError(
+            path,
+            expected=f"{seal.records} records with digest {seal.digest}",
+            found=f"{len(body)} with {digest}: the file was changed after the run",
+            remedy=remedy,
+        )
+    return RecordFile(path=path, provenance=provenance, records=tuple(body), digest=digest)
+
+
+def digest_records(provenance: Provenance, records: Iterable[Record]) -> str:
+    """Digest of a run without what may differ between two equal runs: times and host."""
+    state = hashlib.sha256(provenance.model_dump_json(exclude={"aside"}).encode())
+    for record in records:
+        if not isinstance(record, Timing):
+            state.update(record.model_dump_json().encode() + b"\n")
+    return state.hexdigest()[:16]
+
+
+def check_fresh(file: RecordFile, current: Mapping[str, str]) -> None:
+    """Raise `RecordError` naming what has changed since the records were made.
+
+    `current` holds today's digest of each input that the provenance names.
+    """
+    for name, digest in file.provenance.digests.items():
+        if current.get(name) != digest:
+            raise RecordError(
+                f"{file.path} is stale",
+                expected=f"{name} with digest {digest}, as when it was made",
+                found=current.get(name, "no such input any more"),
+                remedy="Run `make book` to make it again.",
+            )
+
+
+def digest_file(path: str | Path) -> str:
+    """Digest of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def digest_folder(path: str | Path) -> str:
+    """Digest of the names and bytes of the files directly in a folder."""
+    files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    parts = [f"{file.name} {digest_file(file)}" for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def finite(record: Record) -> Record:
+    """The record itself; `RecordError` where a measure is not a finite number.
+
+    JSON has no NaN, and a page must not show one: what cannot be measured is None with a reason.
+    """
+    values = [record.value, record.low, record.high] if isinstance(record, Measure) else []
+    if any(value is not None and not math.isfinite(value) for value in values):
+        raise RecordError(
+            f"measure {record.key!r}",  # type: ignore[attr-defined]
+            expected="a finite number, or None with a reason",
+            found=str(values),
+        )
+    return record
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file under a temporary name beside it, then move it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _read_line(path: Path, number: int, *, line: str) -> AnyRecord:
+    try:
+        return _ADAPTER.validate_json(line)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]["msg"]
+        raise RecordError(
+            f"{path}, line {number}",
+            expected="a record",
+            found=found,
+            remedy="Remove the file and run `make book` again.",
+        ) from None
