@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import reprlib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,12 +17,14 @@ Grade = Literal["artefact", "log", "recollection", "measured"]
 Verdict = Literal["holds", "refuted", "cannot tell", "not available"]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
+# PyYAML's own constructors raise bare errors on a scalar such as 2025-13-45 or !!int "".
+SCALAR_ERRORS = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 
 
 class Frozen(BaseModel):
     """A part of the case: immutable, every key known, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class System(Frozen):
@@ -237,12 +241,16 @@ class _Loader(yaml.SafeLoader):
     """YAML as plain data, with a repeated key refused rather than overwritten."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = [key for index, key in enumerate(keys) if key in keys[:index]]
-        if repeated:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {repeated[0]!r} stands twice", node.start_mark
-            )
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused below
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {_shorten(key)} stands twice", key_node.start_mark
+                )
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -275,34 +283,58 @@ def _read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CaseError(path, expected="a case file", found="no such file", remedy=remedy) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise CaseError(
             path, expected="a readable UTF-8 file", found=str(error), remedy=remedy
         ) from None
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        found = " ".join(str(error).split()) or "nesting too deep"
-        raise CaseError(path, expected="valid YAML", found=found) from None
+    except RecursionError:
+        found = "nesting too deep"
+    except yaml.MarkedYAMLError as error:  # its full text quotes the file, unprintables and all
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        found = f"{error.problem}{where}".removeprefix("found ")
+    except yaml.YAMLError as error:
+        found = " ".join(str(error).split())
+    except SCALAR_ERRORS as error:
+        found = f"a value that cannot be read ({_shorten(str(error))})"
+    raise CaseError(path, expected="valid YAML", found=found)
 
 
 def _explain(path: Path, errors: list[ErrorDetails]) -> CaseError:
     """The first validation error as whose, which key, expected, found; and how many more."""
     first = errors[0]
-    key = ".".join(str(part) for part in first["loc"]) or "the top level"
+    where = ".".join(_name_part(part) for part in first["loc"])
+    subject = f"{path}, key `{where}`" if where else f"{path}, the top level"
     expected = {
         "extra_forbidden": "a known key",
+        "invalid_key": "keys that are strings",
         "missing": "this key to be given",
-    }.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
+        "model_type": "a mapping of keys to values",
+        "string_pattern_mismatch": f"text matching {first.get('ctx', {}).get('pattern')}",
+    }.get(first["type"], first["msg"].removeprefix("Input should be "))
     found = {"missing": "nothing", "extra_forbidden": "an unknown key"}.get(
         first["type"], _shorten(first["input"])
     )
     more = f"{len(errors) - 1} further problem(s) in this file." if len(errors) > 1 else ""
-    return CaseError(f"{path}, key `{key}`", expected=expected, found=found, remedy=more)
+    return CaseError(subject, expected=expected, found=found, remedy=more)
+
+
+def _name_part(part: str | int) -> str:
+    """A part of a key as it stands if it is one short line, else quoted and shortened."""
+    plain = isinstance(part, str) and part.isprintable() and 0 < len(part) <= 80
+    return str(part) if plain else _shorten(part)
 
 
 def _shorten(value: object) -> str:
-    text = repr(value)
+    """A value in at most 80 characters on one line, however long, deep or full of aliases."""
+    limited = reprlib.Repr()
+    limited.maxstring = limited.maxlong = limited.maxother = 80
+    try:
+        text = limited.repr(value)
+    except ValueError:  # Python refuses to print an integer of more than 4,300 digits
+        text = "a number too long to print"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
