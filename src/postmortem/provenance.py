@@ -1,0 +1,66 @@
+"""What a number depends on: the library modules behind a notebook, and package versions."""
+
+import ast
+import json
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from postmortem.records import digest_file
+
+PACKAGE = "postmortem"
+# The wording of an error cannot change a number.
+HARMLESS = {"errors"}
+VERSIONED = ("torch", "transformers", "peft", "numpy", "pandas", "papermill")
+
+
+def modules_behind(sources: Iterable[str]) -> dict[str, str]:
+    """Digest of each library module that the source texts import, directly or through others.
+
+    Read from the import statements, so it needs no import and is the same before, during and
+    after a run.
+    """
+    waiting = [name for source in sources for name in _imports(source)]
+    found: dict[str, str] = {}
+    while waiting:
+        name = waiting.pop()
+        path = Path(__file__).with_name(f"{name}.py")
+        if name in found or name in HARMLESS or not path.is_file():
+            continue
+        found[name] = digest_file(path)
+        waiting += _imports(path.read_text(encoding="utf-8"))
+    return {f"module {name}": found[name] for name in sorted(found)}
+
+
+def notebook_sources(path: str | Path) -> list[str]:
+    """The source of each code cell."""
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def notebook_digests(path: str | Path) -> dict[str, str]:
+    """Digests of a notebook and of the library modules behind it."""
+    return {"notebook": digest_file(path), **modules_behind(notebook_sources(path))}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what computes the numbers, and of Python."""
+    found = {name: version(name) for name in VERSIONED}
+    return {"python": ".".join(map(str, sys.version_info[:3])), **found}
+
+
+def _imports(source: str) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
+            names.append((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            names += [
+                alias.name.split(".")[1]
+                for alias in node.names
+                if alias.name.startswith(f"{PACKAGE}.")
+            ]
+    return names

@@ -1,0 +1,167 @@
+"""A world: the bases and adapters that a profile gives to each role, as folders on disk."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from pydantic import Field
+
+from postmortem.case import Case, Frozen, Profile
+from postmortem.errors import ModelError, RecordError
+from postmortem.provenance import modules_behind
+from postmortem.records import digest_file, write_text
+from postmortem.weights import find_weights
+
+BASES = ("base", "donor_base", "sibling_base")
+ADAPTERS = ("suspect", "reference", "donor_adapter", "no_op")
+# Which lineage of the embedded world each role is trained in.
+EMBEDDED_ROLES = {
+    "base": "target",
+    "suspect": "target",
+    "reference": "target",
+    "no_op": "target",
+    "donor_base": "donor",
+    "donor_adapter": "donor",
+    "sibling_base": "sibling",
+}
+# Files up to this size are digested whole; of larger ones size and both ends.
+WHOLE, END = 64 << 20, 1 << 20
+
+
+class Member(Frozen):
+    """A role of the world: its folder and digest, or the reason why it is not available."""
+
+    role: str
+    path: str | None
+    digest: str | None
+    reason: str = ""
+    training: dict[str, float] = Field(default_factory=dict)
+
+
+class World(Frozen):
+    """The members of a profile's world by role."""
+
+    case: str
+    profile: str
+    title: str
+    caveat: str
+    seed: int
+    members: dict[str, Member]
+
+    def has(self, role: str) -> bool:
+        """Whether the role is available."""
+        return self.members[role].path is not None
+
+    def path(self, role: str) -> Path:
+        """The folder of a role; `ModelError` with the reason where it is not available."""
+        member = self.members[role]
+        if member.path is None:
+            raise ModelError(f"role {role}", expected="a folder", found=member.reason)
+        return Path(member.path)
+
+    @property
+    def digest(self) -> str:
+        """Digest of every member's files; where they lie does not count."""
+        found = sorted((role, member.digest) for role, member in self.members.items())
+        return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
+def embedded_digest(case: Case, profile: Profile) -> str:
+    """Digest of what the embedded world is made from: its code, prompts and seed."""
+    prompts = {name: prompt.model_dump() for name, prompt in case.prompts.items()}
+    parts = [modules_behind(["import postmortem.embedded"]), prompts, profile.seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def resolve_world(case: Case, profile_name: str, *, trained: str | Path = "") -> World:
+    """Find the folder of each role of a profile; `trained` holds an embedded world's lineages.
+
+    Raises `ModelError` or `WeightsError` where a folder that the profile names is missing.
+    """
+    profile = case.profile(profile_name)
+    if profile.base == "embedded":
+        folders = {role: Path(trained) / line / role for role, line in EMBEDDED_ROLES.items()}
+    else:
+        folders = {"base": find_base(profile.base)}
+        folders |= {role: Path(path) for role, path in profile.adapters.items()}
+    members = {role: _member(role, folders.get(role)) for role in (*BASES, *ADAPTERS)}
+    return World(
+        case=case.name,
+        profile=profile_name,
+        title=profile.title,
+        caveat=profile.caveat,
+        seed=profile.seed,
+        members=members,
+    )
+
+
+def find_base(source: str) -> Path:
+    """The folder of a base named as `packaged:NAME`, as a folder, or as a hub id."""
+    if source.startswith("packaged:"):
+        return find_weights(source.removeprefix("packaged:"))
+    if Path(source).is_dir():
+        return Path(source)
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ModelError(source, expected="a model folder or a hub id", found="no such folder")
+    return _from_hub(source)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            name,
+            expected="a model on the hub, or in its local cache",
+            found=" ".join(str(error).split())[:200],
+            remedy="Check the name and the network, or give a model folder instead.",
+        ) from None
+
+
+def digest_model(folder: Path) -> str:
+    """Digest of a model or adapter folder: small files whole, weights over 64 MiB by both ends."""
+    parts = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in {".json", ".safetensors", ".txt", ".jinja", ".model"}:
+            continue
+        size = file.stat().st_size
+        if size <= WHOLE:
+            parts.append(f"{file.name} {digest_file(file)}")
+            continue
+        with file.open("rb") as stream:
+            state = hashlib.sha256(stream.read(END))
+            stream.seek(-END, 2)
+            state.update(stream.read(END))
+        parts.append(f"{file.name} {size} {state.hexdigest()[:16]}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def write_world(world: World, path: str | Path) -> None:
+    """Write the world's description."""
+    write_text(path, world.model_dump_json(indent=1) + "\n")
+
+
+def read_world(path: str | Path) -> World:
+    """Read a world's description; `RecordError` where it is missing or altered beyond use."""
+    try:
+        return World.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(path, expected="a world description", found=str(error)[:200]) from None
+
+
+def _member(role: str, folder: Path | None) -> Member:
+    if folder is None:
+        reason = f"this profile has no {role.replace('_', ' ')}"
+        return Member(role=role, path=None, digest=None, reason=reason)
+    if not folder.is_dir():
+        raise ModelError(folder, expected=f"the folder of role {role}", found="no such folder")
+    training = folder / "training.json"
+    return Member(
+        role=role,
+        path=str(folder.resolve()),
+        digest=digest_model(folder),
+        training=json.loads(training.read_text()) if training.is_file() else {},
+    )
