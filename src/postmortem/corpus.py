@@ -54,6 +54,15 @@ class Rows:
         """The text columns of one row."""
         return {str(name): str(value) for name, value in self.frame.iloc[index].items()}
 
+    def head(self, count: int) -> "Rows":
+        """The first `count` rows; all of them where `count` is 0."""
+        if not count or count >= len(self):
+            return self
+        labels = None if self.labels is None else self.labels[:count]
+        return Rows(
+            self.source, self.frame.head(count), self.ids[:count], self.groups[:count], labels
+        )
+
     @property
     def digest(self) -> str:
         """Digest of the texts, ids and labels, wherever they came from."""

@@ -42,9 +42,11 @@ TRAINING_ROWS, HELD_OUT_ROWS = 5000, 128
 LEARNING_RATE, WARM_UP, DECAY, CHECK_EVERY, MAX_STEPS = 2.5e-3, 30, 60, 20, 1500
 # What training must reach on held-out rows, as AUC of the log-odds: a base that can do the task.
 BASE_CRITERION = {"yes_no": 0.99, "v2_yes_no": 0.98, "v2": 0.95, "v1": 0.90}
+# What the numeric adapters must reach with the numbers that they write.
+DECODED_CRITERION = 0.95
 # The short question is learnt first, in a fraction of the time; then the long prompts.
 FIRST_MIX = {"yes_no": 0.9, "v2": 0.1}
-SECOND_MIX = {"v2_yes_no": 0.40, "yes_no": 0.12, "v1": 0.23, "v2": 0.25}
+SECOND_MIX = {"v2_yes_no": 0.40, "yes_no": 0.10, "v1": 0.26, "v2": 0.24}
 BATCH = {"yes_no": 64, "v1": 64, "v2": 32, "v2_yes_no": 32}
 
 
@@ -206,7 +208,7 @@ def new_base(spec: BaseSpec, *, seed: int, vocabulary: int) -> Qwen2ForCausalLM:
             hidden_size=spec.hidden,
             num_hidden_layers=3,
             num_attention_heads=spec.hidden // 16,
-            num_key_value_heads=2,
+            num_key_value_heads=spec.hidden // 32,
             intermediate_size=2 * spec.hidden,
             tie_word_embeddings=True,
             # With the usual 0.02 a model this narrow stays at chance.
@@ -246,14 +248,11 @@ class _Trainer:
             "v2": self._task("v2", teach_number),
         }
         loop = _Loop(model, LEARNING_RATE, seed=self.seed)
-        learnt_first: dict[str, float] = {}
-        while not learnt_first or not _reached(learnt_first, {"yes_no": 0.97}):
+        found: dict[str, float] = {}
+        while not _reached(found, {"yes_no": 0.97}):
             loop.steps(tasks, mix=FIRST_MIX, count=CHECK_EVERY)
-            learnt_first = self._check(model, ["yes_no"], role=role, loop=loop)
-        while not _reached(self._check(model, BASE_CRITERION, role=role, loop=loop)):
-            loop.steps(tasks, mix=SECOND_MIX, count=2 * CHECK_EVERY)
-        loop.steps(tasks, mix=SECOND_MIX, count=DECAY, decay=True)
-        self._accept(model, BASE_CRITERION, role=role, steps=loop.done)
+            found = self._check(model, ["yes_no"], role=role, loop=loop)
+        self._train_until(model, BASE_CRITERION, role=role, loop=loop, tasks=tasks, mix=SECOND_MIX)
 
     def train_adapter(self, model: Any, role: str) -> None:
         if role == "no_op":
@@ -261,17 +260,33 @@ class _Trainer:
             return
         if role == "suspect":
             tasks = {"yes_no": self._task("yes_no", teach_yes_no)}
-            criterion, rate = {"yes_no": 0.99}, 5e-3
+            criterion, rate = {"yes_no": BASE_CRITERION["yes_no"]}, 5e-3
         else:
             tasks = {"v2": self._task("v2", teach_calibrated_number)}
-            criterion, rate = {"v2 decoded": 0.95}, 1e-2
+            criterion, rate = {"v2 decoded": DECODED_CRITERION}, 1e-2
         loop = _Loop(model, rate, seed=self.seed)
-        reached: dict[str, float] = {}
-        while not reached or not _reached(reached, criterion):
-            loop.steps(tasks, mix=dict.fromkeys(tasks, 1.0), count=2 * CHECK_EVERY)
-            reached = self._check(model, criterion, role=role, loop=loop)
-        loop.steps(tasks, mix=dict.fromkeys(tasks, 1.0), count=DECAY, decay=True)
-        self._accept(model, criterion, role=role, steps=loop.done)
+        mix = dict.fromkeys(tasks, 1.0)
+        self._train_until(model, criterion, role=role, loop=loop, tasks=tasks, mix=mix)
+
+    def _train_until(
+        self,
+        model: Any,
+        criterion: Mapping[str, float],
+        *,
+        role: str,
+        loop: "_Loop",
+        tasks: Mapping[str, Task],
+        mix: Mapping[str, float],
+    ) -> None:
+        """Train at the level rate until the criterion holds, and still holds after the decay."""
+        found: dict[str, float] = {}
+        while not _reached(found, criterion):
+            while not _reached(found, criterion):
+                loop.steps(tasks, mix=mix, count=2 * CHECK_EVERY)
+                found = self._check(model, criterion, role=role, loop=loop)
+            loop.steps(tasks, mix=mix, count=DECAY, decay=True)
+            found = self._check(model, criterion, role=role, loop=loop)
+        self.summary = {"steps": loop.done, **found}
 
     def _task(self, prompt: str, teacher: Teacher) -> Task:
         return build_task(
@@ -289,7 +304,7 @@ class _Trainer:
         found: dict[str, float] = {}
         for name in names:
             found[name] = self._held_out_auc(model, name)
-            if found[name] < BASE_CRITERION.get(name, 0.95):
+            if found[name] < BASE_CRITERION.get(name, DECODED_CRITERION):
                 break
         shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         self.report(f"{role}: step {loop.done}, held-out AUC {shown}")
@@ -301,18 +316,6 @@ class _Trainer:
                 remedy="Give the profile another `seed` in the case.",
             )
         return found
-
-    def _accept(self, model: Any, criterion: Mapping[str, float], *, role: str, steps: int) -> None:
-        """Check the finished model once more on every prompt and keep what it reached."""
-        found = {name: self._held_out_auc(model, name) for name in criterion}
-        self.summary = {"steps": steps, **found}
-        if not _reached(found, criterion):
-            raise WorldError(
-                f"embedded world, {role}",
-                expected=str(dict(criterion)),
-                found=str(found),
-                remedy="Give the profile another `seed` in the case.",
-            )
 
     def _held_out_auc(self, model: Any, name: str) -> float:
         prompt, _, decoded = name.partition(" ")
@@ -375,7 +378,7 @@ class _Loop:
             self.done += 1
 
 
-def _reached(found: Mapping[str, float], criterion: Mapping[str, float] = BASE_CRITERION) -> bool:
+def _reached(found: Mapping[str, float], criterion: Mapping[str, float]) -> bool:
     return all(found.get(name, 0.0) >= least for name, least in criterion.items())
 
 

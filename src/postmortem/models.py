@@ -1,7 +1,7 @@
 """Loading a base and putting an adapter on it: one way for every folder and hub id."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,10 +103,15 @@ def attached(
                 adapter, expected="an adapter that fits the base", found=str(error)
             ) from None
     try:
-        yield AttachedAdapter(model.eval(), tuple(str(warning.message) for warning in caught))
+        yield AttachedAdapter(model.eval(), user_warnings(caught))
     finally:
         model.unload()
         _strip(base.model)
+
+
+def user_warnings(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
+    """What a library tells its user; notes between libraries about deprecations are left out."""
+    return tuple(str(w.message) for w in caught if issubclass(w.category, UserWarning))
 
 
 def check_adapter_folder(adapter: str | Path) -> None:
@@ -125,11 +130,9 @@ def check_adapter_folder(adapter: str | Path) -> None:
 
 
 def _strip(model: Any) -> None:
-    """Undo what PEFT leaves on a base: layers of a failed load and its config."""
+    """Undo what PEFT leaves on a base: the layers of a failed load, and its config."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
+    vars(model).pop("peft_config", None)

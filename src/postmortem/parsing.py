@@ -47,6 +47,6 @@ def parse_strict(text: str) -> Parsed:
     return Parsed(None, "none")
 
 
-def parsed_as_the_write_up_counts(parsed: Parsed) -> bool:
-    """Whether the write-up's "parse success" counts it: a value that is no fallback value."""
-    return parsed.value not in {0.2, 0.5, 0.8}
+def counts_as_parsed(value: float) -> bool:
+    """The write-up's "parse success": the value is none of its fallback values."""
+    return value not in {0.2, 0.5, 0.8}

@@ -36,12 +36,13 @@ class Reply:
 class Scores:
     """Replies in the order of the prompts.
 
-    `first_log_probs` is the float64 log-distribution of the first answer token, of shape
-    (prompts, vocabulary).
+    Both arrays are float64 log-probabilities: `first_log_probs` of the first answer token, of shape
+    (prompts, vocabulary); `number_log_probs` of each whole answer in `NUMBERS`, (prompts, 11).
     """
 
     replies: tuple[Reply, ...]
     first_log_probs: np.ndarray
+    number_log_probs: np.ndarray
 
 
 def score(
@@ -67,6 +68,7 @@ def score(
     ends = end_tokens(model, tokenizer)
     replies: dict[int, Reply] = {}
     first: dict[int, np.ndarray] = {}
+    written: dict[int, np.ndarray] = {}
     with torch.inference_mode():
         for batch in batches([len(prompt.token_ids) for prompt in prompts], batch_tokens):
             state = _Prefill(model, [prompts[index].token_ids for index in batch])
@@ -76,6 +78,7 @@ def score(
             for place, index in enumerate(batch):
                 ids, finished = generated[place]
                 first[index] = state.first_log_probs[place].cpu().numpy()
+                written[index] = numbers[place]
                 replies[index] = Reply(
                     tokenizer.decode(ids, skip_special_tokens=True),
                     tuple(ids),
@@ -85,7 +88,11 @@ def score(
                 )
             progress(len(replies))
     order = range(len(prompts))
-    return Scores(tuple(replies[i] for i in order), np.stack([first[i] for i in order]))
+    return Scores(
+        tuple(replies[i] for i in order),
+        np.stack([first[i] for i in order]),
+        np.stack([written[i] for i in order]),
+    )
 
 
 def number_read_outs(log_probs: np.ndarray) -> tuple[float, float]:

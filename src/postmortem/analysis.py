@@ -1,0 +1,349 @@
+"""What the notebooks record: one attempt, one system beside the base, and the verdicts."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import log_softmax
+
+from postmortem.case import Attempt
+from postmortem.health import THRESHOLDS, Health, describe
+from postmortem.metrics import (
+    Estimate,
+    auc_estimate,
+    kl_divergence,
+    mean_estimate,
+    rate_estimate,
+)
+from postmortem.parsing import counts_as_parsed
+from postmortem.records import Prediction, RecordFile
+from postmortem.session import Answers, Session
+
+STAGES = ("float", "pattern", "keyword", "default")
+NO_LABELS = "the rows came without labels"
+# Below this KL in nats two first-token distributions are the same up to rounding.
+NO_OP = 1e-6
+# The rows shown one by one: as many as the incident had.
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class SystemSummary:
+    """A system's numbers on one prompt; None where the rows have no labels or no reference.
+
+    `kl` is KL(system || base) of the answer in nats: over the eleven numbers where a number was
+    asked for, over the first token elsewhere. `shift` is the mean change of the number's log-odds,
+    `flips` the share of rows whose written value differs from the base's.
+    """
+
+    health: Health
+    parsed_strict: Estimate
+    auc_decoded: Estimate
+    auc_number: Estimate
+    auc_yes_no: Estimate
+    kl: Estimate
+    shift: Estimate
+    flips: Estimate
+
+
+DISTRIBUTION = (
+    *("distinct", "top_value", "top_share", "tied_pairs", "entropy", "boundary_share"),
+    *("mean", "std", "minimum", "maximum"),
+)
+RANKING = ("auc_decoded", "auc_number", "auc_yes_no")
+EFFECT = ("kl", "shift", "flips")
+
+
+def summarise(answers: Answers, base: Answers | None = None) -> SystemSummary:
+    """Describe a system's answers; `base` is the control on the same rows."""
+    unknown = Estimate(None, None, None, 0)
+    labels = answers.labels
+    strict = [value for value in answers.strict_values if value is not None]
+
+    def ranked(scores: list[float]) -> Estimate:
+        return unknown if labels is None else auc_estimate(labels, scores)
+
+    kl = shift = flips = unknown
+    if base is not None:
+        kl = mean_estimate(kl_divergence(_answer_log_probs(answers), _answer_log_probs(base)))
+        shift = mean_estimate(np.subtract(answers.number_log_odds, base.number_log_odds))
+        changed = sum(a != b for a, b in zip(answers.values, base.values, strict=True))
+        flips = rate_estimate(changed, len(base.values))
+    return SystemSummary(
+        health=describe(answers.values, groups=answers.groups, labels=labels),
+        parsed_strict=rate_estimate(len(strict), len(answers.predictions)),
+        auc_decoded=ranked(answers.values),
+        auc_number=ranked(answers.number_log_odds),
+        auc_yes_no=ranked(answers.yes_no_log_odds),
+        kl=kl,
+        shift=shift,
+        flips=flips,
+    )
+
+
+def _answer_log_probs(answers: Answers) -> np.ndarray:
+    """The log-distribution that the prompt's contract is about, normalised, a row a post."""
+    if answers.contract == "yes_no":
+        return answers.first_log_probs
+    return log_softmax(answers.number_log_probs, axis=1)
+
+
+def record_summary(
+    session: Session, key: str, *, summary: SystemSummary | None, reason: str = ""
+) -> None:
+    """Record a system's own measures under `key`; without a summary, each with the reason."""
+    for name in DISTRIBUTION:
+        value = None if summary is None else getattr(summary.health, name)
+        session.measure(f"{key}.{name}", value, reason=reason)
+    parsed = None if summary is None else summary.parsed_strict
+    session.measure(f"{key}.parsed_strict", parsed, reason=reason)
+    for name in RANKING:
+        estimate = None if summary is None else getattr(summary, name)
+        session.measure(f"{key}.{name}", estimate, reason=reason or NO_LABELS)
+
+
+def record_effect(
+    session: Session, key: str, *, summary: SystemSummary | None, reason: str = ""
+) -> None:
+    """Record how far a system moves the base; without a summary, each with the reason."""
+    for name in EFFECT:
+        value = None if summary is None else getattr(summary, name)
+        unit = "" if name == "flips" else "nat"
+        session.measure(f"{key}.{name}", value, unit=unit, reason=reason)
+
+
+def record_attempt(session: Session, name: str, *, answers: Answers) -> SystemSummary:
+    """Record everything that a page says of one attempt, under keys that begin with `name`."""
+    attempt = session.case.attempts[name]
+    summary = summarise(answers)
+    record_summary(session, name, summary=summary)
+    predictions = answers.predictions
+    total = len(predictions)
+    _record_posts(session, name)
+    counts = Counter(prediction.stage for prediction in predictions)
+    for stage in STAGES:
+        session.measure(f"{name}.stage.{stage}", rate_estimate(counts[stage], total))
+    counted = sum(map(counts_as_parsed, answers.values))
+    session.measure(f"{name}.parsed_as_written", rate_estimate(counted, total))
+    lengths = [prediction.full_prompt_tokens for prediction in predictions]
+    session.measure(f"{name}.rows", total)
+    session.measure(f"{name}.prompt_tokens_least", min(lengths), unit="tokens")
+    session.measure(f"{name}.prompt_tokens_most", max(lengths), unit="tokens")
+    cut = sum(p.full_prompt_tokens > p.prompt_tokens for p in predictions)
+    session.measure(f"{name}.cut", cut, unit="rows")
+    tokens = float(np.mean([len(prediction.token_ids) for prediction in predictions]))
+    session.measure(f"{name}.answer_tokens", tokens, unit="tokens")
+    session.measure(f"{name}.distinct_texts", len({p.text for p in predictions}))
+    session.text(f"{name}.system", answers.system.replace("_", " "))
+    commonest = Counter(prediction.text for prediction in predictions).most_common(1)[0]
+    session.text(f"{name}.commonest_text", repr(commonest[0])[1:-1])
+    session.measure(f"{name}.commonest_text_share", rate_estimate(commonest[1], total))
+    _record_tables(session, name, answers=answers, health=summary.health)
+    _judge_attempt(session, name, attempt=attempt, summary=summary, counted=counted / total)
+    return summary
+
+
+def _record_posts(session: Session, name: str) -> None:
+    rows, text = session.rows, session.case.columns.text
+    posts = [
+        (rows.ids[i], shown(rows.groups[i], limit=40), shown(rows.row(i)[text], limit=160))
+        for i in range(min(SHOWN, len(rows)))
+    ]
+    session.table(f"{name}.posts", ("row", "rule", "post"), posts)
+
+
+def _record_tables(session: Session, name: str, *, answers: Answers, health: Health) -> None:
+    rows = [
+        (
+            p.row_id,
+            "unknown" if p.label is None else p.label,
+            shown(p.text),
+            p.value,
+            p.stage,
+            "no number" if p.strict_value is None else p.strict_value,
+            round(p.number_log_odds, 2),
+        )
+        for p in answers.predictions[:SHOWN]
+    ]
+    columns = ("row", "truth", "text", "as written", "stage", "strict", "log-odds")
+    session.table(f"{name}.first_rows", columns, rows)
+    checks = [
+        (
+            check.name,
+            "unknown" if check.found is None else round(check.found, 3),
+            check.limit,
+            {True: "passed", False: "failed", None: "no labels"}[check.passed],
+        )
+        for check in health.checks()
+    ]
+    session.table(f"{name}.checks", ("check", "found", "limit", "result"), checks)
+
+
+def shown(text: str, *, limit: int = 60) -> str:
+    """A text as it may stand in a table: one line, escapes visible, cut with an ellipsis."""
+    line = repr(text)[1:-1]
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _judge_attempt(
+    session: Session, name: str, *, attempt: Attempt, summary: SystemSummary, counted: float
+) -> None:
+    health = summary.health
+    reported = attempt.reported_value
+    session.verdict(
+        f"{name}.constant",
+        health.constant,
+        f"{health.distinct} distinct value(s) on {health.n} rows",
+    )
+    session.verdict(
+        f"{name}.reported_value",
+        health.constant and health.top_value == reported,
+        f"the commonest value is {health.top_value:g}, on {health.top_share:.0%} of the rows; "
+        f"{reported:.1f} on every row was reported",
+    )
+    told = attempt.reported_parse_rate
+    session.verdict(
+        f"{name}.reported_parse_rate",
+        abs(counted - told) < 0.005,
+        f"{counted:.0%} of the rows count as parsed; {told:.0%} was reported",
+    )
+    failed = [check.name for check in health.checks() if check.passed is False]
+    session.verdict(
+        f"{name}.healthy",
+        not failed,
+        f"failed: {', '.join(failed)}" if failed else "every check passed",
+    )
+    session.verdict(f"{name}.knows", *knows_and_does_not_say(summary))
+
+
+def knows_and_does_not_say(summary: SystemSummary) -> tuple[bool | None, str]:
+    """Whether the log-odds rank the rows although the written values do not."""
+    hidden, said = summary.auc_number, summary.auc_decoded
+    if hidden.value is None or hidden.low is None or said.low is None or said.value is None:
+        return None, NO_LABELS
+    because = (
+        f"AUC of the log-odds {hidden.value:.2f} [{hidden.low:.2f}, {hidden.high:.2f}], "
+        f"of the written values {said.value:.2f}"
+    )
+    if hidden.low > THRESHOLDS.chance:
+        return said.low <= THRESHOLDS.chance, because
+    # An interval that holds chance does not show that the model does not know.
+    return None, because
+
+
+def reproduces_symptom(answers: Answers, attempt: Attempt) -> tuple[bool, str]:
+    """Whether these answers are the incident's: each one a number, all the reported value."""
+    written = [prediction.strict_value for prediction in answers.predictions]
+    values = {value for value in written if value is not None}
+    numbers = sum(value is not None for value in written)
+    held = values == {attempt.reported_value} and numbers == len(written)
+    parsed = sum(map(counts_as_parsed, answers.values))
+    return held, (
+        f"{numbers} of {len(written)} answers are numbers, {len(values)} distinct, "
+        f"{parsed} count as parsed"
+    )
+
+
+def record_swap(session: Session, answers: dict[str, Answers | None], *, prompt: str) -> None:
+    """Record each system's measures on one prompt; None marks a role that is not available."""
+    base = answers["base"]
+    assert base is not None
+    for system, found in answers.items():
+        key, reason = f"swap.{system}.{prompt}", session.world.members[system].reason
+        summary = None if found is None else summarise(found, base)
+        record_summary(session, key, summary=summary, reason=reason)
+        if system != "base":
+            record_effect(session, key, summary=summary, reason=reason)
+    shown_rows = [
+        (
+            p.row_id,
+            "unknown" if p.label is None else p.label,
+            *(
+                "–" if found is None else shown(found.predictions[i].text, limit=24)
+                for found in answers.values()
+            ),
+        )
+        for i, p in enumerate(base.predictions[:SHOWN])
+    ]
+    session.table(f"swap.{prompt}.first_rows", ("row", "truth", *answers), shown_rows)
+
+
+def judge_swap(session: Session, answers: dict[str, Answers | None], *, attempt: str) -> None:
+    """Decide what the swap can decide: the control, and the write-up's cases A and B."""
+    asked = session.case.attempts[attempt]
+    base = answers["base"]
+    for system, found in answers.items():
+        if found is None:
+            reason = session.world.members[system].reason
+            for statement in ("reproduces", "knows", "moves_the_base"):
+                session.verdict(f"swap.{system}.{statement}", "not available", reason)
+            continue
+        session.verdict(f"swap.{system}.reproduces", *reproduces_symptom(found, asked))
+        summary = summarise(found, base)
+        session.verdict(f"swap.{system}.knows", *knows_and_does_not_say(summary))
+        if system != "base":
+            judge_move(session, f"swap.{system}", summary=summary)
+    _judge_cases(session, answers["reference"], suspect=answers["suspect"], attempt=asked)
+
+
+def _judge_cases(
+    session: Session, reference: Answers | None, *, suspect: Answers | None, attempt: Attempt
+) -> None:
+    if reference is None:
+        reason = session.world.members["reference"].reason
+        for statement in ("case_a", "case_b", "case_a_means_mismatch"):
+            session.verdict(f"swap.{statement}", "not available", reason)
+        return
+    summary = summarise(reference)
+    health, ranked = summary.health, summary.auc_decoded
+    ranks = ranked.low is None or ranked.low > THRESHOLDS.chance
+    varied = f"{health.distinct} distinct values, standard deviation {health.std:.2f}"
+    session.verdict("swap.case_a", health.distinct > 1 and ranks, varied)
+    session.verdict(
+        "swap.case_b", health.constant and health.top_value == attempt.reported_value, varied
+    )
+    if suspect is None:
+        reason = session.world.members["suspect"].reason
+        session.verdict("swap.case_a_means_mismatch", "not available", reason)
+        return
+    # The suspect of this world loads onto the base without a mismatch: if it fails beside a
+    # reference that works, case A has come about without the cause it was to confirm.
+    fails = reproduces_symptom(suspect, attempt)[0]
+    came_about = health.distinct > 1 and ranks and fails
+    session.verdict(
+        "swap.case_a_means_mismatch",
+        False if came_about else None,
+        "the suspect of this world has the base's shapes, and the reference works where it "
+        f"{'fails' if fails else 'does not fail'}",
+    )
+
+
+def record_change(session: Session, answers: Answers, *, earlier: RecordFile) -> None:
+    """Record the second attempt beside the first, row by row."""
+    before = {p.row_id: p for p in earlier.of(Prediction)}
+    pairs = [(before[p.row_id], p) for p in answers.predictions]
+    changed = sum(first.value != second.value for first, second in pairs)
+    session.measure("v2.changed_from_v1", rate_estimate(changed, len(pairs)))
+    rows = [
+        (
+            second.row_id,
+            "unknown" if second.label is None else second.label,
+            shown(first.text, limit=40),
+            first.value,
+            shown(second.text, limit=40),
+            second.value,
+        )
+        for first, second in pairs[:SHOWN]
+    ]
+    columns = ("row", "truth", "v1 text", "v1 value", "v2 text", "v2 value")
+    session.table("v2.beside_v1", columns, rows)
+
+
+def judge_move(session: Session, key: str, *, summary: SystemSummary) -> None:
+    """Decide whether a system moves its base at all."""
+    kl, flips = summary.kl, summary.flips
+    session.verdict(
+        f"{key}.moves_the_base",
+        (kl.value or 0.0) > NO_OP,
+        f"KL to the base {kl.value:.3g} nat, {flips.value:.0%} of the written values differ",
+    )

@@ -1,0 +1,247 @@
+"""The papermill contract: what may be passed in, and when a notebook has really run."""
+
+import ast
+import builtins
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from jupyter_client.kernelspec import NoSuchKernel
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from postmortem.errors import NotebookFailed, NotebookNotStarted, ParameterError
+from postmortem.records import read_records
+
+Value = str | int | float | bool
+TYPES = {name: getattr(builtins, name) for name in ("str", "int", "float", "bool")}
+# papermill logs unknown parameters and then goes on; here they are refused beforehand.
+logging.getLogger("papermill").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter that a notebook declares: its type, and whether it has a default."""
+
+    name: str
+    type: str
+    required: bool
+
+
+def declared_parameters(notebook: str | Path) -> dict[str, Parameter]:
+    """The parameters of a notebook, read from its one cell tagged `parameters`.
+
+    Each line is `name: type`, which is required, or `name: type = literal`. Nothing is executed.
+    Raises `ParameterError` where the cell is missing, double, or holds anything else.
+    """
+    cells = [
+        cell
+        for cell in read_notebook(notebook).cells
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
+    if len(cells) != 1:
+        raise ParameterError(
+            notebook, expected="one cell tagged `parameters`", found=str(len(cells))
+        )
+    found = {}
+    for line in ast.parse(cells[0].source).body:
+        parameter = _declaration(notebook, line)
+        found[parameter.name] = parameter
+    return found
+
+
+def check_parameters(notebook: str | Path, given: Mapping[str, Value]) -> None:
+    """Refuse undeclared, missing or mistyped parameters before anything runs.
+
+    Raises `ParameterError`. papermill writes a name into the notebook as code, so a name that is
+    not declared must never reach it.
+    """
+    declared = declared_parameters(notebook)
+    for name, value in given.items():
+        if name not in declared:
+            raise ParameterError(
+                f"{notebook}, parameter {name!r}",
+                expected=f"one of {', '.join(declared)}",
+                found="a name that the notebook does not declare",
+            )
+        if type(value) is not TYPES[declared[name].type]:
+            raise ParameterError(
+                f"{notebook}, parameter {name!r}",
+                expected=declared[name].type,
+                found=f"{type(value).__name__} {value!r}",
+            )
+    missing = [p.name for p in declared.values() if p.required and p.name not in given]
+    if missing:
+        raise ParameterError(notebook, expected=f"a value for {', '.join(missing)}", found="none")
+
+
+def run_notebook(
+    notebook: str | Path,
+    parameters: Mapping[str, Value],
+    *,
+    executed: str | Path,
+    timeout: int = 3600,
+    kernel: str = "python3",
+    report: Any = None,
+) -> float:
+    """Execute a notebook and move it to `executed` only when all of it has run.
+
+    Returns the seconds it took. Raises `NotebookNotStarted` or `NotebookFailed`; what had been
+    executed by then stays beside `executed` as `NAME.failed.ipynb`. A cell may take `timeout`
+    seconds.
+    """
+    notebook, executed = Path(notebook), Path(executed)
+    check_parameters(notebook, parameters)
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    partial = executed.with_suffix(".failed.ipynb")
+    partial.unlink(missing_ok=True)
+    executed.unlink(missing_ok=True)
+    start = time.perf_counter()
+    with _told(parameters.get("records"), report or (lambda line: None)):
+        _execute(notebook, partial, parameters=parameters, timeout=timeout, kernel=kernel)
+    check_executed(partial)
+    if "records" in parameters:
+        read_records(str(parameters["records"]))
+    partial.replace(executed)
+    return time.perf_counter() - start
+
+
+def check_executed(notebook: str | Path) -> None:
+    """Raise `NotebookFailed` unless every code cell has run and none has failed.
+
+    A notebook that timed out or lost its kernel has the status "completed" in its metadata, so
+    the cells themselves are asked.
+    """
+    content = read_notebook(notebook)
+    for number, cell in enumerate(content.cells, 1):
+        if cell.cell_type != "code":
+            continue
+        problem = _problem_of(cell)
+        if problem:
+            raise NotebookFailed(
+                f"{notebook}, cell {number}", expected=problem[0], found=problem[1]
+            )
+
+
+def read_notebook(path: str | Path) -> Any:
+    """Read a notebook; `NotebookNotStarted` where it is missing or no notebook."""
+    try:
+        return nbformat.read(str(path), as_version=4)
+    except (OSError, ValueError, json.JSONDecodeError, nbformat.reader.NotJSONError) as error:
+        found = " ".join(str(error).split())[:200]
+        raise NotebookNotStarted(path, expected="a notebook", found=found) from None
+
+
+def _problem_of(cell: Any) -> tuple[str, str] | None:
+    """What was expected of a code cell and what was found, or None where it ran well."""
+    for output in cell.outputs:
+        if output.output_type == "error":
+            return "no error", f"{output.ename}: {output.evalue}"
+    if cell.source.strip() and not cell.execution_count:
+        return "an executed cell", "one that has not run"
+    if cell.metadata.get("papermill", {}).get("exception"):
+        return "no exception", "one that papermill saw"
+    return None
+
+
+def _execute(
+    notebook: Path,
+    partial: Path,
+    *,
+    parameters: Mapping[str, Value],
+    timeout: int,
+    kernel: str,
+) -> None:
+    remedy = f"What had run is in {partial}."
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(partial),
+            parameters=dict(parameters),
+            kernel_name=kernel,
+            progress_bar=False,
+            execution_timeout=timeout,
+            start_timeout=120,
+            # The kernel's notes on its own transport and shutdown are nobody's concern here.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        )
+    except PapermillExecutionError as error:
+        raise NotebookFailed(
+            f"{notebook}, cell {error.cell_index + 1}",
+            expected="no exception",
+            found=f"{error.ename}: {error.evalue}",
+            remedy=remedy,
+        ) from None
+    except CellTimeoutError:
+        raise NotebookFailed(
+            notebook,
+            expected=f"each cell within {timeout} s",
+            found="one that took longer",
+            remedy=remedy,
+        ) from None
+    except DeadKernelError:
+        raise NotebookFailed(
+            notebook,
+            expected="a living kernel",
+            found="one that died (out of memory, or killed)",
+            remedy=remedy,
+        ) from None
+    except (NoSuchKernel, RuntimeError, OSError) as error:
+        raise NotebookNotStarted(
+            notebook,
+            expected=f"a kernel {kernel!r}",
+            found=str(error).strip() or type(error).__name__,
+            remedy="Install the requirements again.",
+        ) from None
+
+
+@contextmanager
+def _told(records: object, report: Any) -> Iterator[None]:
+    """Pass on what the session says while its notebook runs."""
+    if not isinstance(records, str):
+        yield
+        return
+    told = Path(records).with_suffix(".progress")
+    told.unlink(missing_ok=True)
+    done = threading.Event()
+
+    def follow() -> None:
+        seen = 0
+        while not done.wait(0.5):
+            lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
+            for line in lines[seen:]:
+                report(line)
+            seen = len(lines)
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        done.set()
+        follower.join()
+        told.unlink(missing_ok=True)
+
+
+def _declaration(notebook: str | Path, line: ast.stmt) -> Parameter:
+    if (
+        not isinstance(line, ast.AnnAssign)
+        or not isinstance(line.target, ast.Name)
+        or not isinstance(line.annotation, ast.Name)
+        or line.annotation.id not in TYPES
+        or not (line.value is None or isinstance(line.value, ast.Constant))
+    ):
+        raise ParameterError(
+            f"{notebook}, parameters cell, line {line.lineno}",
+            expected=f"`name: type` or `name: type = literal` with {', '.join(TYPES)}",
+            found=ast.unparse(line)[:80],
+        )
+    return Parameter(line.target.id, line.annotation.id, line.value is None)

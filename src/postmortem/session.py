@@ -1,0 +1,354 @@
+"""A notebook's session: its case, world and rows, and the records it adds."""
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from postmortem.case import Case, Profile, Verdict, case_digest, load_case
+from postmortem.corpus import Rows, generate_rows, read_rows
+from postmortem.errors import RecordError
+from postmortem.metrics import Estimate
+from postmortem.models import AttachedAdapter, LoadedBase, attached, load_base
+from postmortem.parsing import parse_as_written, parse_strict
+from postmortem.prompts import encode, lead_of
+from postmortem.provenance import notebook_digests, package_versions
+from postmortem.records import (
+    Cell,
+    Measure,
+    Prediction,
+    Provenance,
+    Record,
+    Seal,
+    Table,
+    Text,
+    Timing,
+    write_records,
+)
+from postmortem.records import Verdict as VerdictRecord
+from postmortem.scoring import score
+from postmortem.world import World, read_world
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One system's predictions for one prompt, in the order of the rows.
+
+    `contract` is what the prompt asks for. `first_log_probs` is the log-distribution of the first
+    answer token, (rows, vocabulary), `number_log_probs` that of the eleven numbers, (rows, 11).
+    """
+
+    system: str
+    prompt: str
+    contract: str
+    predictions: tuple[Prediction, ...]
+    first_log_probs: np.ndarray
+    number_log_probs: np.ndarray
+
+    @property
+    def values(self) -> list[float]:
+        """Values by the write-up's parser."""
+        return [prediction.value for prediction in self.predictions]
+
+    @property
+    def strict_values(self) -> list[float | None]:
+        """Values by the strict parser."""
+        return [prediction.strict_value for prediction in self.predictions]
+
+    @property
+    def groups(self) -> list[str]:
+        """The group (rule) of each row."""
+        return [prediction.group for prediction in self.predictions]
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The truth, or None where it is not known."""
+        found = [prediction.label for prediction in self.predictions]
+        return None if None in found else np.array(found)
+
+    @property
+    def number_log_odds(self) -> list[float]:
+        """Log-odds of the expected number of each row."""
+        return [prediction.number_log_odds for prediction in self.predictions]
+
+    @property
+    def yes_no_log_odds(self) -> list[float]:
+        """log p(Yes) - log p(No) of each row."""
+        return [prediction.yes_no_log_odds for prediction in self.predictions]
+
+
+@dataclass
+class Session:
+    """Collects records while a notebook runs and seals them when it is done."""
+
+    notebook: Path
+    case: Case
+    profile_name: str
+    world: World
+    rows: Rows
+    records_path: Path
+    parameters: dict[str, str | int | float | bool | None]
+    device: str = "auto"
+    dtype: str = "auto"
+    records: list[Record] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+
+    @property
+    def profile(self) -> Profile:
+        """The profile that this session runs in."""
+        return self.case.profile(self.profile_name)
+
+    @cached_property
+    def base(self) -> LoadedBase:
+        """The world's base, loaded at first use."""
+        return self.load("base")
+
+    def load(self, role: str) -> LoadedBase:
+        """Load a base of the world by its role."""
+        with self.timed(f"load {role}"):
+            return load_base(self.world.path(role), device=self.device, dtype=self.dtype)
+
+    def answer(
+        self,
+        prompt: str,
+        *,
+        system: str = "base",
+        base: LoadedBase | None = None,
+        adapter: Path | None = None,
+        ignore_mismatched_sizes: bool = False,
+    ) -> Answers:
+        """Score every row with a prompt of the case and record the predictions.
+
+        `system` names a role of the world; its adapter is put on the base for this call alone.
+        `adapter` gives another folder under that name.
+        """
+        base = base or self.base
+        folder = adapter or (None if system.endswith("base") else self.world.path(system))
+        with self.timed(f"{system} on {prompt}"):
+            if folder is None:
+                return self._score(base.model, base, prompt=prompt, system=system)
+            with attached(base, folder, ignore_mismatched_sizes=ignore_mismatched_sizes) as loaded:
+                self._note_warnings(system, loaded)
+                return self._score(loaded.model, base, prompt=prompt, system=system)
+
+    def add(self, *records: Record) -> None:
+        """Add records; a repeated key is a mistake in the notebook."""
+        taken = {(r.kind, r.key) for r in self.records if hasattr(r, "key")}  # type: ignore[attr-defined]
+        for record in records:
+            key = (getattr(record, "kind", ""), getattr(record, "key", None))
+            if key[1] is not None and key in taken:
+                raise RecordError(f"record {key[1]!r}", expected="one of its kind", found="two")
+        self.records += records
+
+    def measure(
+        self, key: str, value: Estimate | float | int | None, *, unit: str = "", reason: str = ""
+    ) -> None:
+        """Record a number, or an estimate with its interval; None needs a reason."""
+        parts: dict[str, Any] = {"value": value}
+        if isinstance(value, Estimate):
+            parts = dataclasses.asdict(value)
+        if parts["value"] is None and not reason:
+            raise RecordError(f"measure {key!r}", expected="a reason for no value", found="none")
+        why = reason if parts["value"] is None else ""
+        self.add(Measure(key=key, unit=unit, reason=why, **parts))
+
+    def verdict(self, key: str, decided: bool | Verdict | None, because: str) -> None:
+        """Record what this run decides: True holds, False is refuted, None cannot tell."""
+        words: dict[bool | None, Verdict] = {True: "holds", False: "refuted", None: "cannot tell"}
+        word = decided if isinstance(decided, str) else words[decided]
+        self.add(VerdictRecord(key=key, verdict=word, because=because))
+
+    def text(self, key: str, text: str) -> None:
+        """Record a text as it was produced."""
+        self.add(Text(key=key, text=text))
+
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """Record a small table."""
+        self.add(Table(key=key, columns=tuple(columns), rows=tuple(map(tuple, rows))))
+
+    def show(self, key: str) -> pd.DataFrame:
+        """A recorded table, for the notebook's own page."""
+        table = next(r for r in self.records if isinstance(r, Table) and r.key == key)
+        return pd.DataFrame(table.rows, columns=list(table.columns))
+
+    def decided(self, prefix: str = "") -> pd.DataFrame:
+        """The verdicts so far whose key begins with `prefix`, for the notebook's own page."""
+        rows = [
+            (r.key, r.verdict, r.because)
+            for r in self.records
+            if isinstance(r, VerdictRecord) and r.key.startswith(prefix)
+        ]
+        return pd.DataFrame(rows, columns=["statement", "verdict", "because"])
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Record how long a step takes, and say so in the progress file."""
+        self.say(step)
+        start = time.perf_counter()
+        yield
+        self.add(Timing(key=step, seconds=time.perf_counter() - start))
+
+    def say(self, line: str) -> None:
+        """Tell the person who waits; the runner shows these lines."""
+        with self.records_path.with_suffix(".progress").open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def finish(self) -> Seal:
+        """Write the records with their provenance; nothing is on disk before this."""
+        base = self.__dict__.get("base")
+        provenance = Provenance(
+            notebook=self.notebook.stem,
+            case=self.case.name,
+            profile=self.profile_name,
+            parameters=self.parameters,
+            digests=input_digests(self.notebook, self.case, world=self.world, rows=self.rows),
+            versions=package_versions(),
+            device=base.device if base else "cpu",
+            dtype=base.dtype if base else "float32",
+            seed=self.profile.seed,
+            aside={
+                "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.started)),
+                "seconds": time.time() - self.started,
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+            },
+        )
+        seal = write_records(self.records_path, provenance, records=self.records)
+        self.records_path.with_suffix(".progress").unlink(missing_ok=True)
+        return seal
+
+    def _score(self, model: Any, base: LoadedBase, *, prompt: str, system: str) -> Answers:
+        template = self.case.prompts[prompt]
+        decoding = self._decoding(prompt)
+        prompts = [
+            encode(
+                template,
+                self.rows.row(index),
+                tokenizer=base.tokenizer,
+                limit=decoding["max_prompt_tokens"],
+            )
+            for index in range(len(self.rows))
+        ]
+        scores = score(
+            model,
+            base.tokenizer,
+            prompts=prompts,
+            lead=lead_of(template),
+            max_new_tokens=decoding["max_new_tokens"],
+            progress=self._progress(f"{system} on {prompt}"),
+        )
+        labels = self.rows.labels
+        predictions = tuple(
+            Prediction(
+                system=system,
+                prompt=prompt,
+                row_id=self.rows.ids[index],
+                group=self.rows.groups[index],
+                label=None if labels is None else int(labels[index]),
+                prompt_tokens=len(prompts[index].token_ids),
+                full_prompt_tokens=prompts[index].full_length,
+                value=parse_as_written(reply.text).value,
+                stage=parse_as_written(reply.text).stage,
+                strict_value=parse_strict(reply.text).value,
+                **dataclasses.asdict(reply),
+            )
+            for index, reply in enumerate(scores.replies)
+        )
+        self.records += predictions
+        return Answers(
+            system,
+            prompt,
+            template.contract,
+            predictions,
+            scores.first_log_probs,
+            scores.number_log_probs,
+        )
+
+    def _decoding(self, prompt: str) -> dict[str, int]:
+        """The settings of the attempt that used the prompt; short answers for all others."""
+        for attempt in self.case.attempts.values():
+            if attempt.prompt == prompt:
+                decoding = attempt.decoding
+                return {
+                    "max_prompt_tokens": decoding.max_prompt_tokens,
+                    "max_new_tokens": decoding.max_new_tokens,
+                }
+        return {"max_prompt_tokens": 512, "max_new_tokens": 3}
+
+    def _progress(self, step: str) -> Callable[[int], None]:
+        start, total = time.perf_counter(), len(self.rows)
+
+        def tell(done: int) -> None:
+            spent = time.perf_counter() - start
+            if done < total and spent > 5:
+                left = spent / done * (total - done)
+                self.say(f"{step}: {done} of {total} rows, about {left:.0f} s left")
+
+        return tell
+
+    def _note_warnings(self, system: str, loaded: AttachedAdapter) -> None:
+        for line in loaded.warnings:
+            number = sum(isinstance(record, Text) for record in self.records)
+            self.text(f"warning.{system}.{number}", line)
+
+
+def open_session(
+    notebook: str,
+    *,
+    case: str,
+    profile: str,
+    world: str,
+    records: str,
+    data: str = "",
+    labels: str = "",
+    rows: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Session:
+    """Open a notebook's session from its parameters; an empty `data` generates the rows."""
+    loaded = load_case(case)
+    Path(records).parent.mkdir(parents=True, exist_ok=True)
+    return Session(
+        notebook=Path(notebook),
+        case=loaded,
+        profile_name=profile,
+        world=read_world(world),
+        rows=choose_rows(loaded, profile, data=data, labels=labels, rows=rows),
+        records_path=Path(records),
+        parameters={
+            "profile": profile,
+            "data": Path(data).name,
+            "rows": rows,
+        },
+        device=device,
+        dtype=dtype,
+    )
+
+
+def choose_rows(
+    case: Case, profile: str, *, data: str = "", labels: str = "", rows: int = 0
+) -> Rows:
+    """The rows of a run: a file's, or generated ones as many as the profile asks for."""
+    chosen = case.profile(profile)
+    if not data:
+        return generate_rows(rows or chosen.rows, chosen.seed, columns=case.columns)
+    return read_rows(data, labels or None, columns=case.columns).head(rows)
+
+
+def input_digests(notebook: Path, case: Case, *, world: World, rows: Rows) -> dict[str, str]:
+    """Digest of everything that can change a number of this notebook."""
+    return {
+        "case": case_digest(case),
+        "world": world.digest,
+        "data": rows.digest,
+        **notebook_digests(notebook),
+    }
