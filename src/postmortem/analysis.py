@@ -131,6 +131,7 @@ def record_attempt(session: Session, name: str, *, answers: Answers) -> SystemSu
     session.measure(f"{name}.prompt_tokens_most", max(lengths), unit="tokens")
     cut = sum(p.full_prompt_tokens > p.prompt_tokens for p in predictions)
     session.measure(f"{name}.cut", cut, unit="rows")
+    _judge_inputs(session, name, answers=answers, cut=cut)
     tokens = float(np.mean([len(prediction.token_ids) for prediction in predictions]))
     session.measure(f"{name}.answer_tokens", tokens, unit="tokens")
     session.measure(f"{name}.distinct_texts", len({p.text for p in predictions}))
@@ -214,6 +215,15 @@ def _judge_attempt(
         f"failed: {', '.join(failed)}" if failed else "every check passed",
     )
     session.verdict(f"{name}.knows", *knows_and_does_not_say(summary))
+
+
+def _judge_inputs(session: Session, name: str, *, answers: Answers, cut: int) -> None:
+    total = len(answers.predictions)
+    plain = sum(value is not None for value in answers.strict_values)
+    session.verdict(f"{name}.uncut", cut == 0, f"{cut} of {total} prompts were cut")
+    session.verdict(
+        f"{name}.plain_numbers", plain == total, f"{plain} of {total} answers are plain numbers"
+    )
 
 
 def knows_and_does_not_say(summary: SystemSummary) -> tuple[bool | None, str]:

@@ -149,6 +149,13 @@ class Evidence(Frozen):
     source: str
 
 
+class HypothesisTest(Frozen):
+    """What a run asks of a hypothesis, and the key of the verdict that answers."""
+
+    asks: str
+    verdict: str
+
+
 class Hypothesis(Frozen):
     """An explanation of the symptom.
 
@@ -165,6 +172,7 @@ class Hypothesis(Frozen):
     because: str
     grade: Grade
     decided_by: str
+    test: HypothesisTest | None = None
 
 
 class Claim(Frozen):

@@ -1,14 +1,20 @@
 """The command line: every command is a call into the library and a line of output."""
 
+import json
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from postmortem.errors import PostmortemError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+steps = typer.Typer(help="The steps of the graph; `postmortem book` runs them as needed.")
+app.add_typer(steps, name="step", hidden=True)
 
 
 @app.callback()
@@ -27,6 +33,132 @@ def weights(
     from postmortem.weights import describe_weights, fetch_weights
 
     print(fetch_weights(name, keep_parts=keep_parts) if name else describe_weights())
+
+
+@app.command()
+def book(
+    case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
+    profile: Annotated[str, typer.Option(help="A profile of the case.")] = "embedded",
+    data: Annotated[str, typer.Option(help="Rows to score, CSV; none generates them.")] = "",
+    labels: Annotated[str, typer.Option(help="Their truth, CSV.")] = "",
+    rows: Annotated[int, typer.Option(min=0, help="How many rows; 0 is the usual number.")] = 0,
+    suspect: Annotated[str, typer.Option(help="Folder of the suspect adapter.")] = "",
+    reference: Annotated[str, typer.Option(help="Folder of the reference adapter.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+) -> None:
+    """Bring the book up to date: world, notebooks, values, pages."""
+    from postmortem.graph import build
+
+    settings: dict[str, str | int] = {
+        "case": case,
+        "profile": profile,
+        "data": data,
+        "labels": labels,
+        "rows": rows,
+        "suspect": suspect,
+        "reference": reference,
+        "device": device,
+        "dtype": dtype,
+    }
+    print(build(settings, cores=cores or len(os.sched_getaffinity(0))))
+
+
+@steps.command("lineage")
+def train_lineage(lineage: str, folder: Annotated[Path, typer.Option()]) -> None:
+    """Train one lineage of the embedded world."""
+    from postmortem.case import load_case
+    from postmortem.embedded import build_lineage
+
+    chosen = _settings()
+    case = load_case(chosen["case"])
+    seed = case.profile(chosen["profile"]).seed
+    build_lineage(case, lineage, seed=seed, folder=folder, report=_say)
+
+
+@steps.command("world")
+def describe_world(
+    out: Annotated[Path, typer.Option()], trained: Annotated[str, typer.Option()] = ""
+) -> None:
+    """Find the folder of each role."""
+    from postmortem.case import load_case
+    from postmortem.world import resolve_world, write_world
+
+    chosen = _settings()
+    adapters = {role: chosen[role] for role in ("suspect", "reference")}
+    case = load_case(chosen["case"])
+    write_world(resolve_world(case, chosen["profile"], trained=trained, adapters=adapters), out)
+
+
+@steps.command("notebook")
+def execute_notebook(
+    notebook: Path,
+    records: Annotated[Path, typer.Option()],
+    executed: Annotated[Path, typer.Option()],
+    world: Annotated[str, typer.Option()],
+    earlier: Annotated[str, typer.Option()] = "",
+) -> None:
+    """Execute one notebook."""
+    from postmortem.runner import run_notebook
+
+    chosen = _settings()
+    names = ("case", "profile", "data", "labels", "rows", "device", "dtype")
+    parameters = {name: chosen[name] for name in names}
+    parameters |= {"notebook": str(notebook), "records": str(records), "world": world}
+    if earlier:
+        parameters["earlier"] = earlier
+    name = notebook.stem
+    _say(f"{name}: started")
+    seconds = run_notebook(
+        notebook, parameters, executed=executed, report=lambda line: _say(f"{name}: {line}")
+    )
+    _say(f"{name}: done in {seconds:.0f} s")
+
+
+@steps.command("publish")
+def publish_records(run: Annotated[Path, typer.Option()]) -> None:
+    """Turn records into values and figures."""
+    from postmortem.publish import publish
+
+    chosen = _settings()
+    publish(
+        case=chosen["case"],
+        profile=chosen["profile"],
+        world=str(run / "world.json"),
+        notebooks=sorted(map(str, Path("notebooks").glob("*.ipynb"))),
+        records=str(run / "records"),
+        out=str(run),
+        data=chosen["data"],
+        labels=chosen["labels"],
+        rows=chosen["rows"],
+    )
+    _say("records published")
+
+
+@steps.command("book")
+def build_pages(run: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()]) -> None:
+    """Build the pages."""
+    from postmortem.book import build_book, write_summary
+    from postmortem.records import count_records
+
+    executed = {
+        p.stem: p
+        for p in sorted((run / "notebooks").glob("[0-9]*.ipynb"))
+        if not p.stem.endswith(".failed")
+    }
+    pages = build_book(executed=executed, published=run, site=Path("_build/site"), out=Path())
+    write_summary(out, pages=pages, records=count_records(run / "records"))
+    _say(f"{pages} pages built")
+
+
+def _settings() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path("_build/settings.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

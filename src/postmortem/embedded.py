@@ -8,6 +8,7 @@ model and adapter folders and loaded by the same code as any other model.
 import json
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,8 +184,9 @@ def build_lineage(
     """
     torch.set_num_threads(1)  # the same sums in the same order, and one process a core
     base_role, spec, adapters = LINEAGES[lineage]
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: an interrupted build may still be writing under another.
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{lineage}."))
     tokenizer = build_tokenizer(case, seed=seed)
     model = new_base(spec, seed=seed, vocabulary=len(tokenizer))
     trainer = _Trainer(case, tokenizer, seed=seed + spec.seed, report=report)

@@ -220,6 +220,11 @@ def check_fresh(file: RecordFile, current: Mapping[str, str]) -> None:
             )
 
 
+def count_records(folder: str | Path) -> int:
+    """How many records the files of a folder hold."""
+    return sum(len(read_records(path).records) for path in sorted(Path(folder).glob("*.jsonl")))
+
+
 def digest_file(path: str | Path) -> str:
     """Digest of a file's bytes."""
     with Path(path).open("rb") as stream:

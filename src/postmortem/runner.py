@@ -4,6 +4,7 @@ import ast
 import builtins
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from postmortem.errors import NotebookFailed, NotebookNotStarted, ParameterError
+from postmortem.errors import NotebookFailed, NotebookNotStarted, ParameterError, PostmortemError
 from postmortem.records import read_records
 
 Value = str | int | float | bool
@@ -101,15 +102,28 @@ def run_notebook(
     notebook, executed = Path(notebook), Path(executed)
     check_parameters(notebook, parameters)
     executed.parent.mkdir(parents=True, exist_ok=True)
-    partial = executed.with_suffix(".failed.ipynb")
-    partial.unlink(missing_ok=True)
+    failed = executed.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
     executed.unlink(missing_ok=True)
+    # A name of its own: an interrupted build may still be writing under another.
+    partial = executed.with_name(f".{executed.stem}.{os.getpid()}.ipynb")
     start = time.perf_counter()
-    with _told(parameters.get("records"), report or (lambda line: None)):
-        _execute(notebook, partial, parameters=parameters, timeout=timeout, kernel=kernel)
-    check_executed(partial)
-    if "records" in parameters:
-        read_records(str(parameters["records"]))
+    try:
+        with _told(parameters.get("records"), report or (lambda line: None)):
+            _execute(notebook, partial, parameters=parameters, timeout=timeout, kernel=kernel)
+        check_executed(partial)
+        if "records" in parameters:
+            read_records(str(parameters["records"]))
+    except PostmortemError as error:
+        if not partial.exists():
+            raise
+        partial.replace(failed)
+        raise type(error)(
+            error.subject,
+            expected=error.expected,
+            found=error.found,
+            remedy=f"What had run is in {failed}.",
+        ) from None
     partial.replace(executed)
     return time.perf_counter() - start
 
@@ -160,7 +174,6 @@ def _execute(
     timeout: int,
     kernel: str,
 ) -> None:
-    remedy = f"What had run is in {partial}."
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -178,21 +191,18 @@ def _execute(
             f"{notebook}, cell {error.cell_index + 1}",
             expected="no exception",
             found=f"{error.ename}: {error.evalue}",
-            remedy=remedy,
         ) from None
     except CellTimeoutError:
         raise NotebookFailed(
             notebook,
             expected=f"each cell within {timeout} s",
             found="one that took longer",
-            remedy=remedy,
         ) from None
     except DeadKernelError:
         raise NotebookFailed(
             notebook,
             expected="a living kernel",
             found="one that died (out of memory, or killed)",
-            remedy=remedy,
         ) from None
     except (NoSuchKernel, RuntimeError, OSError) as error:
         raise NotebookNotStarted(

@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from postmortem.case import Case, Profile, Verdict, case_digest, load_case
-from postmortem.corpus import Rows, generate_rows, read_rows
+from postmortem.case import Case, Profile, Verdict, load_case
+from postmortem.corpus import Rows
 from postmortem.errors import RecordError
+from postmortem.inputs import choose_rows, input_digests
 from postmortem.metrics import Estimate
 from postmortem.models import AttachedAdapter, LoadedBase, attached, load_base
 from postmortem.parsing import parse_as_written, parse_strict
 from postmortem.prompts import encode, lead_of
-from postmortem.provenance import notebook_digests, package_versions
+from postmortem.provenance import package_versions
 from postmortem.records import (
     Cell,
     Measure,
@@ -298,7 +299,7 @@ class Session:
     def _note_warnings(self, system: str, loaded: AttachedAdapter) -> None:
         for line in loaded.warnings:
             number = sum(isinstance(record, Text) for record in self.records)
-            self.text(f"warning.{system}.{number}", line)
+            self.text(f"{self.notebook.stem}.warning.{system}.{number}", line)
 
 
 def open_session(
@@ -332,23 +333,3 @@ def open_session(
         device=device,
         dtype=dtype,
     )
-
-
-def choose_rows(
-    case: Case, profile: str, *, data: str = "", labels: str = "", rows: int = 0
-) -> Rows:
-    """The rows of a run: a file's, or generated ones as many as the profile asks for."""
-    chosen = case.profile(profile)
-    if not data:
-        return generate_rows(rows or chosen.rows, chosen.seed, columns=case.columns)
-    return read_rows(data, labels or None, columns=case.columns).head(rows)
-
-
-def input_digests(notebook: Path, case: Case, *, world: World, rows: Rows) -> dict[str, str]:
-    """Digest of everything that can change a number of this notebook."""
-    return {
-        "case": case_digest(case),
-        "world": world.digest,
-        "data": rows.digest,
-        **notebook_digests(notebook),
-    }

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field
@@ -73,10 +74,17 @@ def embedded_digest(case: Case, profile: Profile) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def resolve_world(case: Case, profile_name: str, *, trained: str | Path = "") -> World:
+def resolve_world(
+    case: Case,
+    profile_name: str,
+    *,
+    trained: str | Path = "",
+    adapters: Mapping[str, str] | None = None,
+) -> World:
     """Find the folder of each role of a profile; `trained` holds an embedded world's lineages.
 
-    Raises `ModelError` or `WeightsError` where a folder that the profile names is missing.
+    `adapters` gives folders by role that take the place of the profile's own. Raises
+    `ModelError` or `WeightsError` where a folder that the profile names is missing.
     """
     profile = case.profile(profile_name)
     if profile.base == "embedded":
@@ -84,6 +92,7 @@ def resolve_world(case: Case, profile_name: str, *, trained: str | Path = "") ->
     else:
         folders = {"base": find_base(profile.base)}
         folders |= {role: Path(path) for role, path in profile.adapters.items()}
+    folders |= {role: Path(path) for role, path in (adapters or {}).items() if path}
     members = {role: _member(role, folders.get(role)) for role in (*BASES, *ADAPTERS)}
     return World(
         case=case.name,

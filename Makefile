@@ -1,0 +1,49 @@
+# `make book` and `make test` do everything, the environment included.
+PYTHON ?= python3
+VENV ?= .venv
+CASE ?= cases/qwen-lora.yml
+PROFILE ?= embedded
+DATA ?=
+LABELS ?=
+ROWS ?= 0
+SUSPECT ?=
+REFERENCE ?=
+DEVICE ?= auto
+DTYPE ?= auto
+CORES ?= 0
+
+BIN := $(abspath $(VENV))/bin
+# The graph calls `postmortem` and `snakemake` of this environment by name.
+export PATH := $(BIN):$(PATH)
+.DEFAULT_GOAL := book
+.PHONY: book weights test lint clean environment
+
+environment: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --requirement requirements.txt --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+book: environment
+	@postmortem book --case "$(CASE)" --profile "$(PROFILE)" --data "$(DATA)" \
+	  --labels "$(LABELS)" --rows "$(ROWS)" --suspect "$(SUSPECT)" --reference "$(REFERENCE)" \
+	  --device "$(DEVICE)" --dtype "$(DTYPE)" --cores "$(CORES)"
+
+weights: environment
+	@postmortem weights "$(PROFILE)"
+
+test: environment
+	@$(BIN)/python -m pytest
+
+lint: environment
+	@$(BIN)/ruff check src tests
+	@$(BIN)/ruff format --check src tests
+	@$(BIN)/mypy
+
+clean:
+	rm -rf _build .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

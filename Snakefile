@@ -1,0 +1,104 @@
+"""The graph of work: world, notebooks, values, book. Every step is one call of `postmortem`."""
+
+import json
+from pathlib import Path
+
+from postmortem.case import load_case
+from postmortem.inputs import settings_digest
+from postmortem.provenance import modules_behind, notebook_digests
+from postmortem.world import EMBEDDED_ROLES, embedded_digest
+
+BUILD = "_build"
+SETTINGS = json.loads(Path(f"{BUILD}/settings.json").read_text())
+CASE = load_case(SETTINGS["case"])
+PROFILE = CASE.profile(SETTINGS["profile"])
+RUN = f"{BUILD}/runs/{CASE.name}/{SETTINGS['profile']}"
+NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
+EMBEDDED = PROFILE.base == "embedded"
+WORLD = f"{BUILD}/worlds/{CASE.name}-{embedded_digest(CASE, PROFILE)}" if EMBEDDED else ""
+LINEAGES = sorted(set(EMBEDDED_ROLES.values())) if EMBEDDED else []
+# The embedded models are too small for two threads to help; a real one takes all there are.
+THREADS = 1 if EMBEDDED else workflow.cores
+# Notebooks that read what an earlier one recorded.
+EARLIER = {"02_v2_run": "01_v1_run"}
+
+
+rule book:
+    input:
+        values=f"{RUN}/values.json",
+        figures=f"{RUN}/figures/figures.json",
+        notebooks=expand(f"{RUN}/notebooks/{{name}}.ipynb", name=NOTEBOOKS),
+        prose=sorted(str(p) for p in Path("book").rglob("*") if p.is_file()),
+        config=["_config.yml", "_toc.yml"],
+    output:
+        f"{BUILD}/book.json",
+    params:
+        run=RUN,
+        code=modules_behind(["import postmortem.book, postmortem.sphinx_ext"]),
+    shell:
+        "postmortem step book --run {params.run:q} --out {output:q}"
+
+
+rule publish:
+    input:
+        world=f"{RUN}/world.json",
+        case=SETTINGS["case"],
+        records=expand(f"{RUN}/records/{{name}}.jsonl", name=NOTEBOOKS),
+    output:
+        f"{RUN}/values.json",
+        f"{RUN}/figures/figures.json",
+    params:
+        run=RUN,
+        code=modules_behind(["import postmortem.publish"]),
+    shell:
+        "postmortem step publish --run {params.run:q}"
+
+
+rule notebook:
+    input:
+        notebook="notebooks/{name}.ipynb",
+        world=f"{RUN}/world.json",
+        earlier=lambda wildcards: (
+            f"{RUN}/records/{EARLIER[wildcards.name]}.jsonl" if wildcards.name in EARLIER else []
+        ),
+    output:
+        records=f"{RUN}/records/{{name}}.jsonl",
+        executed=f"{RUN}/notebooks/{{name}}.ipynb",
+    params:
+        depends=lambda wildcards: notebook_digests(f"notebooks/{wildcards.name}.ipynb"),
+        settings=settings_digest(CASE, SETTINGS),
+    threads: THREADS
+    shell:
+        "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
+        " --records {output.records:q} --executed {output.executed:q}"
+        " --world {input.world:q} --earlier {input.earlier:q}"
+
+
+rule world:
+    input:
+        expand(f"{WORLD}/{{lineage}}.done", lineage=LINEAGES),
+    output:
+        f"{RUN}/world.json",
+    params:
+        trained=WORLD,
+        profile=PROFILE.model_dump_json(),
+        adapters=[SETTINGS["suspect"], SETTINGS["reference"]],
+    shell:
+        "postmortem step world --trained {params.trained:q} --out {output:q}"
+
+
+# The longest first, so that two cores end together.
+for order, lineage in enumerate(["sibling", "target", "donor"] if EMBEDDED else []):
+
+    rule:
+        name:
+            f"train_{lineage}"
+        output:
+            f"{WORLD}/{lineage}.done",
+        params:
+            lineage=lineage,
+            folder=f"{WORLD}/{lineage}",
+        priority: order
+        shell:
+            "OMP_NUM_THREADS=1 postmortem step lineage {params.lineage}"
+            " --folder {params.folder:q} && touch {output:q}"

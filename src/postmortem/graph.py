@@ -1,0 +1,84 @@
+"""Running the graph of work: one build at a time, resumable, with lines a person can follow."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from postmortem.case import load_case
+from postmortem.errors import BookError, DataError
+from postmortem.records import write_text
+
+BUILD = Path("_build")
+Settings = Mapping[str, str | int]
+
+
+def build(settings: Settings, *, cores: int) -> str:
+    """Bring the book up to date and return the line that says so.
+
+    The case, the profile and the names of the data files are checked before anything runs.
+    Raises `BookError` where a step failed; its own message stands above.
+    """
+    start = time.perf_counter()
+    check_settings(settings)
+    with one_build():
+        write_text(BUILD / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
+        _run_graph(cores)
+    summary = json.loads((BUILD / "book.json").read_text(encoding="utf-8"))
+    seconds = time.perf_counter() - start
+    counts = f"{summary['pages']} pages, {summary['records']} records, {seconds:.0f} s"
+    return f"book: {BUILD / 'html' / 'index.html'} ({counts})"
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse a wrong case, profile or file name before anything runs."""
+    load_case(str(settings["case"])).profile(str(settings["profile"]))
+    for name in ("data", "labels"):
+        path = str(settings[name])
+        if path and not Path(path).is_file():
+            raise DataError(path, expected=f"a file of {name}", found="no such file")
+    if settings["labels"] and not settings["data"]:
+        raise DataError("labels", expected="`data` beside them", found="labels alone")
+    for role in ("suspect", "reference"):
+        folder = str(settings[role])
+        if folder and not Path(folder).is_dir():
+            raise DataError(folder, expected=f"the {role}'s folder", found="no such folder")
+
+
+@contextmanager
+def one_build() -> Iterator[None]:
+    """Hold the build lock; it is freed by the system however a build ends."""
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / ".lock").open("w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("book: waiting for another build here to end", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _run_graph(cores: int) -> None:
+    command = ["--cores", str(cores), "--quiet", "all", "--rerun-incomplete", "--nolock"]
+    environment = os.environ | {
+        "PYTHONHASHSEED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        # The steps say what went wrong themselves.
+        "PYTHONWARNINGS": "ignore",
+    }
+    # The child keeps the lock's descriptor, so an orphan still counts as a running build.
+    process = subprocess.run(
+        [sys.executable, "-m", "snakemake", *command],
+        env=environment,
+        close_fds=False,
+        check=False,
+    )
+    if process.returncode:
+        raise BookError("the build", expected="every step to succeed", found="one that did not")

@@ -1,0 +1,39 @@
+"""The inputs of a run: which rows are scored, and the digest of all that can change a number."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from postmortem.case import Case, case_digest
+from postmortem.corpus import Rows, generate_rows, read_rows
+from postmortem.provenance import notebook_digests, package_versions
+from postmortem.records import digest_file
+from postmortem.world import World
+
+
+def choose_rows(
+    case: Case, profile: str, *, data: str = "", labels: str = "", rows: int = 0
+) -> Rows:
+    """The rows of a run: a file's, or generated ones as many as the profile asks for."""
+    chosen = case.profile(profile)
+    if not data:
+        return generate_rows(rows or chosen.rows, chosen.seed, columns=case.columns)
+    return read_rows(data, labels or None, columns=case.columns).head(rows)
+
+
+def input_digests(notebook: Path, case: Case, *, world: World, rows: Rows) -> dict[str, str]:
+    """Digest of everything that can change a number of this notebook."""
+    return {
+        "case": case_digest(case),
+        "world": world.digest,
+        "data": rows.digest,
+        **notebook_digests(notebook),
+    }
+
+
+def settings_digest(case: Case, settings: Mapping[str, str | int]) -> str:
+    """Digest of what a notebook is run with, apart from its world and code."""
+    files = [digest_file(str(settings[k])) if settings[k] else "" for k in ("data", "labels")]
+    chosen = [settings[name] for name in ("profile", "rows", "device", "dtype")]
+    parts = [case_digest(case), files, chosen, package_versions()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,302 @@
+"""Roles and directives that put recorded values on a page, as text and never as markup."""
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+from postmortem.errors import BookError
+
+LOGGER = logging.getLogger(__name__)
+VERDICTS = {"holds", "refuted", "cannot tell", "not available"}
+# The verdicts on a claim say how much of it stands; each takes the look of its nearest kin.
+CLAIM_VERDICTS = {
+    "stands": "holds",
+    "stands in part": "cannot tell",
+    "cannot be checked": "cannot tell",
+}
+GRADES = {"artefact", "log", "recollection", "measured"}
+UNAVAILABLE = "not available"
+
+
+class Values:
+    """The published values of the book, read once for each build."""
+
+    def __init__(self, app: Sphinx) -> None:
+        self.folder = Path(app.srcdir) / app.config.postmortem_values
+        self.path = self.folder / "values.json"
+        try:
+            self.data = json.loads(self.path.read_text(encoding="utf-8"))
+            self.figures = json.loads((self.folder / "figures/figures.json").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise BookError(
+                self.path, expected="published values", found=str(error), remedy="Run `make book`."
+            ) from None
+
+    def find(self, kind: str, key: str) -> Any:
+        """A value by kind and key, or None where there is none."""
+        return self.data[kind].get(key)
+
+
+def values_of(env: Any) -> Values:
+    """The values of a build, noting that the page depends on them."""
+    values: Values = env.app.postmortem_loaded
+    env.note_dependency(str(values.path))
+    return values
+
+
+class _ValueRole(SphinxRole):
+    """A role whose text is a key; a missing key warns, which fails the build."""
+
+    kind: ClassVar[str]
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        key, _, style = self.text.partition(":")
+        value = values_of(self.env).find(self.kind, key)
+        if value is None:
+            LOGGER.warning("no recorded %s %r", self.kind, key, location=self.get_location())
+            return [nodes.Text(f"??{key}??")], []
+        try:
+            return self.show(value, style), []
+        except (ValueError, TypeError) as error:
+            LOGGER.warning("%r: %s", self.text, error, location=self.get_location())
+            return [nodes.Text(f"??{key}??")], []
+
+    def show(self, value: Any, style: str) -> list[nodes.Node]:
+        raise NotImplementedError
+
+
+class NumberRole(_ValueRole):
+    """``{num}`key:format` ``: a measure's value."""
+
+    kind = "measures"
+
+    def show(self, value: Any, style: str) -> list[nodes.Node]:
+        if value["value"] is None:
+            return [_inline(UNAVAILABLE, "pm-unavailable")]
+        return [_inline(format_number(value["value"], style), "pm-num")]
+
+
+class EstimateRole(NumberRole):
+    """``{est}`key:format` ``: a measure's value with its interval in a lighter tone."""
+
+    def show(self, value: Any, style: str) -> list[nodes.Node]:
+        shown = super().show(value, style)
+        if value["value"] is None or value["low"] is None:
+            return shown
+        low, high = (format_number(value[end], style) for end in ("low", "high"))
+        return [*shown, nodes.Text(" "), _inline(f"[{low}, {high}]", "pm-interval")]
+
+
+class VerdictRole(_ValueRole):
+    """``{verdict}`key` ``: the verdict word with its shape."""
+
+    kind = "verdicts"
+
+    def show(self, value: Any, style: str) -> list[nodes.Node]:
+        return [verdict_node(value["verdict"])]
+
+
+class BecauseRole(_ValueRole):
+    """``{because}`key` ``: the sentence that goes with a verdict."""
+
+    kind = "verdicts"
+
+    def show(self, value: Any, style: str) -> list[nodes.Node]:
+        return [nodes.Text(value["because"])]
+
+
+class TextRole(_ValueRole):
+    """``{text}`key` ``: a recorded text, as code where it is a run's output."""
+
+    kind = "texts"
+
+    def show(self, value: Any, style: str) -> list[nodes.Node]:
+        key = self.text.partition(":")[0]
+        if key.startswith(("case.", "profile.", "rows.", "run.")) or key.endswith(".system"):
+            return [nodes.Text(value)]
+        return [nodes.literal(value, value)]
+
+
+class GradeRole(SphinxRole):
+    """``{grade}`artefact` ``: how well a claim is supported."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        if self.text not in GRADES:
+            LOGGER.warning("unknown grade %r", self.text, location=self.get_location())
+        return [_inline(self.text, "pm-grade", f"pm-grade-{self.text}")], []
+
+
+class FigureDirective(SphinxDirective):
+    """A drawn figure, inline in two widths, with its caption; or why there is none."""
+
+    required_arguments = 1
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        name = self.arguments[0]
+        values = values_of(self.env)
+        self.env.note_dependency(str(values.folder / "figures/figures.json"))
+        caption = nodes.caption()
+        parsed, messages = self.parse_inline(" ".join(self.content), lineno=self.lineno)
+        if name in values.figures["missing"]:
+            reason = values.figures["missing"][name]
+            body = nodes.paragraph("", f"No figure here: {reason}.", classes=["pm-unavailable"])
+            return [nodes.container("", body, classes=["pm-no-figure"]), *messages]
+        markup = ""
+        for width in ("wide", "narrow"):
+            path = values.folder / f"figures/{name}.{width}.svg"
+            if not path.is_file():
+                LOGGER.warning("no figure %r", name, location=self.get_location())
+                return []
+            self.env.note_dependency(str(path))
+            svg = path.read_text(encoding="utf-8")
+            markup += f'<div class="pm-{width}">{svg}</div>'
+        caption += parsed
+        figure = nodes.figure("", nodes.raw("", markup, format="html"), classes=["pm-figure-frame"])
+        if parsed:
+            figure += caption
+        return [figure, *messages]
+
+
+class TableDirective(SphinxDirective):
+    """A recorded table; every cell is text."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+    has_content = True
+    option_spec: ClassVar[dict[str, Any]] = {"columns": directives.unchanged}
+
+    def run(self) -> list[nodes.Node]:
+        key = self.arguments[0]
+        table = values_of(self.env).find("tables", key)
+        if table is None:
+            LOGGER.warning("no recorded table %r", key, location=self.get_location())
+            return []
+        chosen = [c.strip() for c in self.options.get("columns", "").split(",") if c.strip()]
+        unknown = [name for name in chosen if name not in table["columns"]]
+        if unknown:
+            LOGGER.warning(
+                "table %r has no column %r", key, unknown[0], location=self.get_location()
+            )
+            return []
+        names = chosen or table["columns"]
+        places = [table["columns"].index(name) for name in names]
+        rows = [[row[place] for place in places] for row in table["rows"]]
+        caption, messages = self.parse_inline(" ".join(self.content), lineno=self.lineno)
+        return [table_node(names, rows, caption=caption), *messages]
+
+
+class WhenDirective(SphinxDirective):
+    """Content that stands on the page only where a condition on the records is true."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        try:
+            wanted = holds(self.arguments[0], values_of(self.env))
+        except (KeyError, ValueError) as error:
+            LOGGER.warning(
+                "condition %r: %s", self.arguments[0], error, location=self.get_location()
+            )
+            return []
+        return self.parse_content_to_nodes(allow_section_headings=True) if wanted else []
+
+
+def holds(condition: str, values: Values) -> bool:
+    """Decide a condition: `profile [not] NAME`, `has KEY`, `lacks KEY`, `verdict KEY [not] WORD`.
+
+    Raises `KeyError` for a key that no record has and `ValueError` for anything else.
+    """
+    match condition.split():
+        case ["profile", "not", name]:
+            return bool(values.data["texts"]["profile.name"] != name)
+        case ["profile", name]:
+            return bool(values.data["texts"]["profile.name"] == name)
+        case ["has", key]:
+            return values.data["measures"][key]["value"] is not None
+        case ["lacks", key]:
+            return values.data["measures"][key]["value"] is None
+        case ["verdict", key, "not", *words] if " ".join(words) in VERDICTS:
+            return bool(values.data["verdicts"][key]["verdict"] != " ".join(words))
+        case ["verdict", key, *words] if " ".join(words) in VERDICTS:
+            return bool(values.data["verdicts"][key]["verdict"] == " ".join(words))
+    raise ValueError("not a condition")
+
+
+def format_number(value: float, style: str) -> str:
+    """A number by its format, with a true minus sign."""
+    if style.endswith("d"):
+        value = round(value)
+    text = format(value, style) if style else f"{value:g}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def verdict_node(word: str) -> nodes.inline:
+    """A verdict word, marked so that the style sheet gives it a shape."""
+    kin = CLAIM_VERDICTS.get(word, word)
+    return _inline(word, "pm-verdict", f"pm-verdict-{kin.replace(' ', '-')}")
+
+
+def table_node(
+    columns: list[str], rows: list[list[Any]], *, caption: list[nodes.Node]
+) -> nodes.Node:
+    """A docutils table of text cells; verdicts and grades keep their look."""
+    group = nodes.tgroup("", cols=len(columns))
+    group += [nodes.colspec(colwidth=1) for _ in columns]
+    group += nodes.thead("", _row(columns))
+    group += nodes.tbody("", *(_row(row) for row in rows))
+    table = nodes.table("", classes=["pm-table", "colwidths-auto"])
+    if caption:
+        table += nodes.title("", "", *caption)
+    table += group
+    return table
+
+
+def _row(cells: list[Any]) -> nodes.row:
+    return nodes.row("", *(nodes.entry("", _cell(cell)) for cell in cells))
+
+
+def _cell(cell: Any) -> nodes.paragraph:
+    text = "" if cell is None else str(cell)
+    if text in VERDICTS or text in CLAIM_VERDICTS:
+        return nodes.paragraph("", "", verdict_node(text))
+    if text in GRADES:
+        return nodes.paragraph("", "", _inline(text, "pm-grade", f"pm-grade-{text}"))
+    if isinstance(cell, (int, float)):
+        return nodes.paragraph("", format_number(cell, ""), classes=["pm-numeric"])
+    return nodes.paragraph("", text)
+
+
+def _inline(text: str, *classes: str) -> nodes.inline:
+    return nodes.inline(text, text, classes=list(classes))
+
+
+def _load(app: Sphinx) -> None:
+    app.postmortem_loaded = Values(app)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the roles and directives with Sphinx."""
+    app.add_config_value("postmortem_values", "_values", "env")
+    app.connect("builder-inited", _load)
+    for name, role in (
+        ("num", NumberRole()),
+        ("est", EstimateRole()),
+        ("verdict", VerdictRole()),
+        ("because", BecauseRole()),
+        ("text", TextRole()),
+        ("grade", GradeRole()),
+    ):
+        app.add_role(name, role)
+    app.add_directive("record-figure", FigureDirective)
+    app.add_directive("record-table", TableDirective)
+    app.add_directive("when", WhenDirective)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
