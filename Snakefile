@@ -71,7 +71,7 @@ rule notebook:
     shell:
         "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
         " --records {output.records:q} --executed {output.executed:q}"
-        " --world {input.world:q} --earlier {input.earlier:q}"
+        " --world {input.world:q} --earlier={input.earlier:q}"
 
 
 rule world:

@@ -31,7 +31,7 @@ def build_book(
     stage_site(executed=executed, published=published, site=site, root=root)
     command = ["build", str(site), "--path-output", str(out), "-W", "--keep-going", "-q"]
     result = subprocess.run(
-        [sys.executable, "-m", "jupyter_book", *command],
+        [str(Path(sys.executable).with_name("jupyter-book")), *command],
         check=False,
         capture_output=True,
         text=True,

@@ -11,7 +11,12 @@ import typer
 
 from postmortem.errors import PostmortemError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 steps = typer.Typer(help="The steps of the graph; `postmortem book` runs them as needed.")
 app.add_typer(steps, name="step", hidden=True)

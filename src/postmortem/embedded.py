@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from postmortem.case import PLACEHOLDER, Case, PromptTemplate
 from postmortem.corpus import RULES, Rows, generate_rows
@@ -27,6 +28,8 @@ from postmortem.metrics import auc
 from postmortem.prompts import encode, lead_of, render
 from postmortem.records import write_text
 from postmortem.scoring import Scores, score
+
+transformers_logging.disable_progress_bar()
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -43,6 +46,8 @@ TRAINING_ROWS, HELD_OUT_ROWS = 5000, 128
 LEARNING_RATE, WARM_UP, DECAY, CHECK_EVERY, MAX_STEPS = 2.5e-3, 30, 60, 20, 1500
 # What training must reach on held-out rows, as AUC of the log-odds: a base that can do the task.
 BASE_CRITERION = {"yes_no": 0.99, "v2_yes_no": 0.98, "v2": 0.95, "v1": 0.90}
+# While the rate is level this much is forgiven; the decay brings the rest.
+SLACK = 0.02
 # What the numeric adapters must reach with the numbers that they write.
 DECODED_CRITERION = 0.95
 # The short question is learnt first, in a fraction of the time; then the long prompts.
@@ -283,7 +288,7 @@ class _Trainer:
         """Train at the level rate until the criterion holds, and still holds after the decay."""
         found: dict[str, float] = {}
         while not _reached(found, criterion):
-            while not _reached(found, criterion):
+            while not _reached(found, criterion, slack=SLACK):
                 loop.steps(tasks, mix=mix, count=2 * CHECK_EVERY)
                 found = self._check(model, criterion, role=role, loop=loop)
             loop.steps(tasks, mix=mix, count=DECAY, decay=True)
@@ -306,7 +311,7 @@ class _Trainer:
         found: dict[str, float] = {}
         for name in names:
             found[name] = self._held_out_auc(model, name)
-            if found[name] < BASE_CRITERION.get(name, DECODED_CRITERION):
+            if found[name] < BASE_CRITERION.get(name, DECODED_CRITERION) - SLACK:
                 break
         shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         self.report(f"{role}: step {loop.done}, held-out AUC {shown}")
@@ -380,8 +385,10 @@ class _Loop:
             self.done += 1
 
 
-def _reached(found: Mapping[str, float], criterion: Mapping[str, float]) -> bool:
-    return all(found.get(name, 0.0) >= least for name, least in criterion.items())
+def _reached(
+    found: Mapping[str, float], criterion: Mapping[str, float], slack: float = 0.0
+) -> bool:
+    return all(found.get(name, 0.0) >= least - slack for name, least in criterion.items())
 
 
 def _number(text: str) -> float:
