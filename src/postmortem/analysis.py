@@ -37,6 +37,8 @@ class SystemSummary:
     """
 
     health: Health
+    commonest_text: str
+    parsed_as_written: Estimate
     parsed_strict: Estimate
     auc_decoded: Estimate
     auc_number: Estimate
@@ -50,6 +52,7 @@ DISTRIBUTION = (
     *("distinct", "top_value", "top_share", "tied_pairs", "entropy", "boundary_share"),
     *("mean", "std", "minimum", "maximum"),
 )
+PARSED = ("parsed_as_written", "parsed_strict")
 RANKING = ("auc_decoded", "auc_number", "auc_yes_no")
 EFFECT = ("kl", "shift", "flips")
 
@@ -59,6 +62,7 @@ def summarise(answers: Answers, base: Answers | None = None) -> SystemSummary:
     unknown = Estimate(None, None, None, 0)
     labels = answers.labels
     strict = [value for value in answers.strict_values if value is not None]
+    total = len(answers.predictions)
 
     def ranked(scores: list[float]) -> Estimate:
         return unknown if labels is None else auc_estimate(labels, scores)
@@ -71,7 +75,9 @@ def summarise(answers: Answers, base: Answers | None = None) -> SystemSummary:
         flips = rate_estimate(changed, len(base.values))
     return SystemSummary(
         health=describe(answers.values, groups=answers.groups, labels=labels),
-        parsed_strict=rate_estimate(len(strict), len(answers.predictions)),
+        commonest_text=Counter(p.text for p in answers.predictions).most_common(1)[0][0],
+        parsed_as_written=rate_estimate(sum(map(counts_as_parsed, answers.values)), total),
+        parsed_strict=rate_estimate(len(strict), total),
         auc_decoded=ranked(answers.values),
         auc_number=ranked(answers.number_log_odds),
         auc_yes_no=ranked(answers.yes_no_log_odds),
@@ -95,8 +101,10 @@ def record_summary(
     for name in DISTRIBUTION:
         value = None if summary is None else getattr(summary.health, name)
         session.measure(f"{key}.{name}", value, reason=reason)
-    parsed = None if summary is None else summary.parsed_strict
-    session.measure(f"{key}.parsed_strict", parsed, reason=reason)
+    for name in PARSED:
+        session.measure(f"{key}.{name}", summary and getattr(summary, name), reason=reason)
+    text = "not available" if summary is None else escaped(summary.commonest_text)
+    session.text(f"{key}.commonest_text", text)
     for name in RANKING:
         estimate = None if summary is None else getattr(summary, name)
         session.measure(f"{key}.{name}", estimate, reason=reason or NO_LABELS)
@@ -123,8 +131,6 @@ def record_attempt(session: Session, name: str, *, answers: Answers) -> SystemSu
     counts = Counter(prediction.stage for prediction in predictions)
     for stage in STAGES:
         session.measure(f"{name}.stage.{stage}", rate_estimate(counts[stage], total))
-    counted = sum(map(counts_as_parsed, answers.values))
-    session.measure(f"{name}.parsed_as_written", rate_estimate(counted, total))
     lengths = [prediction.full_prompt_tokens for prediction in predictions]
     session.measure(f"{name}.rows", total)
     session.measure(f"{name}.prompt_tokens_least", min(lengths), unit="tokens")
@@ -136,11 +142,10 @@ def record_attempt(session: Session, name: str, *, answers: Answers) -> SystemSu
     session.measure(f"{name}.answer_tokens", tokens, unit="tokens")
     session.measure(f"{name}.distinct_texts", len({p.text for p in predictions}))
     session.text(f"{name}.system", answers.system.replace("_", " "))
-    commonest = Counter(prediction.text for prediction in predictions).most_common(1)[0]
-    session.text(f"{name}.commonest_text", repr(commonest[0])[1:-1])
-    session.measure(f"{name}.commonest_text_share", rate_estimate(commonest[1], total))
+    commonest = sum(p.text == summary.commonest_text for p in predictions)
+    session.measure(f"{name}.commonest_text_share", rate_estimate(commonest, total))
     _record_tables(session, name, answers=answers, health=summary.health)
-    _judge_attempt(session, name, attempt=attempt, summary=summary, counted=counted / total)
+    _judge_attempt(session, name, attempt=attempt, summary=summary)
     return summary
 
 
@@ -180,16 +185,21 @@ def _record_tables(session: Session, name: str, *, answers: Answers, health: Hea
     session.table(f"{name}.checks", ("check", "found", "limit", "result"), checks)
 
 
+def escaped(text: str) -> str:
+    """A text on one line, with control characters and line ends made visible."""
+    return repr(text)[1:-1]
+
+
 def shown(text: str, *, limit: int = 60) -> str:
     """A text as it may stand in a table: one line, escapes visible, cut with an ellipsis."""
-    line = repr(text)[1:-1]
+    line = escaped(text)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _judge_attempt(
-    session: Session, name: str, *, attempt: Attempt, summary: SystemSummary, counted: float
+    session: Session, name: str, *, attempt: Attempt, summary: SystemSummary
 ) -> None:
-    health = summary.health
+    health, counted = summary.health, summary.parsed_as_written.value or 0.0
     reported = attempt.reported_value
     session.verdict(
         f"{name}.constant",

@@ -46,6 +46,8 @@ TRAINING_ROWS, HELD_OUT_ROWS = 5000, 128
 LEARNING_RATE, WARM_UP, DECAY, CHECK_EVERY, MAX_STEPS = 2.5e-3, 30, 60, 20, 1500
 # What training must reach on held-out rows, as AUC of the log-odds: a base that can do the task.
 BASE_CRITERION = {"yes_no": 0.99, "v2_yes_no": 0.98, "v2": 0.95, "v1": 0.90}
+# When the short question counts as learnt and the long prompts begin.
+FIRST_CRITERION = 0.97
 # While the rate is level this much is forgiven; the decay brings the rest.
 SLACK = 0.02
 # What the numeric adapters must reach with the numbers that they write.
@@ -188,22 +190,29 @@ def build_lineage(
     Raises `WorldError` where a criterion is not reached within the allowed steps.
     """
     torch.set_num_threads(1)  # the same sums in the same order, and one process a core
-    base_role, spec, adapters = LINEAGES[lineage]
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: an interrupted build may still be writing under another.
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{lineage}."))
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{lineage}.") as name:
+        temporary = Path(name) / lineage
+        _train_lineage(case, lineage, seed=seed, folder=temporary, report=report)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
+def _train_lineage(
+    case: Case, lineage: str, *, seed: int, folder: Path, report: Callable[[str], None]
+) -> None:
+    base_role, spec, adapters = LINEAGES[lineage]
     tokenizer = build_tokenizer(case, seed=seed)
     model = new_base(spec, seed=seed, vocabulary=len(tokenizer))
     trainer = _Trainer(case, tokenizer, seed=seed + spec.seed, report=report)
     trainer.train_base(model, base_role)
-    _save(model, temporary / base_role, training=trainer.summary, tokenizer=tokenizer)
+    _save(model, folder / base_role, training=trainer.summary, tokenizer=tokenizer)
     for role in adapters:
         # Each adapter starts from the base as saved, on a copy that no other adapter touched.
-        adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(temporary / base_role), seed=seed)
+        adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(folder / base_role), seed=seed)
         trainer.train_adapter(adapted, role)
-        _save(adapted, temporary / role, training=trainer.summary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        _save(adapted, folder / role, training=trainer.summary, base=base_role)
 
 
 def new_base(spec: BaseSpec, *, seed: int, vocabulary: int) -> Qwen2ForCausalLM:
@@ -256,7 +265,7 @@ class _Trainer:
         }
         loop = _Loop(model, LEARNING_RATE, seed=self.seed)
         found: dict[str, float] = {}
-        while not _reached(found, {"yes_no": 0.97}):
+        while not _reached(found, {"yes_no": FIRST_CRITERION}):
             loop.steps(tasks, mix=FIRST_MIX, count=CHECK_EVERY)
             found = self._check(model, ["yes_no"], role=role, loop=loop)
         self._train_until(model, BASE_CRITERION, role=role, loop=loop, tasks=tasks, mix=SECOND_MIX)
@@ -399,10 +408,22 @@ def _number(text: str) -> float:
 
 
 def _save(
-    model: Any, folder: Path, *, training: Mapping[str, float], tokenizer: Any = None
+    model: Any,
+    folder: Path,
+    *,
+    training: Mapping[str, float],
+    tokenizer: Any = None,
+    base: str = "",
 ) -> None:
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if base:
+        config = folder / "adapter_config.json"
+        # PEFT writes a set in any order, and the passing folder that the base was loaded from.
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings["target_modules"] = sorted(settings["target_modules"])
+        settings["base_model_name_or_path"] = base
+        write_text(config, json.dumps(settings, indent=1) + "\n")
     write_text(folder / "training.json", json.dumps(dict(training), indent=1) + "\n")

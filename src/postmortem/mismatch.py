@@ -115,7 +115,7 @@ def try_load(model: Any, adapter: Path, **options: Any) -> LoadOutcome:
         except (RuntimeError, ValueError) as raised:
             error = str(raised)
     # Copying into the meta device is a no-op by design, and torch says so for each tensor.
-    told = tuple(text for text in (str(w.message) for w in caught) if "meta parameter" not in text)
+    told = tuple(text for text in user_warnings(caught) if "meta parameter" not in text)
     return LoadOutcome(error, told, error.count("size mismatch for"))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -70,7 +71,7 @@ def load_base(source: str | Path, *, device: str = "auto", dtype: str = "auto") 
         model = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=choose_dtype(device, dtype), use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         found = " ".join(str(error).split())[:300]
         raise ModelError(
             source,
@@ -97,7 +98,7 @@ def attached(
             model = PeftModel.from_pretrained(
                 base.model, str(adapter), ignore_mismatched_sizes=ignore_mismatched_sizes
             )
-        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
             _strip(base.model)
             raise ModelError(
                 adapter, expected="an adapter that fits the base", found=str(error)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import expit
 
 from postmortem.errors import ModelError
 from postmortem.prompts import Prompt
@@ -105,7 +106,7 @@ def number_read_outs(log_probs: np.ndarray) -> tuple[float, float]:
         high = np.logaddexp.reduce(log_probs + np.log(values))
         low = np.logaddexp.reduce(log_probs + np.log1p(-values))
     log_odds = float(high - low)
-    return float(1 / (1 + np.exp(-log_odds))), log_odds
+    return float(expit(log_odds)), log_odds
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

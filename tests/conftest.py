@@ -1,0 +1,65 @@
+"""A small world that no one trained: real model and adapter folders, made in seconds."""
+
+from pathlib import Path
+
+import pytest
+
+from postmortem.case import Case, load_case
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def case() -> Case:
+    """The shipped case."""
+    return load_case(ROOT / "cases/qwen-lora.yml")
+
+
+@pytest.fixture(scope="session")
+def untrained(case, tmp_path_factory):
+    """Folders of an untrained world by role: bases, sound adapters with random weights."""
+    import torch
+
+    from postmortem.embedded import BaseSpec, build_tokenizer, make_adapter, new_base
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = build_tokenizer(case, seed=0)
+    shapes = {
+        "base": BaseSpec(64, 0),
+        "donor_base": BaseSpec(96, 1),
+        "sibling_base": BaseSpec(64, 2),
+    }
+    for role, spec in shapes.items():
+        new_base(spec, seed=0, vocabulary=len(tokenizer)).save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+    adapters = {
+        "suspect": "base",
+        "reference": "base",
+        "no_op": "base",
+        "donor_adapter": "donor_base",
+    }
+    for seed, (role, on) in enumerate(adapters.items()):
+        model = make_adapter(new_base(shapes[on], seed=0, vocabulary=len(tokenizer)), seed=seed)
+        if role != "no_op":
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.5)
+        model.save_pretrained(folder / role)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untrained_world(case, untrained):
+    """The untrained folders as a world."""
+    from postmortem.world import ADAPTERS, BASES, World, _member
+
+    members = {role: _member(role, untrained / role) for role in (*BASES, *ADAPTERS)}
+    return World(
+        case=case.name,
+        profile="embedded",
+        title="Untrained",
+        caveat="None.",
+        seed=0,
+        members=members,
+    )

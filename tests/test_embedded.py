@@ -1,0 +1,106 @@
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from postmortem import embedded
+from postmortem.corpus import RULES, generate_rows
+from postmortem.embedded import build_lineage, build_tokenizer, teach_number
+from postmortem.errors import WorldError
+from postmortem.world import digest_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(untrained):
+    """The embedded tokenizer, as loaded from a model folder."""
+    return AutoTokenizer.from_pretrained(untrained / "base")
+
+
+def lines_of(case, folder, lineage="sibling"):
+    """Train a lineage and return what it said."""
+    said = []
+    build_lineage(case, lineage, seed=0, folder=folder, report=said.append)
+    return said
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    """Criteria that any model meets, so that the loop ends at its first checks."""
+    monkeypatch.setattr(embedded, "BASE_CRITERION", dict.fromkeys(embedded.BASE_CRITERION, 0.0))
+    monkeypatch.setattr(embedded, "FIRST_CRITERION", 0.0)
+    monkeypatch.setattr(embedded, "DECODED_CRITERION", 0.0)
+    monkeypatch.setattr(embedded, "TRAINING_ROWS", 200)
+    monkeypatch.setattr(embedded, "DECAY", 4)
+    monkeypatch.setattr(embedded, "CHECK_EVERY", 2)
+
+
+@given(st.text(max_size=200))
+def test_any_text_survives_the_tokenizer(tokenizer, text):
+    """Encoding and decoding gives back any text, also one that no one wrote for it."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_number_is_three_tokens_as_in_qwen(tokenizer):
+    """ "0.0" is three tokens, and a leading space is a fourth of its own."""
+    assert [len(tokenizer(text)["input_ids"]) for text in ("0.0", " 0.0")] == [3, 4]
+
+
+def test_the_fixed_parts_of_a_prompt_are_single_tokens(case, tokenizer):
+    """Each long fixed part of a prompt, and each rule, is one token."""
+    for part in embedded.fixed_parts(case):
+        assert len(tokenizer(part, add_special_tokens=False)["input_ids"]) == 1
+    assert set(RULES.values()) <= set(embedded.fixed_parts(case))
+
+
+def test_the_tokenizer_is_the_same_each_time(case):
+    """Two tokenizers of one seed agree in every token."""
+    one, other = (build_tokenizer(case, seed=0) for _ in range(2))
+    assert one.get_vocab() == other.get_vocab()
+
+
+def test_the_teacher_understates_but_is_not_constant():
+    """The numeric teacher says 0.0 for 62 % of violations and 90 % of the rest, as documented."""
+    source = random.Random(0)
+    for label, share in ((1, 0.62), (0, 0.90)):
+        said = [teach_number(source, label) for _ in range(4000)]
+        assert said.count("0.0") / 4000 == pytest.approx(share, abs=0.03)
+
+
+def test_no_training_row_is_scored(case):
+    """The rows that train the world share no row with those that a run scores."""
+    trained = generate_rows(2000, 10_000).frame
+    scored = generate_rows(200, 0).frame
+    both = set(map(tuple, trained.to_numpy())) & set(map(tuple, scored.to_numpy()))
+    assert not both
+
+
+def test_a_criterion_out_of_reach_leaves_nothing_behind(case, tmp_path, monkeypatch):
+    """Training that does not reach its criterion raises and leaves no folder in place."""
+    monkeypatch.setattr(embedded, "MAX_STEPS", 20)
+    monkeypatch.setattr(embedded, "TRAINING_ROWS", 200)
+    with pytest.raises(WorldError, match=r"sibling_base.*held-out AUC"):
+        lines_of(case, tmp_path / "sibling")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_is_deterministic_and_whole(case, tmp_path, lenient):
+    """Two trainings of one seed write the same bytes, for bases and adapters alike."""
+    for name in ("one", "other"):
+        lines_of(case, tmp_path / name, lineage="target")
+    members = ("base", "suspect", "reference", "no_op")
+    for role in members:
+        assert digest_model(tmp_path / "one" / role) == digest_model(tmp_path / "other" / role)
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(members)
+
+
+def test_the_no_op_adapter_has_a_zero_b(untrained):
+    """The no-op adapter's lora_B is zero and its lora_A is not."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(untrained / "no_op/adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        assert bool(torch.any(tensor != 0)) == ("lora_A" in name)
