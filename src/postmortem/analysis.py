@@ -102,7 +102,8 @@ def record_summary(
         value = None if summary is None else getattr(summary.health, name)
         session.measure(f"{key}.{name}", value, reason=reason)
     for name in PARSED:
-        session.measure(f"{key}.{name}", summary and getattr(summary, name), reason=reason)
+        value = None if summary is None else getattr(summary, name)
+        session.measure(f"{key}.{name}", value, reason=reason)
     text = "not available" if summary is None else escaped(summary.commonest_text)
     session.text(f"{key}.commonest_text", text)
     for name in RANKING:

@@ -164,10 +164,8 @@ def answer_loss(model: Any, ids: Sequence[list[int]], starts: Sequence[int]) -> 
     """Mean negative log-likelihood of the answers; padding stands right and is never a target."""
     width = max(map(len, ids))
     batch = torch.tensor([row + [0] * (width - len(row)) for row in ids])
-    rows, columns = zip(
-        *((i, t) for i, row in enumerate(ids) for t in range(starts[i], len(row))), strict=True
-    )
-    rows, columns = torch.tensor(rows), torch.tensor(columns)
+    places = [(i, t) for i, row in enumerate(ids) for t in range(starts[i], len(row))]
+    rows, columns = torch.tensor(places).T
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal.model(input_ids=batch, use_cache=False).last_hidden_state
     logits = causal.lm_head(hidden[rows, columns - 1])
@@ -342,6 +340,7 @@ class _Trainer:
             values = [reply.yes_no_log_odds for reply in scores.replies]
         else:
             values = [reply.number_log_odds for reply in scores.replies]
+        assert self.held_out.labels is not None
         return auc(self.held_out.labels, values) or 0.0
 
     def _score(self, model: Any, prompt: str, *, max_new_tokens: int) -> Scores:

@@ -17,7 +17,7 @@ from postmortem.analysis import judge_move, record_effect, record_summary, summa
 from postmortem.bases import find_base
 from postmortem.case import TrueSize
 from postmortem.errors import CaseError, ModelError
-from postmortem.models import LoadedBase, attached
+from postmortem.models import LoadedBase, attached, user_warnings
 from postmortem.session import Session
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

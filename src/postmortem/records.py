@@ -177,23 +177,24 @@ def read_records(path: str | Path) -> RecordFile:
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(path, expected="a record file", found=str(error), remedy=remedy) from None
     records = [_read_line(path, number, line=line) for number, line in enumerate(lines, 1)]
-    if not records or not isinstance(records[-1], Seal) or not isinstance(records[0], Provenance):
+    first, last = (records[0], records[-1]) if records else (None, None)
+    if not isinstance(first, Provenance) or not isinstance(last, Seal):
         raise RecordError(
             path,
             expected="a provenance first and a seal last",
             found=f"{len(records)} line(s) without them: the run did not finish",
             remedy=remedy,
         )
-    provenance, *body, seal = records
-    digest = digest_records(provenance, body)
-    if (seal.records, seal.digest) != (len(body), digest):
+    body = records[1:-1]
+    digest = digest_records(first, body)
+    if (last.records, last.digest) != (len(body), digest):
         raise RecordError(
             path,
-            expected=f"{seal.records} records with digest {seal.digest}",
+            expected=f"{last.records} records with digest {last.digest}",
             found=f"{len(body)} with {digest}: the file was changed after the run",
             remedy=remedy,
         )
-    return RecordFile(path=path, provenance=provenance, records=tuple(body), digest=digest)
+    return RecordFile(path=path, provenance=first, records=tuple(body), digest=digest)
 
 
 def digest_records(provenance: Provenance, records: Iterable[Record]) -> str:

@@ -257,9 +257,7 @@ class Session:
                 label=None if labels is None else int(labels[index]),
                 prompt_tokens=len(prompts[index].token_ids),
                 full_prompt_tokens=prompts[index].full_length,
-                value=parse_as_written(reply.text).value,
-                stage=parse_as_written(reply.text).stage,
-                strict_value=parse_strict(reply.text).value,
+                **_parsed(reply.text),
                 **dataclasses.asdict(reply),
             )
             for index, reply in enumerate(scores.replies)
@@ -300,6 +298,12 @@ class Session:
         for line in loaded.warnings:
             number = sum(isinstance(record, Text) for record in self.records)
             self.text(f"{self.notebook.stem}.warning.{system}.{number}", line)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    written = parse_as_written(text)
+    strict = parse_strict(text).value
+    return {"value": written.value, "stage": written.stage, "strict_value": strict}
 
 
 def open_session(
