@@ -38,6 +38,7 @@ V1, V2, MISMATCH, SWAP = "01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adap
 SYSTEMS = {"base": "base alone", "suspect": "suspect", "reference": "reference"}
 ABSENT = "not available in this profile"
 NOT_CHANCES = "Chances of rivals sum to at most 100 %: these are not probabilities."
+LOG_ODDS = "number_log_odds"
 NO_LABELS = "the rows came without labels"
 SETTINGS = {"svg.fonttype": "none", "text.parse_math": False}
 
@@ -183,7 +184,7 @@ def _draw_band(sheet: Sheet, band: Band, xs: Sequence[float], *, left: float, to
     if not band.values:
         sheet.note(((left + sheet.width) / 2, top + 22), band.told, "center")
         return
-    for index, line in enumerate(textwrap.wrap(band.told, 16 if sheet.narrow else 24)):
+    for index, line in enumerate(textwrap.wrap(band.told, 17 if sheet.narrow else 24)):
         sheet.note((0, top + 32 + 13 * index), line)
     sheet.line((left, foot), (sheet.width - 2, foot))
     for value in (0, 1):
@@ -217,7 +218,7 @@ def draw_stages(sheet: Sheet, source: Source) -> str:
     for stem, name in ((V1, "v1"), (V2, "v2")):
         rows = _list_stages(source, stem, name)
         attempt = source.case.attempts.get(name)
-        title = f"{clean(attempt.title)} ({name})" if attempt else name
+        title = f"{clean(attempt.title, 40)} ({name})" if attempt else name
         foot = Forest(title, rows, SHARES, 92).draw(sheet, corner, width=sheet.panel)
         corner, told = sheet.beside(foot, top=2.0), f"{told} {title}: {_tell_rows(rows, SHARES)}."
     sheet.height = foot
@@ -240,42 +241,42 @@ def _list_stages(source: Source, stem: str, name: str) -> list[Row]:
 
 def _tell_rows(rows: Sequence[Row], scale: Scale) -> str:
     told = [f"{row.label} {say_measure(row.found, scale.form)}" for row in rows if row.role]
-    return ", ".join(told)
+    return "; ".join(told)
 
 
 def draw_says_and_knows(sheet: Sheet, source: Source) -> str:
     """What a system writes, and the log-odds behind it, by truth."""
     stem, key, answers = _find_speaker(source)
-    labels, system, measures = [p.label for p in answers], answers[0].system, source.measures(stem)
-    if None in labels:
+    if any(p.label is None for p in answers):
         raise NotDrawable(NO_LABELS)
+    measures, system = source.measures(stem), answers[0].system
     odds = [p.number_log_odds for p in answers]
-    says = ("What it writes", "auc_decoded", [p.value for p in answers], TENTHS, 10)
-    knows = (
-        "What it knows",
-        "auc_number",
-        odds,
-        Scale(_ticks(min(odds), max(odds)), say_number),
-        24,
-    )
+    says = Bins(TENTHS, (58, sheet.panel - 10), 10, height=84)
+    knows = Bins(Scale(_ticks(min(odds), max(odds)), say_number), says.edges, 24, height=84)
+    strips = [
+        _make_strip("What it writes", answers, "value", says, measures.get(f"{key}.auc_decoded")),
+        _make_strip("What it knows", answers, LOG_ODDS, knows, measures.get(f"{key}.auc_number")),
+    ]
     name = f"{SYSTEMS.get(system, clean(system, 20))}, prompt v2, {len(answers)} rows"
-    corner, told, foot = (0.0, 32.0), f"{name}, split by truth.", 0.0
-    for (title, measure, values, scale, steps), unit in (
-        (says, "number written"),
-        (knows, "log-odds of the number"),
-    ):
-        lanes = split_by_truth(zip(values, labels, strict=True))
-        edges = (corner[0] + 58, corner[0] + sheet.panel - 10)
-        bins = Bins(scale, edges, steps, height=84).packed(lanes)
-        auc = f"AUC {say_measure(measures.get(f'{key}.{measure}'), say_auc)}"
-        strip = Strip(title, auc, role_of(system), lanes, bins, f"{unit}; {bins.tell()}")
-        foot = strip.draw(sheet, corner)
-        corner = sheet.beside(foot, top=32.0)
-        told += f" {title}: distinct values {len(set(values))}, {auc}."
-    sheet.marks([(5, 9)], role_of(system), size=9)
-    sheet.text((16, 13.5), name)
-    sheet.height = foot
-    return told
+    _key(sheet, (0, 0), role_of(system), name)
+    height, corner = max(strip.bins.height for strip in strips), (0.0, 32.0)
+    for strip in strips:
+        level = replace(strip, bins=replace(strip.bins, height=height))
+        sheet.height = level.draw(sheet, corner)
+        corner = sheet.beside(sheet.height, top=32.0)
+    told = [f"{strip.title}: {strip.told}." for strip in strips]
+    distinct = len({p.value for p in answers})
+    return f"{name}, {distinct} written value(s). {' '.join(told)}"
+
+
+def _make_strip(
+    title: str, answers: Sequence[Prediction], field: str, bins: Bins, found: Measure | None
+) -> Strip:
+    lanes = split_by_truth((getattr(p, field), p.label) for p in answers)
+    packed = bins.packed(lanes)
+    unit = "log-odds of the number" if field == LOG_ODDS else "number written"
+    told, unit = f"AUC {say_measure(found, say_auc)}", f"{unit}; {packed.tell()}"
+    return Strip(title, told, role_of(answers[0].system), lanes, packed, unit)
 
 
 def _find_speaker(source: Source) -> tuple[str, str, list[Prediction]]:
@@ -352,7 +353,7 @@ def draw_refits(sheet: Sheet, source: Source) -> str:
     highest = max(row.found.high or row.found.value or 0.0 for row in moved if row.found)
     nats = Scale(_ticks(0, max(highest, 0.01)), say_nats, line=(0, "no change"))
     shares = replace(SHARES, line=(0, "no change"))
-    kl = Forest("KL to the base alone, in nat", moved, nats, 118)
+    kl = Forest("KL to its base alone, in nat", moved, nats, 118)
     flips = Forest("Written values that change", changed, shares, 118 if sheet.narrow else 26)
     width = sheet.width if sheet.narrow else 400.0
     foot = kl.draw(sheet, (0, 2), width=width)

@@ -284,8 +284,8 @@ def _draw_row(sheet: Sheet, row: Row, scale: Scale, *, edges: Point, y: float) -
     if found.low is not None and found.high is not None:
         low, high = (scale.place(edge, edges) for edge in (found.low, found.high))
         # Taller than the mark, so that an interval narrower than it is seen as well.
-        size = (max(high - low, 2.0), 15.0)
-        sheet.box(((low + high - size[0]) / 2, y - 7.5), size, ink=row.role, alpha=0.4)
+        size = (max(high - low, 2.0), 13.0)
+        sheet.box(((low + high - size[0]) / 2, y - 6.5), size, ink=row.role, alpha=0.4)
     sheet.marks([(scale.place(found.value, edges), y)], row.role, size=7.5)
     sheet.text((end, y + 4.5), scale.form(found.value), "right")
     sheet.note((end + 6, y + 4), say_interval(found, scale.form))
@@ -313,7 +313,7 @@ def split_by_truth(pairs: Iterable[tuple[float, int | None]]) -> list[Lane]:
 
 @dataclass(frozen=True)
 class Bins:
-    """A scale in equal steps, and how dots are packed into one: their pitch, the rows of a dot."""
+    """A scale in equal steps between two edges, and how dots are packed into a step."""
 
     scale: Scale
     edges: Point
@@ -340,8 +340,13 @@ class Bins:
             for pitch in (8.0, 7.0, 6.0, 5.0, 4.5, 4.0, 3.5, 3.0):
                 fit = max(int((self.room - 2) // pitch), 1) * int(self.height // pitch)
                 if fit * rows >= most:
-                    return replace(self, pitch=pitch, rows_a_dot=rows)
+                    return replace(self, pitch=pitch, rows_a_dot=rows)._trim(most)
         return self
+
+    def _trim(self, most: int) -> "Bins":
+        """No higher than the highest stack, nor lower than the name of a lane."""
+        highest = self.stack(most)[-1][1] + self.pitch / 2
+        return replace(self, height=max(highest, 24.0))
 
     def stack(self, count: int) -> list[Point]:
         """Where the dots of a step stand, from its middle and its line."""
@@ -371,7 +376,8 @@ class Strip:
 
     def draw(self, sheet: Sheet, corner: Point) -> float:
         """Draw it from a corner, its scale below where it has a unit, and return its foot."""
-        (x, top), bins, room = corner, self.bins, 14.0 if self.counted else 0.0
+        (x, top), room = corner, 14.0 if self.counted else 0.0
+        bins = replace(self.bins, edges=(self.bins.edges[0] + x, self.bins.edges[1] + x))
         edge = bins.edges[1] + 10
         sheet.text((x, top + BODY), self.title, bold=True)
         sheet.text((edge, top + BODY), self.told, "right")
@@ -380,7 +386,7 @@ class Strip:
             sheet.line((x, y), (edge, y), ink="muted")
             for lane in self.lanes:
                 sheet.note((x, y + (-7 if lane.up else 15)), lane.name)
-                self._stack(sheet, lane, y=y)
+                self._stack(sheet, lane, bins, y=y)
             top = y + (bins.height + room if len(self.lanes) > 1 else 0) - 18
         if not self.unit:
             return top + 24
@@ -388,12 +394,12 @@ class Strip:
         sheet.note((edge, top + 60), self.unit, "right")
         return top + 66
 
-    def _stack(self, sheet: Sheet, lane: Lane, *, y: float) -> None:
+    def _stack(self, sheet: Sheet, lane: Lane, bins: Bins, *, y: float) -> None:
         sign = -1 if lane.up else 1
-        for x, count in self.bins.count(lane.values):
-            dots = self.bins.stack(count)
+        for x, count in bins.count(lane.values):
+            dots = bins.stack(count)
             points = [(x + along, y + sign * (rise + 2)) for along, rise in dots]
-            sheet.marks(points, self.role, size=self.bins.pitch * 0.86)
+            sheet.marks(points, self.role, size=bins.pitch * 0.86)
             if self.counted:
-                end = y + sign * (dots[-1][1] + self.bins.pitch / 2 + 5)
+                end = y + sign * (dots[-1][1] + bins.pitch / 2 + 5)
                 sheet.note((x, end + (0 if lane.up else 9)), str(count), "center")
