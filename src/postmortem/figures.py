@@ -1,0 +1,518 @@
+"""Figures of the book: records in, one SVG for a page and one for a phone out."""
+
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib.ticker import MaxNLocator
+
+from postmortem.case import Case, Hypothesis
+from postmortem.records import Measure, Prediction, RecordFile, Table, write_text
+from postmortem.sheet import (
+    BODY,
+    SHARES,
+    TENTHS,
+    Bins,
+    Forest,
+    Point,
+    Row,
+    Scale,
+    Sheet,
+    Strip,
+    clean,
+    dress_svg,
+    say_auc,
+    say_measure,
+    say_nats,
+    say_number,
+    split_by_truth,
+)
+
+WIDE, NARROW = 720, 350
+SHOWN = 10  # the rows shown one by one: as many as the incident had
+V1, V2, MISMATCH, SWAP = "01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adapter_swap"
+SYSTEMS = {"base": "base alone", "suspect": "suspect", "reference": "reference"}
+ABSENT = "not available in this profile"
+NOT_CHANCES = "Chances of rivals sum to at most 100 %: these are not probabilities."
+LOG_ODDS = "number_log_odds"
+NO_LABELS = "the rows came without labels"
+SETTINGS = {"svg.fonttype": "none", "text.parse_math": False}
+
+
+class NotDrawable(Exception):
+    """These records do not hold what a figure shows; the message says what is absent."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: its text for those who do not see it, and the SVG for a page and a phone."""
+
+    name: str
+    alt: str
+    wide: str
+    narrow: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the figures draw from: record files by notebook, and the case."""
+
+    files: Mapping[str, RecordFile]
+    case: Case
+
+    def answers(self, stem: str, prompt: str, system: str = "") -> list[Prediction]:
+        """The predictions of one system on a prompt, the first system's without a name."""
+        found = self.files[stem].of(Prediction) if stem in self.files else []
+        asked = [p for p in found if p.prompt == prompt]
+        name = system or (asked[0].system if asked else "")
+        return [p for p in asked if p.system == name]
+
+    def measures(self, stem: str) -> dict[str, Measure]:
+        """A notebook's measures that have a value, by key."""
+        if stem not in self.files:
+            raise NotDrawable(f"no records of the notebook {stem}")
+        return {m.key: m for m in self.files[stem].of(Measure) if m.value is not None}
+
+
+def draw_all(files: Mapping[str, RecordFile], case: Case) -> tuple[list[Drawing], dict[str, str]]:
+    """Draw each figure that these records allow; say of each other one why not, by its name."""
+    source, drawings, reasons = Source(files, case), [], {}
+    for name in FIGURES:
+        try:
+            drawings.append(_draw_figure(name, source))
+        except NotDrawable as reason:
+            reasons[name] = str(reason)
+    return drawings, reasons
+
+
+def _draw_figure(name: str, source: Source) -> Drawing:
+    texts, alt = {}, ""
+    for width in (WIDE, NARROW):
+        # Ids are hashes of what they name and the salt: they differ between figures of one page.
+        settings = {**SETTINGS, "svg.hashsalt": f"{name}{width}"}
+        with matplotlib.style.context(["default", settings]):
+            sheet = Sheet(width)
+            alt = FIGURES[name](sheet, source)
+            texts[width] = dress_svg(sheet.svg(), alt, width=width)
+    return Drawing(name, alt, texts[WIDE], texts[NARROW])
+
+
+def save_drawings(
+    drawings: Iterable[Drawing], reasons: Mapping[str, str], folder: str | Path
+) -> None:
+    """Write each drawing's two files, and the alternative texts and reasons beside them."""
+    folder, alts = Path(folder), {}
+    for drawing in drawings:
+        write_text(folder / f"{drawing.name}.wide.svg", drawing.wide)
+        write_text(folder / f"{drawing.name}.narrow.svg", drawing.narrow)
+        alts[drawing.name] = drawing.alt
+    text = json.dumps({"alt": alts, "missing": dict(reasons)}, indent=2, ensure_ascii=False)
+    write_text(folder / "figures.json", text + "\n")
+
+
+def role_of(system: str) -> str:
+    """The role whose colour and mark a system takes; an adapter under test is the suspect."""
+    role = system.removesuffix("_adapter").removesuffix("_base")
+    return role if role in ("base", "suspect", "reference", "donor") else "suspect"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round ticks that cover a range, also an empty one."""
+    if high - low < 1e-9:
+        low, high = low - 1, high + 1
+    return [float(tick) for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)]
+
+
+@dataclass(frozen=True)
+class Band:
+    """One system's values on the hero's rows; none at all where it is not available."""
+
+    name: str
+    role: str
+    values: Sequence[float | None]
+    told: str
+
+
+def draw_hero(sheet: Sheet, source: Source) -> str:
+    """The first rows as columns; truth, both runs, base, suspect and reference as bands."""
+    shown = source.answers(SWAP, "v2")[:SHOWN]
+    if not shown:
+        raise NotDrawable(f"no answers to the prompt v2 in {SWAP}")
+    left, pitch, bands = 112.0 if sheet.narrow else 148.0, 60.0, _make_bands(source, shown)
+    step, foot = (sheet.width - 2 - left) / len(shown), 4 + pitch * len(bands)
+    xs = [left + step * (index + 0.5) for index in range(len(shown))]
+    for x, row in zip(xs, shown, strict=True):
+        if row.label == 1:
+            sheet.box((x - step / 2, 0), (step, foot), ink="rule", alpha=0.35)
+    for index, band in enumerate(bands):
+        _draw_band(sheet, band, xs, left=left, top=14 + index * pitch)
+    sheet.height = _label_columns(sheet, [row.row_id for row in shown], xs, y=foot + 16)
+    told = " ".join(f"{band.name}: {band.told}." for band in bands)
+    return f"The first {len(shown)} rows as columns, values from 0 to 1. {told}"
+
+
+def _make_bands(source: Source, shown: Sequence[Prediction]) -> list[Band]:
+    labels = [row.label for row in shown]
+    known = [label for label in labels if label is not None]
+    told = f"{sum(known)} of {len(known)} are 1 (shaded)" if known else "no labels"
+    runs = [("v1 run", V1, "v1", ""), ("v2 run", V2, "v2", "")]
+    swaps = [(name, SWAP, "v2", system) for system, name in SYSTEMS.items()]
+    return [
+        Band("truth", "truth", labels if known else [], told),
+        *(_make_band(name, source.answers(*key), shown) for name, *key in runs + swaps),
+    ]
+
+
+def _make_band(name: str, answers: Sequence[Prediction], shown: Sequence[Prediction]) -> Band:
+    by_row = {p.row_id: p.value for p in answers}
+    values = [by_row.get(row.row_id) for row in shown]
+    found = sorted({value for value in values if value is not None})
+    if not found:
+        return Band(name, "base", [], ABSENT)
+    who = f"{clean(answers[0].system, 12)}, " if name.endswith("run") else ""
+    told = f"{len(found)} values" if len(found) > 1 else f"all {say_number(found[0])}"
+    return Band(name, role_of(answers[0].system), values, who + told)
+
+
+def _draw_band(sheet: Sheet, band: Band, xs: Sequence[float], *, left: float, top: float) -> None:
+    foot, height = top + 36, 36
+    sheet.text((0, top + 17), band.name, bold=True)
+    if not band.values:
+        sheet.note(((left + sheet.width) / 2, top + 22), band.told, "center")
+        return
+    for index, line in enumerate(textwrap.wrap(band.told, 17 if sheet.narrow else 24)):
+        sheet.note((0, top + 32 + 13 * index), line)
+    sheet.line((left, foot), (sheet.width - 2, foot))
+    for value in (0, 1):
+        sheet.note((left - 6, foot - value * height + 4), str(value), "right")
+    points = [
+        (x, foot - min(max(value, 0.0), 1.0) * height)
+        for x, value in zip(xs, band.values, strict=True)
+        if value is not None
+    ]
+    sheet.line(*points, ink=band.role, width=1.3)
+    sheet.marks(points, band.role, size=8.5)
+
+
+def _label_columns(sheet: Sheet, ids: Sequence[str], xs: Sequence[float], *, y: float) -> float:
+    """Row ids under their columns where they fit, else their places and the ids' range."""
+    names, step = [clean(name, 40) for name in ids], 2 * (sheet.width - 2 - xs[-1])
+    fit = max(map(len, names)) * 6.8 < step - 4
+    for index, (x, name) in enumerate(zip(xs, names, strict=True), 1):
+        sheet.note((x, y), name if fit else str(index), "center")
+    if fit:
+        sheet.note((0, y), "row")
+        return y + 8
+    ends = [clean(name, 16) for name in (names[0], names[-1])]
+    sheet.note((sheet.width - 2, y + 17), f"rows {ends[0]} to {ends[1]}", "right")
+    return y + 24
+
+
+def draw_stages(sheet: Sheet, source: Source) -> str:
+    """Share of rows by parser stage, and what the strict parser reads, for both attempts."""
+    corner, told, foot = (0.0, 2.0), "Share of rows in per cent.", 0.0
+    for stem, name in ((V1, "v1"), (V2, "v2")):
+        rows = _list_stages(source, stem, name)
+        attempt = source.case.attempts.get(name)
+        title = f"{clean(attempt.title, 40)} ({name})" if attempt else name
+        foot = Forest(title, rows, SHARES, 92).draw(sheet, corner, width=sheet.panel)
+        corner, told = sheet.beside(foot, top=2.0), f"{told} {title}: {_tell_rows(rows, SHARES)}."
+    sheet.height = foot
+    return told
+
+
+def _list_stages(source: Source, stem: str, name: str) -> list[Row]:
+    measures, answers, prefix = source.measures(stem), source.answers(stem, name), f"{name}.stage."
+    if not answers:
+        raise NotDrawable(f"no answers to the prompt {name} in {stem}")
+    role = role_of(answers[0].system)
+    stages = [key for key in measures if key.startswith(prefix)]
+    return [
+        Row("", note="the parser as written"),
+        *(Row(key.removeprefix(prefix), role, measures[key]) for key in stages),
+        Row("", note="a strict parser"),
+        Row("whole answer", role, measures.get(f"{name}.parsed_strict")),
+    ]
+
+
+def _tell_rows(rows: Sequence[Row], scale: Scale) -> str:
+    told = [f"{row.label} {say_measure(row.found, scale.form)}" for row in rows if row.role]
+    return "; ".join(told)
+
+
+def draw_says_and_knows(sheet: Sheet, source: Source) -> str:
+    """What a system writes, and the log-odds behind it, by truth."""
+    stem, key, answers = _find_speaker(source)
+    if any(p.label is None for p in answers):
+        raise NotDrawable(NO_LABELS)
+    measures, system = source.measures(stem), answers[0].system
+    odds = [p.number_log_odds for p in answers]
+    says = Bins(TENTHS, (58, sheet.panel - 10), 10, height=84)
+    knows = Bins(Scale(_ticks(min(odds), max(odds)), say_number), says.edges, 24, height=84)
+    strips = [
+        _make_strip("What it writes", answers, "value", says, measures.get(f"{key}.auc_decoded")),
+        _make_strip("What it knows", answers, LOG_ODDS, knows, measures.get(f"{key}.auc_number")),
+    ]
+    name = f"{SYSTEMS.get(system, clean(system, 20))}, prompt v2, {len(answers)} rows"
+    _key(sheet, (0, 0), role_of(system), name)
+    height, corner = max(strip.bins.height for strip in strips), (0.0, 32.0)
+    for strip in strips:
+        level = replace(strip, bins=replace(strip.bins, height=height))
+        sheet.height = level.draw(sheet, corner)
+        corner = sheet.beside(sheet.height, top=32.0)
+    told = [f"{strip.title}: {strip.told}." for strip in strips]
+    distinct = len({p.value for p in answers})
+    return f"{name}, {distinct} written value(s). {' '.join(told)}"
+
+
+def _make_strip(
+    title: str, answers: Sequence[Prediction], field: str, bins: Bins, found: Measure | None
+) -> Strip:
+    lanes = split_by_truth((getattr(p, field), p.label) for p in answers)
+    packed = bins.packed(lanes)
+    unit = "log-odds of the number" if field == LOG_ODDS else "number written"
+    told, unit = f"AUC {say_measure(found, say_auc)}", f"{unit}; {packed.tell()}"
+    return Strip(title, told, role_of(answers[0].system), lanes, packed, unit)
+
+
+def _find_speaker(source: Source) -> tuple[str, str, list[Prediction]]:
+    """The base where the swap has it, else the system of the second run."""
+    if answers := source.answers(SWAP, "v2", "base"):
+        return SWAP, "swap.base.v2", answers
+    if answers := source.answers(V2, "v2"):
+        return V2, "v2", answers
+    raise NotDrawable("no answers to the prompt v2")
+
+
+def draw_swap_values(sheet: Sheet, source: Source) -> str:
+    """How often each number is written, by system and truth."""
+    answers = {system: source.answers(SWAP, "v2", system) for system in SYSTEMS}
+    if not any(answers.values()):
+        raise NotDrawable(f"no answers to the prompt v2 in {SWAP}")
+    lanes = {key: split_by_truth((p.value, p.label) for p in some) for key, some in answers.items()}
+    edges = (84.0 if sheet.narrow else 100.0, sheet.width - 12.0)
+    bins = Bins(TENTHS, edges, 10, height=54.0 if sheet.narrow else 44.0)
+    bins = bins.packed(lane for some in lanes.values() for lane in some)
+    unit = f"number written, nearest tenth; {bins.tell()}"
+    foot, told = 2.0, "Written numbers, counted by truth."
+    for system, name in SYSTEMS.items():
+        found = {p.value for p in answers[system]}
+        words = "one value" if len(found) == 1 else f"{len(found)} values" if found else ABSENT
+        last = unit if system == "reference" else ""
+        strip = Strip(name, words, role_of(system), lanes[system], bins, last, counted=True)
+        foot, told = strip.draw(sheet, (0.0, foot)) + 14, f"{told} {name}: {words}."
+    sheet.height = foot - 12
+    return told
+
+
+def draw_swap_auc(sheet: Sheet, source: Source) -> str:
+    """How well each read-out of each system ranks the rows, against chance."""
+    measures, rows = source.measures(SWAP), []
+    reads = {"written number": "v2.auc_decoded", "number log-odds": "v2.auc_number"}
+    reads["Yes–No log-odds"] = "yes_no.auc_yes_no"
+    for system, name in SYSTEMS.items():
+        found = {read: measures.get(f"swap.{system}.{key}") for read, key in reads.items()}
+        rows += [Row(name), *(Row(read, system, m) for read, m in found.items())]
+    if not any(row.found for row in rows):
+        raise NotDrawable(f"{NO_LABELS}, or with one class only")
+    scale = Scale((0, 0.5, 1), say_auc, line=(0.5, "chance"))
+    labels = 106.0 if sheet.narrow else 150.0
+    foot = Forest("", rows, scale, labels).draw(sheet, (0, 0), width=sheet.width)
+    middle = (labels + 8 + sheet.width - 134) / 2
+    sheet.note((middle, foot + 12), "area under the ROC curve", "center")
+    sheet.height = foot + 18
+    parts = [
+        f"{SYSTEMS[s]}: {_tell_rows([r for r in rows if r.role == s], scale)}." for s in SYSTEMS
+    ]
+    return " ".join(["Area under the ROC curve with 95 % intervals.", *parts])
+
+
+REFITS = (
+    ("healthy", "reference", "reference", "fits its base"),
+    ("ignored", "donor", "donor, ignored", "misfits left out"),
+    ("truncated", "donor", "donor, truncated", "cut to the base"),
+    ("padded", "reference", "reference, padded", "on the donor’s base"),
+)
+
+
+def draw_refits(sheet: Sheet, source: Source) -> str:
+    """How far a healthy and a mismatched adapter move their base, and what changes in writing."""
+    measures = source.measures(MISMATCH)
+
+    def list_rows(effect: str) -> list[Row]:
+        found = {key: measures.get(f"mismatch.{key}.{effect}") for key, *_ in REFITS}
+        return [Row(label, role, found[key], note) for key, role, label, note in REFITS]
+
+    moved, changed = list_rows("kl"), list_rows("flips")
+    if not any(row.found for row in moved):
+        raise NotDrawable(f"donor or reference {ABSENT}")
+    highest = max(row.found.high or row.found.value or 0.0 for row in moved if row.found)
+    nats = Scale(_ticks(0, max(highest, 0.01)), say_nats, line=(0, "no change"))
+    shares = replace(SHARES, line=(0, "no change"))
+    kl = Forest("KL to its base alone, in nat", moved, nats, 118)
+    flips = Forest("Written values that change", changed, shares, 118 if sheet.narrow else 26)
+    width = sheet.width if sheet.narrow else 400.0
+    foot = kl.draw(sheet, (0, 2), width=width)
+    corner = (0.0, foot + 20) if sheet.narrow else (width + 14, 2.0)
+    sheet.height = flips.draw(sheet, corner, width=sheet.width - corner[0])
+    told = [f"{part.title}: {_tell_rows(part.rows, part.scale)}." for part in (kl, flips)]
+    return " ".join(told)
+
+
+@dataclass(frozen=True)
+class Module:
+    """Sizes of one projection's LoRA pair, (out, in), on the base and in the donor's adapter."""
+
+    name: str
+    rank: int
+    base: tuple[int, int]
+    donor: tuple[int, int]
+
+
+def read_modules(table: Table, names: Sequence[str]) -> list[Module]:
+    """The sizes of the named projections from a table of tensor shapes."""
+    shapes = {
+        ".".join(str(row[0]).split(".")[-2:]): (_read_shape(row[1]), _read_shape(row[2]))
+        for row in table.rows
+    }
+    modules = []
+    for name in names:
+        downs, ups = shapes.get(f"{name}.lora_A"), shapes.get(f"{name}.lora_B")
+        if downs and ups:
+            base, donor = ((up[0], down[1]) for down, up in zip(downs, ups, strict=True))
+            modules.append(Module(name, downs[0][0], base, donor))
+    return modules
+
+
+def _read_shape(cell: object) -> tuple[int, int]:
+    rows, columns = str(cell).split("×")
+    return int(rows), int(columns)
+
+
+def draw_shapes(sheet: Sheet, source: Source) -> str:
+    """LoRA pairs of two projections on the base and in the donor's adapter, to scale."""
+    source.measures(MISMATCH)
+    tables = [t for t in source.files[MISMATCH].of(Table) if t.key.endswith(".shapes")]
+    modules = read_modules(tables[0], ("q_proj", "v_proj")) if tables else []
+    if not modules:
+        raise NotDrawable(f"no table of shapes in {MISMATCH}")
+    base, donor = _name_sizes(source.case, tables[0].key.split(".")[1])
+    unit = 348 / max(max(*m.base, *m.donor) for m in modules)
+    _key(sheet, (0.0, 0.0), "base", base)
+    _key(sheet, (0.0, 22.0) if sheet.narrow else (376.0, 0.0), "donor", f"adapter for {donor}")
+    top = 56.0 if sheet.narrow else 36.0
+    corner, feet = (0.0, top), []
+    for module in modules:
+        feet.append(_draw_module(sheet, corner, module, unit=unit))
+        corner = sheet.beside(feet[-1], top=top)
+    told = _tell_fit(tables[0], modules)
+    x, y = (0.0, feet[-1] + 26) if sheet.narrow else (376.0, feet[-1] + 50)
+    for index, line in enumerate(told):
+        sheet.text((x, y + 19 * index), line, bold=index == 0)
+    sheet.height = max(feet[0], y + 19 * len(told) - 8)
+    sizes = [f"{m.name} {m.base[0]}×{m.base[1]} and {m.donor[0]}×{m.donor[1]}" for m in modules]
+    return f"{base} and an adapter for {donor}, out × in: {', '.join(sizes)}. {'. '.join(told)}."
+
+
+def _key(sheet: Sheet, corner: Point, role: str, text: str) -> None:
+    sheet.marks([(corner[0] + 5, corner[1] + 9)], role, size=9)
+    sheet.text((corner[0] + 16, corner[1] + 13.5), text)
+
+
+def _tell_fit(table: Table, modules: Sequence[Module]) -> list[str]:
+    fitting = sum(row[-1] == "yes" for row in table.rows)
+    oblong = [m for m in modules if m.base[0] != m.base[1]]
+    return [
+        f"{fitting} of the {len(table.rows)} LoRA tensors of a layer fit",
+        *(f"{m.name} is not square: {m.base[1]} in, {m.base[0]} out" for m in oblong),
+        f"Lengths to one scale; the rank, {modules[0].rank}, is not",
+    ]
+
+
+def _name_sizes(case: Case, slug: str) -> tuple[str, str]:
+    """Names of the base and of the donor that a record's key stands for."""
+    size = case.true_size
+    names = [name.rpartition("/")[2] for name in size.donors] if size else []
+    donor = next((n for n in names if n.lower().replace(".", "_") == slug), slug)
+    return clean(size.base.rpartition("/")[2] if size else "base", 30), clean(donor, 30)
+
+
+def _draw_module(sheet: Sheet, corner: Point, module: Module, *, unit: float) -> float:
+    """Draw lora_A along the top and lora_B down the side of the weight that they add to."""
+    x, y, thick = *corner, 6.0
+    sheet.text((x, y + BODY), module.name, bold=True)
+    left, top = x + 36, y + 58
+    for away, role, (out, into) in ((28, "donor", module.donor), (12, "base", module.base)):
+        width, height = into * unit, out * unit
+        sheet.box((left, top), (width, height), ink=role, alpha=0.14)
+        sheet.box((left, top - away), (width, thick), ink=role)
+        sheet.box((left - away, top), (thick, height), ink=role)
+        label = f"lora_A {module.rank}×{into}"
+        sheet.note((left + width + 6, top - away + 7), label, ink="ink")
+        sheet.note((left + 5, top + height + 14), f"lora_B {out}×{module.rank}", ink="ink")
+    return top + max(module.base[0], module.donor[0]) * unit + 20
+
+
+def draw_confidences(sheet: Sheet, source: Source) -> str:
+    """The write-up's confidences, first and last, with the sums that no chances of rivals have."""
+    held = [h for h in source.case.hypotheses if h.initial is not None or h.final is not None]
+    if not held:
+        raise NotDrawable("no hypothesis of the case has a confidence")
+    ends = {"initial": 92.0, "final": 258.0 if sheet.narrow else 384.0}
+    highest = max(max(h.initial or 0, h.final or 0) for h in held) or 1.0
+    places = {h.id: [214 - 178 * (s or 0) / highest for s in (h.initial, h.final)] for h in held}
+    for h in held:
+        shares = zip(ends.values(), places[h.id], (h.initial, h.final), strict=True)
+        points = [(x, y) for x, y, share in shares if share is not None]
+        sheet.line(*points, ink="ink", width=1.6)
+        sheet.marks(points, "ink", size=7)
+    for side, (name, x) in enumerate(ends.items()):
+        _label_end(sheet, held, name, x=x, places={id_: ys[side] for id_, ys in places.items()})
+    sums = [sum(getattr(h, name) or 0 for h in held) for name in ends]
+    sheet.height = 262.0
+    for h in held if sheet.narrow else []:
+        sheet.note((0, sheet.height + 10), f"{h.id}  {clean(h.title, 54)}")
+        sheet.height += 17
+    lines = textwrap.wrap(NOT_CHANCES, sheet.width // 7) if max(sums) > 100 else []
+    for line in lines:
+        sheet.text((0, sheet.height + 20), line)
+        sheet.height += 19
+    sheet.height += 6
+    told = ", ".join(f"{h.id} {h.initial or 0:g} to {h.final or 0:g}" for h in held)
+    return f"Confidences in per cent: {told}. They sum to {sums[0]:g}, then to {sums[1]:g}."
+
+
+def _label_end(
+    sheet: Sheet, held: Sequence[Hypothesis], name: str, *, x: float, places: Mapping[str, float]
+) -> None:
+    """Label one end of the slopes, pushed apart where labels would overlap, and sum it up."""
+    right, last = name == "final", -math.inf
+    anchor, at, titled = *(("left", x + 12) if right else ("right", x - 12)), right
+    titled = right and not sheet.narrow
+    known = [h for h in held if getattr(h, name) is not None]
+    for h in sorted(known, key=lambda h: places[h.id]):
+        last = max(places[h.id], last + (34 if titled else 18))
+        share = f"{getattr(h, name):g} %"
+        sheet.text((at, last + 4.5), f"{share}  {h.id}" if right else f"{h.id}  {share}", anchor)
+        if titled:
+            sheet.note((at, last + 19), clean(h.title, 56))
+    total = sum(getattr(h, name) for h in known)
+    sheet.note((at, 12), name, anchor)
+    sheet.line((at, 236), (at + (76 if right else -76), 236), ink="muted")
+    sheet.text((at, 254), f"sum {total:g} %", anchor, bold=True)
+
+
+FIGURES: dict[str, Callable[[Sheet, Source], str]] = {
+    "hero": draw_hero,
+    "stages": draw_stages,
+    "says_and_knows": draw_says_and_knows,
+    "shapes": draw_shapes,
+    "refits": draw_refits,
+    "swap_values": draw_swap_values,
+    "swap_auc": draw_swap_auc,
+    "confidences": draw_confidences,
+}
