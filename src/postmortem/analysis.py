@@ -193,7 +193,7 @@ def escaped(text: str) -> str:
 
 def shown(text: str, *, limit: int = 60) -> str:
     """A text as it may stand in a table: one line, escapes visible, cut with an ellipsis."""
-    line = escaped(text)
+    line = escaped(text) or "(nothing)"
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -286,7 +286,8 @@ def record_swap(session: Session, answers: dict[str, Answers | None], *, prompt:
         )
         for i, p in enumerate(base.predictions[:SHOWN])
     ]
-    session.table(f"swap.{prompt}.first_rows", ("row", "truth", *answers), shown_rows)
+    names = [system.replace("_", "-") for system in answers]
+    session.table(f"swap.{prompt}.first_rows", ("row", "truth", *names), shown_rows)
 
 
 def judge_swap(session: Session, answers: dict[str, Answers | None], *, attempt: str) -> None:

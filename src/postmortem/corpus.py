@@ -80,7 +80,9 @@ def generate_rows(count: int, seed: int, *, columns: Columns | None = None) -> R
     """
     columns = columns or Columns()
     source = random.Random(f"rows-{seed}")
-    records = [_generate_row(source, index) for index in range(count)]
+    # Of each pair of rows one is a violation, so that any stretch of them holds both.
+    labels = [label for _ in range((count + 1) // 2) for label in source.sample([0, 1], 2)]
+    records = [(_generate_row(source, label), label) for label in labels[:count]]
     frame = pd.DataFrame([texts for texts, _ in records])
     frame = frame.rename(columns={"rule": columns.group or "rule", "body": columns.text})
     return Rows(
@@ -92,9 +94,8 @@ def generate_rows(count: int, seed: int, *, columns: Columns | None = None) -> R
     )
 
 
-def _generate_row(source: random.Random, index: int) -> tuple[dict[str, str], int]:
+def _generate_row(source: random.Random, label: int) -> dict[str, str]:
     rule = source.choice(list(RULES))
-    label = source.randrange(2)
     other = "legal" if rule == "advertising" else "advertising"
     topic = rule if label else source.choice([other, "neutral"])
     examples = {
@@ -104,7 +105,7 @@ def _generate_row(source: random.Random, index: int) -> tuple[dict[str, str], in
         "negative_example_2": "neutral",
     }
     texts = {"body": _generate_post(source, topic), "rule": RULES[rule]}
-    return texts | {name: _generate_post(source, kind) for name, kind in examples.items()}, label
+    return texts | {name: _generate_post(source, kind) for name, kind in examples.items()}
 
 
 def _generate_post(source: random.Random, topic: str) -> str:

@@ -251,7 +251,11 @@ def table_node(
     """A docutils table of text cells; verdicts and grades keep their look."""
     group = nodes.tgroup("", cols=len(columns))
     group += [nodes.colspec(colwidth=1) for _ in columns]
-    group += nodes.thead("", _row(columns))
+    head = _row(columns)
+    for entry, *cells in zip(head, *rows, strict=True):
+        if cells and all(isinstance(cell, int | float) for cell in cells):
+            entry[0]["classes"].append("pm-numeric")
+    group += nodes.thead("", head)
     group += nodes.tbody("", *(_row(row) for row in rows))
     table = nodes.table("", classes=["pm-table", "colwidths-auto"])
     if caption:
