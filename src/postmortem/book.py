@@ -45,8 +45,7 @@ def build_book(
             found=warnings_of(result.stdout + result.stderr, site=site),
             remedy="Mend these and run `make book` again.",
         )
-    html = out / "_build" / "html"
-    return sum(1 for page in html.rglob("*.html") if not _is_generated(page.relative_to(html)))
+    return sum(1 for _ in (out / "_build" / "html" / "book").rglob("*.html"))
 
 
 def stage_site(
@@ -114,11 +113,3 @@ def _copy(source: Path, target: Path) -> None:
 def _write(target: Path, text: str) -> None:
     if not target.is_file() or target.read_text(encoding="utf-8") != text:
         write_text(target, text)
-
-
-def _is_generated(page: Path) -> bool:
-    """Pages that Sphinx adds by itself, and the redirect at the top."""
-    return page.parts[0] in {"_static", "_sources"} or page.name in {
-        "genindex.html",
-        "search.html",
-    }

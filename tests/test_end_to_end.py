@@ -1,0 +1,296 @@
+"""One real build of the whole book, then what a person may do to it."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, visit
+
+from postmortem.records import read_records
+
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="no Chromium here; install it with `apt-get install chromium`",
+)
+SCRIPTS = (
+    "<script>document.documentElement.setAttribute('data-ran', '1')</script>",
+    "<img src=x onerror=\"document.documentElement.setAttribute('data-ran', '2')\">",
+    "```{include} /etc/passwd\n```",
+    "{include}`/etc/passwd` $math$ $$e^x$$ {num}`rows.count`",
+    "\x1b[31mred\x1b[0m \u202ereversed \u0000".replace("\u0000", ""),
+    "</td></table><script>document.documentElement.setAttribute('data-ran', '3')</script>",
+    "long " * 20_000,
+    "",
+    "{rule} {body} {{7*7}} %s <|im_end|>",
+    "\U0001f600 \u4f60\u597d \u0645\u0631\u062d\u0628\u0627",
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, pytestconfig):
+    """A copy of the project's own files, as a clone would have them."""
+    folder = tmp_path_factory.mktemp("clone") / "project"
+    root = pytestconfig.rootpath
+    for name in ("book", "cases", "notebooks", "Snakefile", "_config.yml", "_toc.yml"):
+        source = root / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, _parent(folder) / name)
+    return folder
+
+
+def _parent(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def make(project, *options):
+    """Build the book there; returns the finished process."""
+    bin_folder = Path(sys.executable).parent
+    return subprocess.run(
+        [str(bin_folder / "postmortem"), "book", *options],
+        cwd=project,
+        env=os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def built(project):
+    """The project after one complete build, and what the build said."""
+    result = make(project)
+    assert result.returncode == 0, result.stderr
+    return project, result
+
+
+def records_of(project, name, profile="embedded"):
+    """The sealed records of one notebook."""
+    return read_records(project / f"_build/runs/qwen-lora/{profile}/records/{name}.jsonl")
+
+
+def values_of(project):
+    """The published values."""
+    path = project / "_build/runs/qwen-lora/embedded/values.json"
+    return json.loads(path.read_text())
+
+
+def text_of(page):
+    """The text of a page without its tags."""
+    return " ".join(re.sub(r"<[^>]+>", " ", page.read_text()).split())
+
+
+def test_the_last_line_counts_what_was_built(built):
+    """A build's only output is the line that says where the book is and what it holds."""
+    project, result = built
+    found = re.fullmatch(
+        r"book: _build/html/index\.html \((\d+) pages, (\d+) records, \d+ s\)\n", result.stdout
+    )
+    assert found
+    names = sorted(p.stem for p in (project / "notebooks").glob("*.ipynb"))
+    assert int(found[2]) == sum(len(records_of(project, name).records) for name in names)
+    assert int(found[1]) == len(list((project / "_build/html/book").rglob("*.html")))
+
+
+def test_without_changes_nothing_runs(built):
+    """A second build runs no step."""
+    project, _ = built
+    result = make(project)
+    assert result.returncode == 0
+    assert result.stderr == ""
+
+
+@needs_browser
+def test_every_page_opens_cleanly_and_asks_for_nothing(built, tmp_path):
+    """In a real browser no page makes an external request or logs to the console."""
+    project, _ = built
+    pages = sorted((project / "_build/html/book").rglob("*.html"))
+    for number, page in enumerate(pages):
+        (tmp_path / str(number)).mkdir()
+        seen = visit(page, tmp_path / str(number))
+        assert seen.external == ()
+        assert seen.console == ()
+        assert re.search(r"<h1>[^<]*[?:]", seen.dom) or "notebooks" in str(page)
+
+
+@needs_browser
+def test_figures_fit_a_phone(built, tmp_path):
+    """At 390 px every figure shows its narrow drawing and the page does not scroll sideways."""
+    project, _ = built
+    page = project / "_build/html/book/swap.html"
+    script = (
+        "<script>addEventListener('load',()=>{const r=document.documentElement;"
+        "r.dataset.wide=r.scrollWidth;r.dataset.shown=[...document.querySelectorAll('.pm-narrow')]"
+        ".every(f=>f.offsetWidth>0);r.dataset.hidden=[...document.querySelectorAll('.pm-wide')]"
+        ".every(f=>f.offsetWidth===0)})</script></body>"
+    )
+    probe = page.with_name("probe.html")
+    probe.write_text(page.read_text().replace("</body>", script))
+    try:
+        # Chromium's window is never narrower than 500 px, so the page is put in a frame.
+        frame = page.with_name("frame.html")
+        frame.write_text(
+            '<iframe src="probe.html" style="width:390px;height:900px" onload="'
+            "Object.assign(document.documentElement.dataset,"
+            'this.contentDocument.documentElement.dataset)"></iframe>'
+        )
+        seen = visit(frame, tmp_path)
+    finally:
+        probe.unlink()
+        frame.unlink()
+    assert 'data-shown="true"' in seen.dom
+    assert 'data-hidden="true"' in seen.dom
+    assert int(re.search(r'data-wide="(\d+)"', seen.dom)[1]) <= 390
+
+
+def test_numbers_on_the_page_are_those_of_the_records(built):
+    """The front page's numbers and the swap page's table come from the sealed records."""
+    project, _ = built
+    found = {r.key: r for r in records_of(project, "04_adapter_swap").of(_measure())}
+    page = text_of(project / "_build/html/book/swap.html")
+    for system in ("base", "suspect", "reference"):
+        measure = found[f"swap.{system}.v2.auc_number"]
+        assert f"{measure.value:.2f} [{measure.low:.2f}, {measure.high:.2f}]" in page
+    front = text_of(project / "_build/html/book/index.html")
+    assert f"{found['swap.base.v2.auc_number'].value:.2f}" in front
+
+
+def _measure():
+    from postmortem.records import Measure
+
+    return Measure
+
+
+def test_each_figure_is_on_its_page(built):
+    """Every figure that was drawn stands on a page, and none is announced as missing."""
+    project, _ = built
+    drawn = json.loads(
+        (project / "_build/runs/qwen-lora/embedded/figures/figures.json").read_text()
+    )
+    assert drawn["missing"] == {}
+    pages = "".join(p.read_text() for p in (project / "_build/html/book").rglob("*.html"))
+    for alt in drawn["alt"].values():
+        assert alt.split(".")[0][:40] in pages
+
+
+def test_no_page_shows_a_missing_value(built):
+    """No page shows the mark of a missing key, a traceback or a path of this machine."""
+    project, _ = built
+    for page in (project / "_build/html/book").rglob("*.html"):
+        text = page.read_text()
+        assert "??" not in text_of(page)
+        assert "Traceback" not in text
+        assert str(project) not in text
+
+
+def test_the_embedded_world_replays_the_incident(built):
+    """The base alone writes 0.0 on every row under v2 while its log-odds rank the rows."""
+    project, _ = built
+    measures = values_of(project)["measures"]
+    assert measures["swap.base.v2.distinct"]["value"] == 1
+    assert measures["swap.base.v2.top_value"]["value"] == 0.0
+    assert measures["swap.base.v2.auc_number"]["low"] > 0.9
+    assert measures["swap.reference.v2.auc_decoded"]["low"] > 0.8
+    assert values_of(project)["verdicts"]["swap.case_a_means_mismatch"]["verdict"] == "refuted"
+
+
+def test_an_edited_page_runs_no_notebook(built):
+    """After a change of prose only the pages are built again."""
+    project, _ = built
+    page = project / "book/timeline.md"
+    before = page.read_text()
+    page.write_text(before + "\nOne more sentence.\n")
+    try:
+        result = make(project)
+        assert result.returncode == 0, result.stderr
+        assert "started" not in result.stderr
+        assert "One more sentence." in text_of(project / "_build/html/book/timeline.html")
+    finally:
+        page.write_text(before)
+        make(project)
+
+
+def test_a_wrong_key_on_a_page_fails_the_build_twice(built):
+    """A number that no record has fails the build with its key, and again on the next try."""
+    project, _ = built
+    page = project / "book/timeline.md"
+    before = page.read_text()
+    page.write_text(before + "\n{num}`no.such.key`\n")
+    try:
+        for _ in range(2):
+            result = make(project)
+            assert result.returncode == 2
+            assert "no recorded measures 'no.such.key'" in result.stderr
+            assert "Traceback" not in result.stderr
+    finally:
+        page.write_text(before)
+        assert make(project).returncode == 0
+
+
+def test_a_changed_notebook_runs_with_what_depends_on_it(built):
+    """After a change of the first notebook it and the second run, and the others do not."""
+    project, _ = built
+    path = project / "notebooks/01_v1_run.ipynb"
+    before = path.read_text()
+    path.write_text(before.replace("Answer every row.", "Let every row be answered."))
+    result = make(project)
+    assert result.returncode == 0, result.stderr
+    started = set(re.findall(r"(\w+): started", result.stderr))
+    assert "01_v1_run" in started
+    assert started <= {"01_v1_run", "02_v2_run"}
+
+
+def test_a_failing_notebook_never_reaches_the_book(built):
+    """A notebook that raises fails the build by name, and the book keeps its last good state."""
+    project, _ = built
+    path = project / "notebooks/04_adapter_swap.ipynb"
+    before = path.read_text()
+    content = json.loads(before)
+    content["cells"][-1]["source"] = ["raise RuntimeError('on purpose')"]
+    path.write_text(json.dumps(content))
+    try:
+        result = make(project)
+        assert result.returncode == 2
+        assert "04_adapter_swap.ipynb" in result.stderr
+        assert "RuntimeError: on purpose" in result.stderr
+        pages = (project / "_build/html/book").rglob("*.html")
+        assert not any("on purpose" in page.read_text() for page in pages)
+    finally:
+        path.write_text(before)
+
+
+def test_hostile_posts_are_text_and_run_nothing(built, tmp_path):
+    """Posts with markup, directives, escapes, 100,000 characters or nothing are only shown."""
+    project, _ = built
+    example = {
+        f"{kind}_example_{n}": SCRIPTS[n] for kind in ("positive", "negative") for n in (1, 2)
+    }
+    rows = [
+        {"row_id": f"<b>{i}</b>$x$", "body": post, "rule": SCRIPTS[0]} | example
+        for i, post in enumerate(SCRIPTS)
+    ]
+    data = tmp_path / "posts.csv"
+    with data.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    result = make(project, "--data", str(data))
+    assert result.returncode == 0, result.stderr
+    pages = sorted((project / "_build/html/book").rglob("*.html"))
+    shown = "".join(page.read_text() for page in pages)
+    assert "<script>document.documentElement.setAttribute('data-ran'" not in shown
+    assert "&lt;script&gt;document.documentElement" in shown
+    assert "root:x:" not in shown
+    assert "\x1b[" not in shown
+    if CHROMIUM:
+        for name in ("v1", "swap", "notebooks/01_v1_run"):
+            (tmp_path / name).mkdir(parents=True)
+            seen = visit(project / f"_build/html/book/{name}.html", tmp_path / name)
+            assert "data-ran" not in seen.dom.split("<body")[0]
+            assert seen.external == ()

@@ -1,0 +1,164 @@
+import json
+
+import pytest
+from sphinx.application import Sphinx
+
+from postmortem.sphinx_ext import format_number
+
+HOSTILE = "<script>alert(1)</script> {include}`/etc/passwd` $x$ `code` **b** \x1b[31m"
+VALUES = {
+    "measures": {
+        "a.b": {"value": 0.1234, "low": 0.05, "high": 0.2, "reason": ""},
+        "none": {"value": None, "low": None, "high": None, "reason": "no labels"},
+        "less": {"value": -1.5, "low": None, "high": None, "reason": ""},
+    },
+    "verdicts": {"v": {"verdict": "cannot tell", "because": HOSTILE}},
+    "texts": {"profile.name": "embedded", "t": HOSTILE, "case.title": HOSTILE},
+    "tables": {"t": {"columns": ["row", "text", "verdict"], "rows": [[1, HOSTILE, "holds"]]}},
+}
+
+
+def build(folder, page, values=VALUES):
+    """Build one page; returns its HTML and the warnings."""
+    source = folder / "source"
+    (source / "_values/figures").mkdir(parents=True)
+    (source / "_values/values.json").write_text(json.dumps(values))
+    figures = {"alt": {"hero": "Hero"}, "missing": {"absent": "no labels"}}
+    (source / "_values/figures/figures.json").write_text(json.dumps(figures))
+    for width in ("wide", "narrow"):
+        (source / f"_values/figures/hero.{width}.svg").write_text(f"<svg id='{width}'></svg>")
+    (source / "index.md").write_text(page)
+    config = {
+        "extensions": ["myst_parser", "postmortem.sphinx_ext"],
+        "myst_enable_extensions": ["colon_fence"],
+    }
+    warnings = (folder / "warnings").open("w+")
+    app = Sphinx(
+        str(source),
+        None,
+        str(folder / "out"),
+        str(folder / "trees"),
+        "html",
+        confoverrides=config,
+        status=None,
+        warning=warnings,
+    )
+    app.build()
+    warnings.seek(0)
+    with warnings:
+        # Sphinx registers its own nodes once a process; a second build here says so.
+        told = [line for line in warnings if "already registered" not in line]
+    return (folder / "out/index.html").read_text(), "".join(told)
+
+
+def test_numbers_take_their_format(tmp_path):
+    """A number is formatted as asked, an estimate adds its interval, a lack says so."""
+    html, told = build(tmp_path, "# T\n\n{num}`a.b:.2f` {est}`a.b:.1%` {num}`none` {num}`less`\n")
+    assert ">0.12<" in html
+    assert ">12.3%<" in html
+    assert ">[5.0%, 20.0%]<" in html
+    assert "not available" in html
+    assert ">\N{MINUS SIGN}1.5<" in html
+    assert told == ""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "{num}`a.c`",
+        "{verdict}`w`",
+        "{text}`u`",
+        "{num}`a.b:.2q`",
+        "{grade}`hearsay`",
+        ":::{record-table} u\n:::",
+        ":::{record-table} t\n:columns: nope\n:::",
+        ":::{record-figure} nope\n:::",
+        "::::{when} has nothing\nx\n::::",
+        "::::{when} whatever\nx\n::::",
+    ],
+)
+def test_what_is_not_recorded_warns(tmp_path, page):
+    """A key, column, figure or condition that no record has is a warning, so -W fails."""
+    _, told = build(tmp_path, f"# T\n\n{page}\n")
+    assert "WARNING" in told
+
+
+def test_recorded_text_is_never_markup(tmp_path):
+    """Hostile text in a text, a verdict's reason or a table stays text."""
+    page = (
+        "# T\n\n{text}`t` {text}`case.title` {because}`v`\n\n:::{record-table} t\n{text}`t`\n:::\n"
+    )
+    html, told = build(tmp_path, page)
+    assert "<script>alert" not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
+    assert "root:" not in html
+    assert "<strong>b</strong>" not in html
+    assert told == ""
+
+
+def test_a_condition_decides_what_stands_on_the_page(tmp_path):
+    """`when` keeps its content only where the condition is true, nested markup included."""
+    page = "# T\n"
+    conditions = {
+        "profile embedded": True,
+        "profile not embedded": False,
+        "has a.b": True,
+        "lacks a.b": False,
+        "has none": False,
+        "verdict v cannot tell": True,
+        "verdict v holds": False,
+        "verdict v not holds": True,
+    }
+    for number, condition in enumerate(conditions):
+        page += f"\n::::{{when}} {condition}\nkept{number}x {{num}}`a.b`\n::::\n"
+    html, told = build(tmp_path, page)
+    assert [f"kept{n}x" in html for n in range(len(conditions))] == list(conditions.values())
+    assert told == ""
+
+
+def test_a_figure_is_inline_in_two_widths_or_says_why_not(tmp_path):
+    """A figure brings both SVGs and its caption; one that is missing gives the reason."""
+    page = "# T\n\n:::{record-figure} hero\nCap {num}`a.b:.2f`\n:::\n"
+    page += "\n:::{record-figure} absent\nx\n:::\n"
+    html, told = build(tmp_path, page)
+    assert "<svg id='wide'>" in html
+    assert "<svg id='narrow'>" in html
+    assert "No figure here: no labels." in html
+    assert told == ""
+
+
+def test_changed_values_rebuild_the_pages_that_use_them(tmp_path):
+    """After the values change, a page that quotes them shows the new number."""
+    build(tmp_path, "# T\n\n{num}`a.b:.2f`\n")
+    changed = json.loads(json.dumps(VALUES))
+    changed["measures"]["a.b"]["value"] = 0.98
+    path = tmp_path / "source/_values/values.json"
+    path.write_text(json.dumps(changed))
+    app = Sphinx(
+        str(tmp_path / "source"),
+        None,
+        str(tmp_path / "out"),
+        str(tmp_path / "trees"),
+        "html",
+        confoverrides={"extensions": ["myst_parser", "postmortem.sphinx_ext"]},
+        status=None,
+        warning=None,
+    )
+    app.build()
+    assert ">0.98<" in (tmp_path / "out/index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "style", "text"),
+    [
+        (0.0, "", "0"),
+        (2.0, "d", "2"),
+        (1.5, "d", "2"),
+        (-0.25, ".1f", "\N{MINUS SIGN}0.2"),
+        (0.5, ".0%", "50%"),
+        (1e-12, "", "1e\N{MINUS SIGN}12"),
+    ],
+)
+def test_number_formats(value, style, text):
+    """Formats are Python's, with a true minus sign and integers for counts."""
+    assert format_number(value, style) == text
