@@ -84,7 +84,7 @@ rule world:
         profile=PROFILE.model_dump_json(),
         adapters=[SETTINGS["suspect"], SETTINGS["reference"]],
     shell:
-        "postmortem step world --trained {params.trained:q} --out {output:q}"
+        "postmortem step world --trained={params.trained:q} --out {output:q}"
 
 
 # The longest first, so that two cores end together.
