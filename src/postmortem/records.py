@@ -242,16 +242,18 @@ def digest_folder(path: str | Path) -> str:
 
 
 def finite(record: Record) -> Record:
-    """The record itself; `RecordError` where a measure is not a finite number.
+    """The record itself; `RecordError` where a number in it is not finite.
 
     JSON has no NaN, and a page must not show one: what cannot be measured is None with a reason.
     """
-    values = [record.value, record.low, record.high] if isinstance(record, Measure) else []
-    if any(value is not None and not math.isfinite(value) for value in values):
+    cells = [cell for row in record.rows for cell in row] if isinstance(record, Table) else []
+    numbers = [value for value in (*vars(record).values(), *cells) if isinstance(value, float)]
+    if not all(map(math.isfinite, numbers)):
+        name = getattr(record, "key", None) or getattr(record, "row_id", "")
         raise RecordError(
-            f"measure {record.key!r}",  # type: ignore[attr-defined]
+            f"{getattr(record, 'kind', 'record')} {name!r}",
             expected="a finite number, or None with a reason",
-            found=str(values),
+            found=str(numbers),
         )
     return record
 
