@@ -133,9 +133,7 @@ def read_rows(
     frame = _read_csv(data)
     _require(data, frame, [columns.id, columns.text])
     ids = tuple(frame[columns.id])
-    if len(set(ids)) < len(ids):
-        repeated = next(id_ for id_ in ids if ids.count(id_) > 1)
-        raise DataError(data, expected=f"distinct {columns.id}", found=f"{repeated!r} twice")
+    _require_distinct(data, frame, columns.id)
     truth = _read_labels(data, frame, labels, columns=columns)
     group = columns.group if columns.group in frame else None
     texts = frame.drop(columns=[name for name in (columns.id, columns.label) if name in frame])
@@ -157,6 +155,14 @@ def _read_csv(path: str | Path) -> pd.DataFrame:
         raise DataError(path, expected="a CSV file in UTF-8", found=str(error)) from None
     if frame.empty:
         raise DataError(path, expected="at least one row", found="none")
+    # pandas takes the first column for row names where every row has a field too many.
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise DataError(
+            path,
+            expected=f"{len(frame.columns)} fields in a row, as in its header",
+            found="more",
+            remedy="Quote the fields that hold a comma.",
+        )
     return frame
 
 
@@ -171,6 +177,12 @@ def _require(path: str | Path, frame: pd.DataFrame, names: list[str]) -> None:
             )
 
 
+def _require_distinct(path: str | Path, frame: pd.DataFrame, name: str) -> None:
+    repeated = frame[name][frame[name].duplicated()]
+    if len(repeated):
+        raise DataError(path, expected=f"distinct {name}", found=f"{repeated.iloc[0]!r} twice")
+
+
 def _read_labels(
     data: str | Path, frame: pd.DataFrame, labels: str | Path | None, *, columns: Columns
 ) -> np.ndarray | None:
@@ -181,6 +193,7 @@ def _read_labels(
     else:
         path, table = labels, _read_csv(labels)
         _require(labels, table, [columns.id, columns.label])
+        _require_distinct(labels, table, columns.id)
         by_id = dict(zip(table[columns.id], table[columns.label], strict=True))
         missing = [id_ for id_ in frame[columns.id] if id_ not in by_id]
         if missing:

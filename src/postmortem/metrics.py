@@ -84,6 +84,7 @@ def rate_estimate(hits: int, n: int) -> Estimate:
 
 def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """KL(p || q) in nats of each row, from log-probabilities of shape (rows, vocabulary)."""
-    # A token that p gives no mass adds nothing, also where its log-probability is -inf.
-    terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))
-    return np.maximum(terms.sum(axis=1), 0.0)
+    # A token that p gives no mass adds nothing, also where q gives it none.
+    massless = np.isneginf(p)
+    gaps = np.subtract(p, q, out=np.zeros(p.shape), where=~massless)
+    return np.maximum((np.exp(p) * gaps).sum(axis=1), 0.0)

@@ -86,4 +86,6 @@ def _shorten(value: str, excess: int, *, tokenizer: Any) -> str:
     """The value without its last `excess` tokens, and always shorter than it was."""
     ids = tokenizer(value, add_special_tokens=False)["input_ids"]
     kept: str = tokenizer.decode(ids[: max(0, len(ids) - excess)])
+    # A character that the cut went through decodes to this mark, which the post does not hold.
+    kept = kept.rstrip("\ufffd")
     return kept if len(kept) < len(value) else value[: len(value) // 2]

@@ -173,9 +173,11 @@ def read_records(path: str | Path) -> RecordFile:
     path = Path(path)
     remedy = "Remove the file and run `make book` again."
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(path, expected="a record file", found=str(error), remedy=remedy) from None
+    # Only "\n" ends a line: a generated text may hold what splitlines() splits at, unescaped.
+    lines = text.removesuffix("\n").split("\n") if text else []
     records = [_read_line(path, number, line=line) for number, line in enumerate(lines, 1)]
     first, last = (records[0], records[-1]) if records else (None, None)
     if not isinstance(first, Provenance) or not isinstance(last, Seal):
@@ -187,7 +189,8 @@ def read_records(path: str | Path) -> RecordFile:
         )
     body = records[1:-1]
     digest = digest_records(first, body)
-    if (last.records, last.digest) != (len(body), digest):
+    same = text == "".join(f"{record.model_dump_json()}\n" for record in records)
+    if (last.records, last.digest) != (len(body), digest) or not same:
         raise RecordError(
             path,
             expected=f"{last.records} records with digest {last.digest}",
@@ -240,16 +243,18 @@ def digest_folder(path: str | Path) -> str:
 
 
 def finite(record: Record) -> Record:
-    """The record itself; `RecordError` where a measure is not a finite number.
+    """The record itself; `RecordError` where a number in it is not finite.
 
     JSON has no NaN, and a page must not show one: what cannot be measured is None with a reason.
     """
-    values = [record.value, record.low, record.high] if isinstance(record, Measure) else []
-    if any(value is not None and not math.isfinite(value) for value in values):
+    cells = [cell for row in record.rows for cell in row] if isinstance(record, Table) else []
+    numbers = [value for value in (*vars(record).values(), *cells) if isinstance(value, float)]
+    if not all(map(math.isfinite, numbers)):
+        name = getattr(record, "key", None) or getattr(record, "row_id", "")
         raise RecordError(
-            f"measure {record.key!r}",  # type: ignore[attr-defined]
+            f"{getattr(record, 'kind', 'record')} {name!r}",
             expected="a finite number, or None with a reason",
-            found=str(values),
+            found=str(numbers),
         )
     return record
 

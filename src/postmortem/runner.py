@@ -2,7 +2,6 @@
 
 import ast
 import builtins
-import json
 import logging
 import os
 import threading
@@ -24,6 +23,11 @@ from postmortem.records import read_records
 
 Value = str | int | float | bool
 TYPES = {name: getattr(builtins, name) for name in ("str", "int", "float", "bool")}
+# What nbformat raises on a file that is none; the last three on JSON of another shape.
+NOT_A_NOTEBOOK = (
+    *(OSError, ValueError, nbformat.reader.NotJSONError, nbformat.ValidationError),
+    *(AttributeError, KeyError, TypeError),
+)
 # papermill logs unknown parameters and then goes on; here they are refused beforehand.
 logging.getLogger("papermill").setLevel(logging.ERROR)
 
@@ -52,8 +56,14 @@ def declared_parameters(notebook: str | Path) -> dict[str, Parameter]:
         raise ParameterError(
             notebook, expected="one cell tagged `parameters`", found=str(len(cells))
         )
+    try:
+        lines = ast.parse(cells[0].source).body
+    except (SyntaxError, ValueError) as error:  # ValueError: a NUL in the source
+        raise ParameterError(
+            f"{notebook}, parameters cell", expected="declarations", found=str(error)
+        ) from None
     found = {}
-    for line in ast.parse(cells[0].source).body:
+    for line in lines:
         parameter = _declaration(notebook, line)
         found[parameter.name] = parameter
     return found
@@ -105,6 +115,8 @@ def run_notebook(
     failed = executed.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
     executed.unlink(missing_ok=True)
+    if "records" in parameters:  # those of an earlier run must not pass for this one's
+        Path(str(parameters["records"])).unlink(missing_ok=True)
     # A name of its own: an interrupted build may still be writing under another.
     partial = executed.with_name(f".{executed.stem}.{os.getpid()}.ipynb")
     start = time.perf_counter()
@@ -119,7 +131,7 @@ def run_notebook(
             raise
         partial.replace(failed)
         raise type(error)(
-            error.subject,
+            error.subject.replace(str(partial), str(failed)),
             expected=error.expected,
             found=error.found,
             remedy=f"What had run is in {failed}.",
@@ -148,10 +160,12 @@ def check_executed(notebook: str | Path) -> None:
 def read_notebook(path: str | Path) -> Any:
     """Read a notebook; `NotebookNotStarted` where it is missing or no notebook."""
     try:
-        return nbformat.read(str(path), as_version=4)
-    except (OSError, ValueError, json.JSONDecodeError, nbformat.reader.NotJSONError) as error:
+        content = nbformat.read(str(path), as_version=4)  # what is invalid is only logged here
+        nbformat.validate(content)
+    except NOT_A_NOTEBOOK as error:
         found = " ".join(str(error).split())[:200]
         raise NotebookNotStarted(path, expected="a notebook", found=found) from None
+    return content
 
 
 def _problem_of(cell: Any) -> tuple[str, str] | None:
@@ -188,7 +202,8 @@ def _execute(
         )
     except PapermillExecutionError as error:
         raise NotebookFailed(
-            f"{notebook}, cell {error.cell_index + 1}",
+            # papermill counts the cell of values that it has put behind the parameters.
+            f"{notebook}, cell {error.cell_index + (0 if parameters else 1)}",
             expected="no exception",
             found=f"{error.ename}: {error.evalue}",
         ) from None
@@ -204,7 +219,8 @@ def _execute(
             expected="a living kernel",
             found="one that died (out of memory, or killed)",
         ) from None
-    except (NoSuchKernel, RuntimeError, OSError) as error:
+    # ValueError: a notebook without the name of a language.
+    except (NoSuchKernel, RuntimeError, OSError, ValueError) as error:
         raise NotebookNotStarted(
             notebook,
             expected=f"a kernel {kernel!r}",
@@ -224,8 +240,9 @@ def _told(records: object, report: Any) -> Iterator[None]:
     done = threading.Event()
 
     def follow() -> None:
-        seen = 0
-        while not done.wait(0.5):
+        seen, over = 0, False
+        while not over:
+            over = done.wait(0.5)  # what was said last is read after the end
             lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
             for line in lines[seen:]:
                 report(line)
@@ -247,7 +264,7 @@ def _declaration(notebook: str | Path, line: ast.stmt) -> Parameter:
         or not isinstance(line.target, ast.Name)
         or not isinstance(line.annotation, ast.Name)
         or line.annotation.id not in TYPES
-        or not (line.value is None or isinstance(line.value, ast.Constant))
+        or not (line.value is None or _is_literal(line.value, TYPES[line.annotation.id]))
     ):
         raise ParameterError(
             f"{notebook}, parameters cell, line {line.lineno}",
@@ -255,3 +272,7 @@ def _declaration(notebook: str | Path, line: ast.stmt) -> Parameter:
             found=ast.unparse(line)[:80],
         )
     return Parameter(line.target.id, line.annotation.id, line.value is None)
+
+
+def _is_literal(value: ast.expr, expected: type) -> bool:
+    return isinstance(value, ast.Constant) and type(value.value) is expected

@@ -1,0 +1,204 @@
+import re
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from postmortem.case import PromptTemplate
+from postmortem.errors import DataError
+from postmortem.prompts import encode, fill, lead_of, render
+
+HEADER = "<|im_end|>\n<|im_start|>assistant\n"
+SPECIALS = ["<|im_start|>", "<|im_end|>"]
+
+
+class ByteTokenizer:
+    """Tokens of up to `width` bytes, cut through characters as byte-level tokenizers cut them.
+
+    The two marks of the chat template are one token each, also where a post holds them.
+    """
+
+    def __init__(self, width):
+        self.width = width
+
+    def __call__(self, text, *, add_special_tokens):
+        """The ids of a text."""
+        assert not add_special_tokens  # the chat template brings its own
+        ids = []
+        for part in re.split(f"({'|'.join(map(re.escape, SPECIALS))})", text):
+            raw = part.encode("utf-8")
+            pieces = [raw[i : i + self.width] for i in range(0, len(raw), self.width)]
+            ids += (
+                [SPECIALS.index(part)]
+                if part in SPECIALS
+                else [int.from_bytes(b"\x01" + piece, "big") for piece in pieces]
+            )
+        return {"input_ids": ids}
+
+    def decode(self, ids):
+        """The text of the ids, with the usual mark where a character is cut through."""
+        return b"".join(
+            SPECIALS[i].encode() if i < 2 else i.to_bytes(self.width + 1, "big").lstrip(b"\0")[1:]
+            for i in ids
+        ).decode("utf-8", errors="replace")
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        """Qwen's template in short."""
+        assert (tokenize, add_generation_prompt) == (False, True)
+        turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+        return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def make_template(template, **changes):
+    """A template that asks for a number in the chat format."""
+    settings = {"title": "T", "contract": "number", "chat": True, "system": "S", "grade": "log"}
+    return PromptTemplate(**settings | changes, template=template)
+
+
+TWO = make_template("Rule: {rule}\nPost: {body}\nAnswer:", system="Be brief.")
+# What stands before, between and after the two columns of TWO.
+BEFORE = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nRule: "
+BETWEEN, AFTER = "\nPost: ", "\nAnswer:" + HEADER
+FIXED = len(ByteTokenizer(1)(BEFORE + BETWEEN + AFTER, add_special_tokens=False)["input_ids"])
+POSTS = st.text(max_size=200) | st.lists(
+    st.sampled_from(
+        [*SPECIALS, HEADER, "{rule}", "{body}", "{", "}}", "é", "𝄞👍🏽", "word ", "\n", "�"]
+    ),
+    max_size=30,
+).map("".join)
+
+
+def test_braces_in_a_post_stay():
+    """A post that holds `{rule}` or nested braces is put in as it is."""
+    row = {"rule": "R", "body": "{rule} {{body}} {0} {} %s {x!r:>{width}}"}
+    assert fill("{rule}: {body}", row) == f"R: {row['body']}"
+
+
+@given(rule=POSTS, body=POSTS)
+def test_fill_is_one_replacement(rule, body):
+    """Any two values stand in the text exactly once and unchanged."""
+    assert fill("a{rule}b{body}c", {"rule": rule, "body": body}) == f"a{rule}b{body}c"
+
+
+def test_braces_that_name_no_column_stay():
+    """In a template only `{name}` is a column; other braces are text."""
+    assert fill('{"a": 1} {} {a b} {{body}}', {"body": "x"}) == '{"a": 1} {} {a b} {x}'
+
+
+def test_missing_column_is_named():
+    """A column that the rows lack is named, with those they have."""
+    with pytest.raises(DataError, match="'rule', which the prompt uses; found body, row_id"):
+        fill("{rule}", {"body": "x", "row_id": "1"})
+
+
+def test_raw_prompt_is_the_filled_template():
+    """A raw prompt has no chat marks and no system text."""
+    text = render(make_template("{body}", chat=False), {"body": "x"}, tokenizer=None)
+    assert text == "x"
+
+
+def test_system_text_is_filled():
+    """A column may stand in the system text as well."""
+    template = make_template("{body}", system="Rule: {rule}")
+    text = render(template, {"rule": "R", "body": "B"}, tokenizer=ByteTokenizer(1))
+    assert text == f"<|im_start|>system\nRule: R<|im_end|>\n<|im_start|>user\nB{HEADER}"
+
+
+def test_no_system_turn_without_a_system_text():
+    """Where there is no system text there is no system turn."""
+    text = render(make_template("{body}", system=""), {"body": "B"}, tokenizer=ByteTokenizer(1))
+    assert text == f"<|im_start|>user\nB{HEADER}"
+
+
+@pytest.mark.parametrize(("chat", "lead"), [(True, ""), (False, " ")])
+def test_lead_depends_on_the_chat_template(chat, lead):
+    """Only a raw prompt is followed by a space before the answer."""
+    assert lead_of(make_template("{body}", chat=chat)) == lead
+
+
+def test_short_prompt_is_not_touched():
+    """A prompt of exactly the limit keeps every token."""
+    row = {"rule": "R", "body": "B"}
+    prompt = encode(TWO, row, tokenizer=ByteTokenizer(1), limit=FIXED + 2)
+    assert (prompt.text, prompt.cut) == (f"{BEFORE}R{BETWEEN}B{AFTER}", False)
+    assert prompt.full_length == len(prompt.token_ids) == FIXED + 2
+
+
+def test_the_longest_column_is_cut():
+    """One token too many costs the longest column its end and no other column anything."""
+    row = {"rule": "short", "body": "a long post"}
+    prompt = encode(TWO, row, tokenizer=ByteTokenizer(1), limit=FIXED + 15)
+    assert prompt.text == f"{BEFORE}short{BETWEEN}a long pos{AFTER}"
+    assert (prompt.cut, prompt.full_length, len(prompt.token_ids)) == (True, FIXED + 16, FIXED + 15)
+
+
+def test_a_cut_leaves_no_broken_character():
+    """Where the cut goes through a character, all of the character goes."""
+    row = {"rule": "R", "body": "ab👍"}
+    prompt = encode(TWO, row, tokenizer=ByteTokenizer(1), limit=FIXED + 5)
+    assert prompt.text == f"{BEFORE}R{BETWEEN}ab{AFTER}"
+
+
+def test_a_cut_always_ends():
+    """A tokenizer whose decoding is no shorter than the text does not hold up the cut."""
+
+    class Padding(ByteTokenizer):
+        def decode(self, ids):
+            return super().decode(ids) + "." * 100
+
+    row = {"rule": "R", "body": "a post"}
+    prompt = encode(TWO, row, tokenizer=Padding(1), limit=FIXED + 4)
+    assert prompt.text == f"{BEFORE}R{BETWEEN}a p{AFTER}"
+
+
+def test_columns_that_the_prompt_does_not_use_are_left_alone():
+    """A long column that the prompt does not use neither counts nor is cut."""
+    row = {"rule": "R", "body": "B", "url": "u" * 10_000}
+    assert not encode(TWO, row, tokenizer=ByteTokenizer(1), limit=FIXED + 2).cut
+
+
+@settings(deadline=None, max_examples=200)
+@given(rule=POSTS, body=POSTS, room=st.integers(0, 150), width=st.integers(1, 3))
+@example(rule="R", body=HEADER * 20, room=10, width=1)
+@example(rule="{body}", body="{rule}" * 30, room=7, width=2)
+@example(rule="", body="👍" * 40, room=5, width=3)
+def test_cut_prompt_keeps_all_but_the_end_of_a_column(rule, body, room, width):
+    """Under any limit what surrounds the columns stays, and a column is a beginning of itself."""
+    tokenizer, limit = ByteTokenizer(width), FIXED + room
+    prompt = encode(TWO, {"rule": rule, "body": body}, tokenizer=tokenizer, limit=limit)
+    assert len(prompt.token_ids) <= limit
+    assert list(prompt.token_ids) == tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+    assert prompt.text.startswith(BEFORE)
+    assert prompt.text.endswith(AFTER)
+    values = prompt.text.removeprefix(BEFORE).removesuffix(AFTER)
+    splits = [match.start() for match in re.finditer(re.escape(BETWEEN), values)]
+    assert any(
+        rule.startswith(values[:at]) and body.startswith(values[at + len(BETWEEN) :])
+        for at in splits
+    )
+
+
+@settings(deadline=None)
+@given(body=POSTS, room=st.integers(0, 100))
+def test_cut_is_told(body, room):
+    """`cut` and the full length tell what the prompt would have been."""
+    row, tokenizer = {"rule": "R", "body": body}, ByteTokenizer(1)
+    whole = encode(TWO, row, tokenizer=tokenizer, limit=100_000)
+    prompt = encode(TWO, row, tokenizer=tokenizer, limit=FIXED + 1 + room)
+    assert not whole.cut
+    assert prompt.full_length == len(whole.token_ids)
+    assert prompt.cut == (len(whole.token_ids) > FIXED + 1 + room)
+
+
+def test_huge_post_is_cut():
+    """A post of a million characters is cut to the limit."""
+    row = {"rule": "R", "body": "x" * 1_000_000}
+    assert len(encode(TWO, row, tokenizer=ByteTokenizer(3), limit=512).token_ids) == 512
+
+
+@pytest.mark.parametrize("template", [TWO, make_template("No column at all, and too long.")])
+def test_fixed_text_over_the_limit_is_refused(template):
+    """Where the text around the columns is too long by itself, the prompt is refused."""
+    row = {"rule": "R", "body": "a post"}
+    with pytest.raises(DataError, match=r"at most 20 tokens; found .* with every column empty"):
+        encode(template, row, tokenizer=ByteTokenizer(1), limit=20)

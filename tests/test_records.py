@@ -1,0 +1,334 @@
+import json
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from postmortem.errors import RecordError
+from postmortem.records import (
+    Measure,
+    Prediction,
+    Provenance,
+    Seal,
+    Table,
+    Text,
+    Timing,
+    Verdict,
+    check_fresh,
+    count_records,
+    digest_file,
+    digest_folder,
+    digest_records,
+    read_records,
+    write_records,
+    write_text,
+)
+
+PROVENANCE = Provenance(
+    notebook="01_v1_run",
+    case="qwen-lora",
+    profile="embedded",
+    parameters={"rows": 0, "fast": True, "share": 1.0, "data": "", "labels": None},
+    digests={"case": "c0", "module parsing": "p0"},
+    versions={"python": "3.11.0"},
+    device="cpu",
+    dtype="float32",
+    seed=0,
+    aside={"host": "here", "started": 1.5},
+)
+PREDICTION = {
+    "system": "base",
+    "prompt": "v2",
+    "row_id": "2029",
+    "group": "R",
+    "label": None,
+    "text": "0.0",
+    "token_ids": (15, 13, 15),
+    "prompt_tokens": 371,
+    "full_prompt_tokens": 371,
+    "finished": True,
+    "value": 0.0,
+    "stage": "float",
+    "strict_value": None,
+    "expected_value": 0.1,
+    "number_log_odds": -2.197,
+    "yes_no_log_odds": -30.5,
+}
+EACH = [
+    Prediction(**PREDICTION),
+    Measure(key="v1.auc", value=0.5, low=0.25, high=1e-07, n=10, unit="AUC"),
+    Measure(key="v1.none", value=None, reason="no labels"),
+    Verdict(key="v1.parsed", verdict="holds", because="It does."),
+    Text(key="v1.text", text="two\nlines, \x00, \u2028, \x85, 👍, {rule}, <|im_end|>, \\u001f"),
+    Table(key="v1.table", columns=("a", "b"), rows=((1, 1.0), (True, None), ("x", ""))),
+    Timing(key="load base", seconds=1.25),
+]
+# Each example overwrites the same file before it reads it.
+SAME_FILE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+CELLS = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | NUMBERS | st.text()
+KEYS = st.text(min_size=1)
+RECORDS = st.one_of(
+    st.builds(Measure, key=KEYS, value=NUMBERS | st.integers(-(2**60), 2**60), low=NUMBERS),
+    st.builds(Text, key=KEYS, text=st.text()),
+    st.builds(Timing, key=KEYS, seconds=NUMBERS),
+    st.builds(Verdict, key=KEYS, verdict=st.just("refuted"), because=st.text()),
+    st.builds(Table, key=KEYS, columns=st.tuples(st.text()), rows=st.lists(st.tuples(CELLS))),
+    st.builds(
+        lambda text, value, ids: Prediction(
+            **PREDICTION | {"text": text, "number_log_odds": value, "token_ids": ids}
+        ),
+        st.text(),
+        NUMBERS,
+        st.lists(st.integers(0, 2**20)).map(tuple),
+    ),
+)
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """A sealed file with a record of each kind."""
+    write_records(tmp_path / "records.jsonl", PROVENANCE, records=EACH)
+    return tmp_path / "records.jsonl"
+
+
+def refuse(path, match):
+    """Reading that file must fail with this in a message that names the file."""
+    with pytest.raises(RecordError, match=match) as caught:
+        read_records(path)
+    assert str(path) in str(caught.value)
+
+
+def test_each_kind_is_read_as_written(sealed):
+    """Each kind of record is read with its values and their types as they were."""
+    found = read_records(sealed)
+    assert (found.provenance, list(found.records)) == (PROVENANCE, EACH)
+    assert repr(found.records) == repr(tuple(EACH))
+    assert repr(found.provenance) == repr(PROVENANCE)
+
+
+@SAME_FILE
+@given(records=st.lists(RECORDS, max_size=6))
+def test_round_trip(tmp_path, records):
+    """Any records are read as they were written, in order, under the digest of the seal."""
+    seal = write_records(tmp_path / "r.jsonl", PROVENANCE, records=records)
+    found = read_records(tmp_path / "r.jsonl")
+    assert repr(list(found.records)) == repr(records)
+    assert (seal.records, seal.digest) == (len(records), found.digest)
+
+
+def test_of_gives_one_kind(sealed):
+    """Records of one kind are given in order."""
+    assert [record.key for record in read_records(sealed).of(Measure)] == ["v1.auc", "v1.none"]
+
+
+def test_no_records_at_all(tmp_path):
+    """A run without records is sealed like any other."""
+    assert write_records(tmp_path / "r.jsonl", PROVENANCE, records=[]).records == 0
+    assert read_records(tmp_path / "r.jsonl").records == ()
+
+
+def test_any_changed_byte_is_refused(sealed):
+    """A file with any byte changed is refused, but for the times and the host, which are aside."""
+    whole = sealed.read_bytes()
+    aside = json.dumps(PROVENANCE.aside, separators=(",", ":")).encode()
+    free = {whole.index(aside) + n for n in range(len(aside))}
+    timing = whole.index(b'{"kind":"timing"')
+    free |= set(range(timing, whole.index(b"\n", timing)))
+    accepted = []
+    for place, byte in enumerate(whole):
+        # A line feed becomes a carriage return, and the e of an exponent a capital.
+        flip = 0x07 if byte == 0x0A else 0x20 if chr(byte).isalpha() else 0x01
+        sealed.write_bytes(whole[:place] + bytes([byte ^ flip]) + whole[place + 1 :])
+        try:
+            read_records(sealed)
+        except RecordError:
+            continue
+        accepted.append(place)
+    assert set(accepted) <= free
+
+
+def test_nan_in_place_of_nothing_is_refused(tmp_path):
+    """A NaN, which is no JSON but which parsers take, is refused where nothing was recorded."""
+    write_records(tmp_path / "r.jsonl", PROVENANCE, records=[EACH[2]])
+    text = (tmp_path / "r.jsonl").read_text(encoding="utf-8")
+    assert '"value":null' in text
+    write_text(tmp_path / "r.jsonl", text.replace('"value":null', '"value":NaN'))
+    refuse(tmp_path / "r.jsonl", "changed after the run")
+
+
+@SAME_FILE
+@given(data=st.data(), byte=st.binary(min_size=1, max_size=1))
+def test_any_added_or_lost_byte_is_refused(tmp_path, data, byte):
+    """A file with a byte more or less is refused, white space included."""
+    path = tmp_path / "r.jsonl"
+    records = [record for record in EACH if not isinstance(record, Timing)]
+    write_records(path, PROVENANCE.model_copy(update={"aside": {}}), records=records)
+    whole = path.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    for changed in (whole[:at] + byte + whole[at:], whole[:at] + whole[at + 1 :], whole + byte):
+        path.write_bytes(changed)
+        refuse(path, "expected")
+
+
+def test_any_beginning_is_refused(sealed):
+    """A file cut short anywhere is refused."""
+    whole = sealed.read_bytes()
+    for end in range(len(whole) - 1, -1, -5):
+        sealed.write_bytes(whole[:end])
+        refuse(sealed, "expected")
+
+
+def test_unfinished_run_is_told(sealed):
+    """A file without its seal is told as a run that did not finish."""
+    lines = sealed.read_text(encoding="utf-8").split("\n")
+    sealed.write_text("\n".join(lines[:-2]) + "\n", encoding="utf-8")
+    refuse(sealed, "found 8 line.* the run did not finish")
+
+
+def test_moved_lines_are_refused(sealed):
+    """The order of the records is sealed too."""
+    lines = sealed.read_text(encoding="utf-8").split("\n")
+    lines[1], lines[2] = lines[2], lines[1]
+    sealed.write_text("\n".join(lines), encoding="utf-8")
+    refuse(sealed, "changed after the run")
+
+
+def test_two_files_in_one_are_refused(sealed):
+    """A sealed file behind another is refused."""
+    sealed.write_bytes(sealed.read_bytes() * 2)
+    refuse(sealed, "changed after the run")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "0 line.* without them"),
+        (b"\n", "line 1: expected a record"),
+        (b"[]\n", "line 1: expected a record"),
+        (b"\xff\xfe\n", "expected a record file; found 'utf-8'"),
+        (b'{"kind":"seal","records":0,"digest":"x"}\n', "a provenance first"),
+        (b'{"kind":"secret"}\n', "line 1: expected a record"),
+        (b'{"kind":"text","key":"a","text":"b","more":1}\n', "line 1.*Extra inputs"),
+        (b"[" * 100_000, "line 1: expected a record"),
+    ],
+    ids=["empty", "blank", "list", "bytes", "seal", "kind", "extra", "deep"],
+)
+def test_what_is_no_record_file_is_refused(tmp_path, content, match):
+    """What holds no records is refused with its file and line."""
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(content)
+    refuse(path, match)
+
+
+def test_missing_file_is_refused(tmp_path):
+    """A file that is not there, or a folder, is refused."""
+    refuse(tmp_path / "none.jsonl", "No such file")
+    refuse(tmp_path, "expected a record file")
+
+
+def test_times_and_host_are_not_in_the_digest():
+    """Two runs that differ in times and host have one digest, and in anything else two."""
+    later = PROVENANCE.model_copy(update={"aside": {"host": "there"}})
+    slower = [*EACH[:-1], Timing(key="load base", seconds=9.0)]
+    assert digest_records(PROVENANCE, EACH) == digest_records(later, slower)
+    for changed in ({"seed": 1}, {"device": "cuda"}, {"parameters": {}}):
+        assert digest_records(PROVENANCE.model_copy(update=changed), EACH) != digest_records(
+            PROVENANCE, EACH
+        )
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: Measure(key="k", value=x),
+        lambda x: Measure(key="k", value=0.5, low=0.1, high=x),
+        lambda x: Prediction(**PREDICTION | {"number_log_odds": x}),
+        lambda x: Prediction(**PREDICTION | {"strict_value": x}),
+        lambda x: Table(key="k", columns=("a",), rows=((1,), (x,))),
+        lambda x: Timing(key="k", seconds=x),
+    ],
+    ids=["value", "interval", "log-odds", "strict value", "table", "seconds"],
+)
+def test_what_is_not_finite_is_not_written(tmp_path, make, number):
+    """A number that JSON cannot hold is refused before the file is written."""
+    with pytest.raises(RecordError, match="expected a finite number"):
+        write_records(tmp_path / "r.jsonl", PROVENANCE, records=[EACH[0], make(number)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_cannot_be_changed():
+    """A record is frozen, and a field it does not have is refused."""
+    with pytest.raises(ValidationError):
+        EACH[1].value = 1.0
+    with pytest.raises(ValidationError):
+        Text(key="k", text="t", note="n")
+
+
+def test_fresh_records_pass(sealed):
+    """Records are fresh where each digest is today's, whatever else there is today."""
+    check_fresh(read_records(sealed), {**PROVENANCE.digests, "module other": "x"})
+
+
+@pytest.mark.parametrize(
+    ("current", "found"),
+    [
+        ({"case": "c1", "module parsing": "p0"}, "case with digest c0.*found c1"),
+        ({"case": "c0"}, "module parsing.*no such input any more"),
+    ],
+)
+def test_stale_records_are_refused(sealed, current, found):
+    """What has changed since the records were made is named."""
+    with pytest.raises(RecordError, match=f"is stale.*{found}"):
+        check_fresh(read_records(sealed), current)
+
+
+def test_count_records(tmp_path):
+    """The records of all files of a folder are counted, and other files are not read."""
+    assert count_records(tmp_path) == 0
+    for name, records in {"a": EACH, "b": EACH[:2]}.items():
+        write_records(tmp_path / f"{name}.jsonl", PROVENANCE, records=records)
+    write_text(tmp_path / "notes.txt", "x")
+    assert count_records(tmp_path) == len(EACH) + 2
+
+
+def test_write_text_replaces_whole(tmp_path):
+    """A text replaces the one before, in folders made for it, readable by all, alone."""
+    path = tmp_path / "deep" / "er" / "a.txt"
+    for text in ("long before", "é\n"):
+        write_text(path, text)
+    assert path.read_bytes() == "é\n".encode()
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_failed_write_leaves_what_was_there(tmp_path):
+    """A text that cannot be written leaves the old file and nothing else."""
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.txt", "new \ud800")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_digests_of_files(tmp_path):
+    """A file's digest follows its bytes, a folder's the names and bytes directly in it."""
+    digests = []
+    for name, text in [("a", "x"), ("a", "y"), ("b", "y"), ("b", "")]:
+        folder = tmp_path / str(len(digests))
+        write_text(folder / name, text)
+        write_text(folder / "below" / "c", str(len(digests)))
+        digests.append(digest_folder(folder))
+    assert len(set(digests)) == 4
+    assert digest_folder(tmp_path / "0" / "below") != digest_folder(tmp_path / "1" / "below")
+    assert digest_file(tmp_path / "1" / "a") == digest_file(tmp_path / "2" / "b")
+    assert digest_folder(tmp_path) == digest_folder(tmp_path)
+
+
+def test_seal_is_the_last_line(sealed):
+    """The seal counts what stands between it and the provenance."""
+    last = json.loads(sealed.read_text(encoding="utf-8").split("\n")[-2])
+    digest = digest_records(PROVENANCE, EACH)
+    assert last == Seal(records=len(EACH), digest=digest).model_dump()
