@@ -81,8 +81,8 @@ def generate_rows(count: int, seed: int, *, columns: Columns | None = None) -> R
     columns = columns or Columns()
     source = random.Random(f"rows-{seed}")
     # Of each pair of rows one is a violation, so that any stretch of them holds both.
-    labels = [label for _ in range((count + 1) // 2) for label in source.sample([0, 1], 2)]
-    records = [(_generate_row(source, label), label) for label in labels[:count]]
+    pairs = (source.sample([0, 1], 2) for _ in range((count + 1) // 2))
+    records = [(_generate_row(source, label), label) for pair in pairs for label in pair][:count]
     frame = pd.DataFrame([texts for texts, _ in records])
     frame = frame.rename(columns={"rule": columns.group or "rule", "body": columns.text})
     return Rows(
