@@ -38,7 +38,7 @@ weights: environment
 	@postmortem weights "$(PROFILE)"
 
 test: environment
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: environment
 	@$(BIN)/ruff check src tests

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,29 +33,33 @@ SCRIPTS = (
 )
 
 
+def clone(root, folder):
+    """Copy the project's own files, as a clone would have them."""
+    folder.mkdir()
+    for name in ("book", "cases", "notebooks"):
+        shutil.copytree(root / name, folder / name)
+    for name in ("Snakefile", "_config.yml", "_toc.yml"):
+        shutil.copy2(root / name, folder / name)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, pytestconfig):
-    """A copy of the project's own files, as a clone would have them."""
-    folder = tmp_path_factory.mktemp("clone") / "project"
-    root = pytestconfig.rootpath
-    for name in ("book", "cases", "notebooks", "Snakefile", "_config.yml", "_toc.yml"):
-        source = root / name
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, _parent(folder) / name)
-    return folder
+    """A clone that the tests of this module build and change."""
+    return clone(pytestconfig.rootpath, tmp_path_factory.mktemp("clone") / "project")
 
 
-def _parent(folder):
-    folder.mkdir(exist_ok=True)
-    return folder
+BIN = Path(sys.executable).parent
+COMMAND = [str(BIN / "postmortem"), "book"]
+ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
 def make(project, *options):
     """Build the book there; returns the finished process."""
-    bin_folder = Path(sys.executable).parent
     return subprocess.run(
-        [str(bin_folder / "postmortem"), "book", *options],
+        [*COMMAND, *options],
         cwd=project,
-        env=os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=900,
@@ -102,8 +107,7 @@ def test_without_changes_nothing_runs(built):
     """A second build runs no step."""
     project, _ = built
     result = make(project)
-    assert result.returncode == 0
-    assert result.stderr == ""
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @needs_browser
@@ -198,6 +202,31 @@ def test_the_embedded_world_replays_the_incident(built):
     assert measures["swap.base.v2.auc_number"]["low"] > 0.9
     assert measures["swap.reference.v2.auc_decoded"]["low"] > 0.8
     assert values_of(project)["verdicts"]["swap.case_a_means_mismatch"]["verdict"] == "refuted"
+
+
+def test_a_killed_build_goes_on_and_ends_the_same(built, tmp_path, pytestconfig):
+    """After kill -9 among the notebooks the next build works, with the digests of a clean one."""
+    project, _ = built
+    other = clone(pytestconfig.rootpath, tmp_path / "other")
+    # The world is trained already; that training repeats itself is shown where it is tested.
+    shutil.copytree(project / "_build/worlds", other / "_build/worlds")
+    with subprocess.Popen(
+        COMMAND,
+        cwd=other,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while "suspect on" not in process.stderr.readline():
+            pass
+        os.killpg(process.pid, signal.SIGKILL)
+    result = make(other)
+    assert result.returncode == 0, result.stderr
+    for path in sorted((project / "notebooks").glob("*.ipynb")):
+        name = path.stem
+        assert records_of(other, name).digest == records_of(project, name).digest
 
 
 def test_an_edited_page_runs_no_notebook(built):
