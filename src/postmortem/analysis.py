@@ -210,7 +210,7 @@ def _judge_attempt(
     session.verdict(
         f"{name}.reported_value",
         health.constant and health.top_value == reported,
-        f"the commonest value is {health.top_value:g}, on {health.top_share:.0%} of the rows; "
+        f"the commonest value is {health.top_value}, on {health.top_share:.0%} of the rows; "
         f"{reported:.1f} on every row was reported",
     )
     told = attempt.reported_parse_rate

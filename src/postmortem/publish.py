@@ -112,7 +112,7 @@ def add_run_values(values: Values, files: Mapping[str, RecordFile], *, world: Wo
             (
                 role.replace("_", " "),
                 "yes" if member.path else f"no: {member.reason}",
-                member.training.get("steps"),
+                int(member.training.get("steps", 0)) or None,
                 ", ".join(f"{k} {v:.3f}" for k, v in member.training.items() if k != "steps"),
             )
             for role, member in world.members.items()
@@ -171,7 +171,10 @@ def _case_tables(
     yield (
         "hypotheses",
         ("id", "hypothesis", "statement", "initial", "final"),
-        [(h.id, h.title, h.statement, h.initial, h.final) for h in case.hypotheses],
+        [
+            (h.id, h.title, h.statement, _percent(h.initial), _percent(h.final))
+            for h in case.hypotheses
+        ],
     )
     yield (
         "standing",
@@ -219,6 +222,12 @@ def _decided(key: str, verdicts: Mapping[str, Mapping[str, str]]) -> str:
             found="none in any notebook",
         )
     return verdicts[key]["verdict"]
+
+
+def _percent(confidence: float | None) -> Cell:
+    if confidence is not None and confidence.is_integer():
+        return int(confidence)
+    return confidence
 
 
 def _declared(system: Mapping[str, Any]) -> str:

@@ -245,6 +245,8 @@ class Session:
             prompts=prompts,
             lead=lead_of(template),
             max_new_tokens=decoding["max_new_tokens"],
+            # A GPU wants full batches; on a CPU small ones cost nothing and show progress.
+            batch_tokens=16384 if base.device.startswith("cuda") else 2048,
             progress=self._progress(f"{system} on {prompt}"),
         )
         labels = self.rows.labels

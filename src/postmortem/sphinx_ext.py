@@ -22,6 +22,8 @@ CLAIM_VERDICTS = {
 }
 GRADES = {"artefact", "log", "recollection", "measured"}
 UNAVAILABLE = "not available"
+# A cell of more characters keeps a width that can be read on a phone.
+LONG = 60
 
 
 class Values:
@@ -274,9 +276,11 @@ def _cell(cell: Any) -> nodes.paragraph:
         return nodes.paragraph("", "", verdict_node(text))
     if text in GRADES:
         return nodes.paragraph("", "", _inline(text, "pm-grade", f"pm-grade-{text}"))
-    if isinstance(cell, (int, float)):
-        return nodes.paragraph("", format_number(cell, ""), classes=["pm-numeric"])
-    return nodes.paragraph("", text)
+    if isinstance(cell, int | float):
+        # str keeps the point of a float, which tells 0.0 from a count of none.
+        shown = text.replace("-", "\N{MINUS SIGN}")
+        return nodes.paragraph("", shown, classes=["pm-numeric"])
+    return nodes.paragraph("", text, classes=["pm-long"] if len(text) > LONG else [])
 
 
 def _inline(text: str, *classes: str) -> nodes.inline:
