@@ -1,7 +1,7 @@
 """What the notebooks record: one attempt, one system beside the base, and the verdicts."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import log_softmax
@@ -16,10 +16,12 @@ from postmortem.metrics import (
     rate_estimate,
 )
 from postmortem.parsing import counts_as_parsed
-from postmortem.records import Prediction, RecordFile
+from postmortem.records import Cell, Prediction, RecordFile
 from postmortem.session import Answers, Session
 
 STAGES = ("float", "pattern", "keyword", "default")
+# Where the write-up's parser found a number; the other stages make one up.
+NUMBER_STAGES = ("float", "pattern")
 NO_LABELS = "the rows came without labels"
 # Below this KL in nats two first-token distributions are the same up to rounding.
 NO_OP = 1e-6
@@ -74,7 +76,10 @@ def summarise(answers: Answers, base: Answers | None = None) -> SystemSummary:
         changed = sum(a != b for a, b in zip(answers.values, base.values, strict=True))
         flips = rate_estimate(changed, len(base.values))
     return SystemSummary(
-        health=describe(answers.values, groups=answers.groups, labels=labels),
+        health=replace(
+            describe(answers.values, groups=answers.groups, labels=labels),
+            parsed_share=sum(p.stage in NUMBER_STAGES for p in answers.predictions) / total,
+        ),
         commonest_text=Counter(p.text for p in answers.predictions).most_common(1)[0][0],
         parsed_as_written=rate_estimate(sum(map(counts_as_parsed, answers.values)), total),
         parsed_strict=rate_estimate(len(strict), total),
@@ -174,6 +179,12 @@ def _record_tables(session: Session, name: str, *, answers: Answers, health: Hea
     ]
     columns = ("row", "truth", "text", "as written", "stage", "strict", "log-odds")
     session.table(f"{name}.first_rows", columns, rows)
+    groups = [
+        (shown(group), answers.groups.count(group), round(std, 3), _rounded(health, group))
+        for group, std in health.group_std.items()
+    ]
+    columns = ("rule", "rows", "standard deviation", "AUC, written")
+    session.table(f"{name}.groups", columns, groups)
     checks = [
         (
             check.name,
@@ -184,6 +195,11 @@ def _record_tables(session: Session, name: str, *, answers: Answers, health: Hea
         for check in health.checks()
     ]
     session.table(f"{name}.checks", ("check", "found", "limit", "result"), checks)
+
+
+def _rounded(health: Health, group: str) -> Cell:
+    value = health.group_auc.get(group)
+    return "unknown" if value is None else round(value, 3)
 
 
 def escaped(text: str) -> str:

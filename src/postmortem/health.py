@@ -103,7 +103,7 @@ def describe(
     """Describe values by row; None is an answer that was no number and counts only as such.
 
     Raises `ValueError` for no rows at all. Where every answer is None, the description is that
-    of a single value of NaN-free zeros with `parsed_share` 0.
+    of one zero, with `parsed_share` 0.
     """
     if not len(values):
         raise ValueError("no values to describe")
