@@ -183,8 +183,8 @@ def _record_tables(session: Session, name: str, *, answers: Answers, health: Hea
         (shown(group), answers.groups.count(group), round(std, 3), _rounded(health, group))
         for group, std in health.group_std.items()
     ]
-    columns = ("rule", "rows", "standard deviation", "AUC, written")
-    session.table(f"{name}.groups", columns, groups)
+    spread = ("rule", "rows", "standard deviation", "AUC, written")
+    session.table(f"{name}.groups", spread, groups)
     checks = [
         (
             check.name,
