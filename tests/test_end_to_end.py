@@ -112,7 +112,7 @@ def test_without_changes_nothing_runs(built):
 
 @needs_browser
 def test_every_page_opens_cleanly_and_asks_for_nothing(built, tmp_path):
-    """In a real browser no page makes an external request or logs to the console."""
+    """In a real browser no page makes an external request or logs an error to the console."""
     project, _ = built
     pages = sorted((project / "_build/html/book").rglob("*.html"))
     for number, page in enumerate(pages):
@@ -151,6 +151,15 @@ def test_figures_fit_a_phone(built, tmp_path):
     assert 'data-shown="true"' in seen.dom
     assert 'data-hidden="true"' in seen.dom
     assert int(re.search(r'data-wide="(\d+)"', seen.dom)[1]) <= 390
+
+
+@needs_browser
+def test_search_works_from_disk(built, tmp_path):
+    """The search page finds a page by its words without any server."""
+    project, _ = built
+    page = project / "_build/html/search.html"
+    seen = visit(page, tmp_path, query="q=grouped-query")
+    assert "world.html" in seen.dom
 
 
 def test_numbers_on_the_page_are_those_of_the_records(built):

@@ -142,7 +142,8 @@ def draw_hero(sheet: Sheet, source: Source) -> str:
     shown = source.answers(SWAP, "v2")[:SHOWN]
     if not shown:
         raise NotDrawable(f"no answers to the prompt v2 in {SWAP}")
-    left, pitch, bands = 112.0 if sheet.narrow else 148.0, 60.0, _make_bands(source, shown)
+    left, pitch = (112.0, 60.0) if sheet.narrow else (148.0, 50.0)
+    bands = _make_bands(source, shown)
     step, foot = (sheet.width - 2 - left) / len(shown), 4 + pitch * len(bands)
     xs = [left + step * (index + 0.5) for index in range(len(shown))]
     for x, row in zip(xs, shown, strict=True):

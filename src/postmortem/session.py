@@ -179,7 +179,7 @@ class Session:
     def show(self, key: str) -> pd.DataFrame:
         """A recorded table, for the notebook's own page."""
         table = next(r for r in self.records if isinstance(r, Table) and r.key == key)
-        return pd.DataFrame(table.rows, columns=list(table.columns))
+        return pd.DataFrame(table.rows, columns=list(table.columns)).set_index(table.columns[0])
 
     def decided(self, prefix: str = "") -> pd.DataFrame:
         """The verdicts so far whose key begins with `prefix`, for the notebook's own page."""
@@ -188,7 +188,8 @@ class Session:
             for r in self.records
             if isinstance(r, VerdictRecord) and r.key.startswith(prefix)
         ]
-        return pd.DataFrame(rows, columns=["statement", "verdict", "because"])
+        frame = pd.DataFrame(rows, columns=["statement", "verdict", "because"])
+        return frame.set_index("statement")
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -322,6 +323,7 @@ def open_session(
     dtype: str = "auto",
 ) -> Session:
     """Open a notebook's session from its parameters; an empty `data` generates the rows."""
+    pd.set_option("display.max_colwidth", None)  # a reason cut in half says nothing
     loaded = load_case(case)
     Path(records).parent.mkdir(parents=True, exist_ok=True)
     return Session(

@@ -163,7 +163,8 @@ def read_world(path: str | Path) -> World:
 
 def _member(role: str, folder: Path | None) -> Member:
     if folder is None:
-        reason = f"this profile has no {role.replace('_', ' ')}"
+        name = "no-op adapter" if role == "no_op" else role.replace("_", " ")
+        reason = f"this profile has no {name}"
         return Member(role=role, path=None, digest=None, reason=reason)
     if not folder.is_dir():
         raise ModelError(folder, expected=f"the folder of role {role}", found="no such folder")
