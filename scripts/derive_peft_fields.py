@@ -28,8 +28,12 @@ def version_key(version: str) -> tuple[int, ...]:
 def classes_of(wheel: Path) -> tuple[dict[str, ast.ClassDef], str]:
     """Return the classes of a wheel by name, and the source of the one that loads configs."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [n for n in archive.namelist() if n.startswith("peft/") and n.endswith(".py")]
-        sources = [archive.read(name).decode() for name in sorted(names)]
+        listed = archive.namelist()
+        names = [n for n in listed if n.startswith("peft/") and n.endswith(".py")]
+        # The 0.6.2 wheel carries outdated files: a package shadows the module of the same name,
+        # and peft/config.py, the shallower one, replaced peft/utils/config.py.
+        names = [n for n in names if f"{n.removesuffix('.py')}/__init__.py" not in listed]
+        sources = [archive.read(n).decode() for n in sorted(names, key=lambda n: -n.count("/"))]
     trees = [node for source in sources for node in ast.parse(source).body]
     classes = {node.name: node for node in trees if isinstance(node, ast.ClassDef)}
     return classes, ast.unparse(classes["PeftConfigMixin"]) if "PeftConfigMixin" in classes else ""
