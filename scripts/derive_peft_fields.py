@@ -16,7 +16,15 @@ TABLE = Path(__file__).parent.parent / "src" / "postmortem" / "peft_fields.csv"
 
 def download(version: str, folder: Path) -> None:
     """Fetch one release as a wheel, without dependencies and without building anything."""
-    arguments = ["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    arguments = [
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+    ]
     subprocess.run([sys.executable, "-m", "pip", *arguments, f"peft=={version}"], check=True)
 
 

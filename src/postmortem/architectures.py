@@ -349,7 +349,7 @@ def describe(config: Mapping[str, object], *, name: str, kind: str | None) -> Ba
     entry = _TYPES[text_type]
     family = _FAMILIES[entry.family]
     kind = _effective_kind(config, kind, family, is_vision)
-    if kind not in family.heads:
+    if kind is None or kind not in family.heads:
         return None
     full = {**(entry.defaults or {}), **{k: v for k, v in text.items() if v is not None}}
     sizes, flags = _read_sizes(full, name), _read_flags(full, kind)
@@ -408,7 +408,9 @@ def _rows(table: str, prefix: str) -> tuple[tuple[str, ...], ...]:
 def _number(config: Mapping[str, object], names: str, default: int | None, subject: str) -> int:
     value = next((config[n] for n in names.split() if config.get(n) is not None), default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ModelError(subject, expected=f"a whole number for {names.split()[0]}", found=f"{value!r:.40}")
+        raise ModelError(
+            subject, expected=f"a whole number for {names.split()[0]}", found=f"{value!r:.40}"
+        )
     return value
 
 

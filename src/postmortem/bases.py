@@ -52,7 +52,7 @@ def _read_row(row: Mapping[str, str]) -> KnownBase:
 @cache
 def known_bases() -> tuple[KnownBase, ...]:
     """Return every row of bases.csv; dimensions are in units (features, layers, heads, tokens)."""
-    with (files("postmortem") / "bases.csv").open(encoding="utf-8", newline="") as file:
+    with (files("postmortem") / "bases.csv").open(encoding="utf-8") as file:
         return tuple(_read_row(row) for row in csv.DictReader(file))
 
 

@@ -61,7 +61,7 @@ _ENTRIES = (
         cause="The adapter was trained on a base of another width or with other attention heads.",
         settles="Compare in and out sizes in the file's header with the base's config.json.",
         remedy="Load the adapter on the base it was trained on; `postmortem identify` lists bases.",
-        peft="Raises RuntimeError in every version. With ignore_mismatched_sizes (0.11 and later) it "
+        peft="Raises RuntimeError in every version. With ignore_mismatched_sizes (since 0.11) it "
         "warns twice and drops the tensors; pairs of which one half fits then change by seed.",
         threads=(_PEFT + "276", _PEFT + "1337", "huggingface/autotrain-advanced/issues/487"),
     ),
@@ -124,7 +124,7 @@ _ENTRIES = (
         "target-not-in-base",
         "error",
         "Targeted modules do not exist in the base",
-        symptom="Loading raises that no target module was found, or part of the adapter is dropped.",
+        symptom="Loading raises that no target was found, or part of the adapter is dropped.",
         cause="The adapter belongs to another architecture, or modules were renamed.",
         settles="Compare target_modules with the module names of the base.",
         remedy="Use the architecture that the adapter was trained on.",
@@ -207,7 +207,11 @@ _ENTRIES = (
         settles="Read the shapes in the header, or the file's size.",
         remedy="Gather the partitions while saving, or save under ZeRO-2.",
         peft="Raises RuntimeError in every version; 0.21 also warns while saving.",
-        threads=(_PEFT + "2892", "huggingface/trl/issues/4416", "deepspeedai/DeepSpeed/issues/4295"),
+        threads=(
+            _PEFT + "2892",
+            "huggingface/trl/issues/4416",
+            "deepspeedai/DeepSpeed/issues/4295",
+        ),
     ),
     Entry(
         "corrupt-weights",

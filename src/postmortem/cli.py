@@ -2,6 +2,9 @@
 
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -13,6 +16,87 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 @app.callback()
 def root() -> None:
     """Reproducible failure analysis for LoRA adapters."""
+
+
+class Format(StrEnum):
+    """How a report is written."""
+
+    TEXT = "text"
+    JSON = "json"
+    MARKDOWN = "markdown"
+
+
+@app.command()
+def check(
+    adapters: Annotated[
+        list[str] | None, typer.Argument(help="Adapter folders or hub ids.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="A model folder, a config.json, a hub id or a known base.")
+    ] = None,
+    header_only: Annotated[bool, typer.Option(help="Do not read tensor bytes.")] = False,
+    output: Annotated[
+        Format, typer.Option("--format", help="How to write the report.")
+    ] = Format.TEXT,
+    stated_mb: Annotated[
+        float | None, typer.Option(help="The size in MB at which the adapter was published.")
+    ] = None,
+    explain: Annotated[str | None, typer.Option(help="Explain a finding by its id.")] = None,
+) -> None:
+    """Check adapters against their base. Exit 0: no error found; 1: an error; 2: not checkable."""
+    from postmortem import report
+    from postmortem.catalogue import CATALOGUE
+    from postmortem.errors import ModelError
+    from postmortem.inspection import inspect_adapter
+
+    if explain is not None:
+        if explain not in CATALOGUE:
+            raise ModelError(explain, expected=f"one of {', '.join(CATALOGUE)}")
+        print(report.explain(CATALOGUE[explain]))
+        return
+    if not adapters:
+        raise ModelError("check", expected="an adapter folder or hub id", found="none")
+    stated = None if stated_mb is None else int(stated_mb * 1e6)
+    found = [
+        inspect_adapter(name, base, header_only=header_only, stated_bytes=stated)
+        for name in adapters
+    ]
+    for inspection in found:
+        if output is Format.JSON:
+            print(report.as_json(inspection))
+        elif output is Format.MARKDOWN:
+            print(report.as_markdown(inspection))
+        else:
+            print(report.as_text(inspection, is_coloured=sys.stdout.isatty()))
+    if any(inspection.report.verdict == "broken" for inspection in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def identify(adapter: Annotated[str, typer.Argument(help="An adapter folder or hub id.")]) -> None:
+    """List the known bases that the adapter's shapes fit, and why the others do not."""
+    from postmortem import report
+    from postmortem.adapter import read_adapter
+    from postmortem.identify import identify as identify_adapter
+    from postmortem.sources import open_source
+
+    print(report.as_identification(identify_adapter(read_adapter(open_source(adapter)))))
+
+
+@app.command()
+def archaeology(
+    source: Annotated[Path, typer.Argument(help="An adapter_config.json, its folder, or a log.")],
+) -> None:
+    """Date an adapter: the PEFT releases that can have written and loaded it."""
+    from postmortem import report
+    from postmortem.archaeology import date_config, date_warning, find_warnings
+    from postmortem.inspection import read_config_or_log
+
+    config, log = read_config_or_log(source)
+    if config is not None:
+        print(report.as_dating(date_config(config)))
+    for names in find_warnings(log):
+        print(report.as_encounters(names, date_warning(names)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

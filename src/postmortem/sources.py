@@ -107,7 +107,8 @@ class HubRepository:
         # Imported here: a check of a folder must not pay for the hub's client.
         from huggingface_hub import hf_hub_url
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import build_hf_headers, get_session
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import get_session
 
         wanted = f"bytes={start}-{start + length - 1}"
         try:

@@ -1,0 +1,161 @@
+"""Which known bases an adapter's shapes fit, which they exclude, and what would split the rest."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from postmortem.adapter import Adapter
+from postmortem.adapter_weights import Tensor
+from postmortem.architectures import BaseModel, Module, describe, kind_of_class, kind_of_task
+from postmortem.bases import KnownBase, find_base, known_bases
+from postmortem.checks import implied_parameters
+from postmortem.contents import PREFIX, Contents, layer_of, layer_zero, sort_keys
+from postmortem.targets import find_targets
+
+_SPLITTERS = {
+    "hidden_size": "any module",
+    "num_hidden_layers": "all layers",
+    "num_key_value_heads": "k_proj or v_proj",
+    "head_dim": "an attention projection",
+    "intermediate_size": "an MLP projection",
+    "vocab_size": "the embedding or the output layer",
+    "tie_word_embeddings": "nothing in shapes: only the base's files",
+    "model_type": "biases or norms saved with the adapter",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusion:
+    """A known base that cannot be the one, and the first tensor that shows it."""
+
+    model_id: str
+    tensor: str
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A property in which the remaining bases differ, what would show it, and who has which."""
+
+    field: str
+    shown_by: str
+    groups: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Parameters that the configuration implies on its base, against what the file holds.
+
+    `implied` is None when the base that the adapter names is not known.
+    """
+
+    base: str | None
+    implied: int | None
+    held: int
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Identification:
+    """The bases that fit (a set: shapes often cannot tell more), and the reasons against others."""
+
+    fits: tuple[str, ...]
+    unverified: tuple[str, ...]
+    excluded: tuple[Exclusion, ...]
+    splits: tuple[Split, ...]
+    sizes: Sizes
+
+
+def kind_of(adapter: Adapter) -> str | None:
+    """Name the kind of class that the adapter was made for, if its configuration says so."""
+    config = adapter.config
+    by_class = kind_of_class(config.class_name) if config and config.class_name else None
+    return by_class or (kind_of_task(config.task_type) if config and config.task_type else None)
+
+
+@cache
+def _template(model_id: str, kind: str | None) -> BaseModel | None:
+    """Describe one layer of a known base: every layer has the shapes of the first."""
+    config = next(base.config for base in known_bases() if base.model_id == model_id)
+    one_layer = {**config, "num_hidden_layers": 1}
+    return describe(one_layer, name=model_id, kind=kind)
+
+
+def identify(adapter: Adapter) -> Identification:
+    """Compare an adapter's shapes with every known base."""
+    contents, kind = sort_keys(adapter.tensors), kind_of(adapter)
+    fits, excluded = [], []
+    for base in known_bases():
+        template = _template(base.model_id, kind) or _template(base.model_id, None)
+        against = _first_conflict(adapter, contents, base, template)
+        if against is None:
+            fits.append(base)
+        else:
+            excluded.append(Exclusion(base.model_id, *against))
+    # Without a tensor nothing is excluded, and nothing is identified either.
+    fits = fits if contents.lora else []
+    return Identification(
+        fits=tuple(base.model_id for base in fits),
+        unverified=tuple(base.model_id for base in fits if not base.verified),
+        excluded=tuple(excluded),
+        splits=tuple(_splits(fits)),
+        sizes=measure(adapter),
+    )
+
+
+def _first_conflict(
+    adapter: Adapter, contents: Contents, base: KnownBase, template: BaseModel | None
+) -> tuple[str, str, str] | None:
+    if template is None:
+        return "adapter_config.json", "a class that this architecture has", str(kind_of(adapter))
+    layers = base.config["num_hidden_layers"]
+    assert isinstance(layers, int)
+    deepest = -1
+    for path, parts in contents.lora.items():
+        inside = path.removeprefix(PREFIX)
+        deepest = max(deepest, layer_of(inside) or 0)
+        module = template.modules.get(layer_zero(inside))
+        if template.is_open(inside):
+            continue
+        for part, key in parts.items():
+            if conflict := _conflict(module, part, adapter.tensors[key]):
+                return key, *conflict
+        if deepest >= layers:
+            return path, f"layers 0 to {layers - 1}", f"layer {deepest}"
+    limited = adapter.config is not None and adapter.config.layers_to_transform is not None
+    if not limited and deepest < layers - 1:
+        return "the last layer", f"tensors for layer {layers - 1}", f"none after layer {deepest}"
+    return None
+
+
+def _conflict(module: Module | None, part: str, tensor: Tensor) -> tuple[str, str] | None:
+    if module is None:
+        return "no such module", f"a tensor of shape {tensor.shape}"
+    axis, wanted = (-1, module.inputs) if part.endswith("A") else (0, module.outputs)
+    if not tensor.shape or wanted in (None, tensor.shape[axis]):
+        return None
+    end = "inputs" if part.endswith("A") else "outputs"
+    return f"{wanted} {end}", f"{tensor.shape[axis]}"
+
+
+def _splits(fits: list[KnownBase]) -> Iterator[Split]:
+    for field, shown_by in _SPLITTERS.items():
+        groups: dict[str, list[str]] = {}
+        for base in fits:
+            groups.setdefault(str(base.config[field]), []).append(base.model_id)
+        if len(groups) > 1:
+            yield Split(field, shown_by, {value: tuple(ids) for value, ids in groups.items()})
+
+
+def measure(adapter: Adapter) -> Sizes:
+    """Do the arithmetic of sizes: r × (in + out) over the targeted modules of the named base."""
+    lora = [k for parts in sort_keys(adapter.tensors).lora.values() for k in parts.values()]
+    held = sum(adapter.tensors[key].count for key in lora)
+    config = adapter.config
+    base = find_base(config.base_name) if config and config.base_name else None
+    if config is None or base is None:
+        return Sizes(None, None, held, adapter.weight_bytes or 0)
+    model = describe(base.config, name=base.model_id, kind=kind_of(adapter))
+    implied = implied_parameters(config, find_targets(config, model)) if model else None
+    return Sizes(base.model_id, implied, held, adapter.weight_bytes or 0)

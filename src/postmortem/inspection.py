@@ -1,0 +1,128 @@
+"""One call from the names that a user types to a report: open, read, resolve the base, check."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from postmortem.adapter import Adapter, read_adapter
+from postmortem.adapter_config import CONFIG_FILE
+from postmortem.adapter_weights import MAX_JSON, scan
+from postmortem.archaeology import find_warnings, known_keys
+from postmortem.architectures import BaseModel, describe
+from postmortem.bases import find_base
+from postmortem.checks import Report, check
+from postmortem.errors import ModelError
+from postmortem.identify import identify, kind_of
+from postmortem.sources import Folder, HubRepository, open_source
+from postmortem.untrusted import UntrustedError, parse_json
+
+MAX_LOG = 32_000_000  # Bytes of a log that are searched; the warning stands near its start.
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A report with the known bases that the adapter's shapes fit."""
+
+    adapter: str
+    report: Report
+    bases: tuple[str, ...]
+
+
+def inspect_adapter(
+    adapter: str,
+    base: str | None = None,
+    *,
+    header_only: bool = False,
+    stated_bytes: int | None = None,
+) -> Inspection:
+    """Check an adapter (folder or hub id) against a base (folder, config.json, hub id or name).
+
+    Without a base, the one that the adapter names is used when it is a known one; a path that the
+    adapter names is never opened. Raises ModelError when something cannot be checked.
+    """
+    source = open_source(adapter)
+    held = read_adapter(source)
+    model, given = resolve_base(held, base)
+    is_scanned = isinstance(source, Folder) and not header_only
+    stats = scan(source, held.tensors) if isinstance(source, Folder) and is_scanned else None
+    report = check(held, model, given_name=given, stats=stats, stated_bytes=stated_bytes)
+    notes = report.notes if is_scanned else (*report.notes, "tensor bytes were not read")
+    report = Report(report.verdict, report.findings, report.base, notes)
+    return Inspection(held.name, report, identify(held).fits)
+
+
+def resolve_base(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, str | None]:
+    """Describe the base that was given, or else named; also return its name if it was given."""
+    kind = kind_of(adapter)
+    if base is None:
+        named = adapter.config.base_name if adapter.config else None
+        known = find_base(named) if named else None
+        label = (
+            f"{known.model_id} (shapes of {named})" if known and known.model_id != named else named
+        )
+        return (describe(known.config, name=label or "", kind=kind) if known else None), None
+    config, name = _read_base(base)
+    model = describe(config, name=name, kind=kind)
+    if model is None and config.get("architectures"):
+        # The task has no class in this architecture: judge by the class that the base names.
+        model = describe(config, name=name, kind=None)
+    return model, name
+
+
+def _read_base(base: str) -> tuple[Mapping[str, object], str]:
+    path = Path(base)
+    if path.is_dir():
+        return _named(_parse(Folder(path), "config.json"), str(path.resolve().name))
+    if path.is_file():
+        return _named(_parse(Folder(path.parent), path.name), str(path.resolve().parent.name))
+    if known := find_base(base):
+        return known.config, base
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
+        return _parse(HubRepository(base), "config.json"), base
+    expected = "a model folder, a config.json, a hub id or a known base"
+    raise ModelError(base, expected=expected, found="nothing of the kind")
+
+
+def read_config_or_log(path: Path) -> tuple[Mapping[str, object] | None, str]:
+    """Read an adapter configuration, or else the text of a log that holds PEFT's warning.
+
+    Raises ModelError for a file that is neither.
+    """
+    path = path / CONFIG_FILE if path.is_dir() else path
+    source = Folder(path.parent)
+    if source.size(path.name) is None:
+        raise ModelError(path, expected=f"an {CONFIG_FILE} or a log", found="no such file")
+    data = source.read(path.name, 0, MAX_LOG)
+    try:
+        content = parse_json(data)
+    except UntrustedError:
+        content = None
+    if isinstance(content, dict) and known_keys() & content.keys():
+        return content, ""
+    log = data.decode("utf-8", errors="replace")
+    if not find_warnings(log):
+        expected = "an adapter configuration, or PEFT's warning about unexpected keyword arguments"
+        raise ModelError(path, expected=expected, found="neither")
+    return None, log
+
+
+def _named(config: Mapping[str, object], folder: str) -> tuple[Mapping[str, object], str]:
+    original = config.get("_name_or_path")
+    return config, original if isinstance(original, str) and original else folder
+
+
+def _parse(source: Folder | HubRepository, filename: str) -> Mapping[str, object]:
+    size = source.size(filename)
+    subject = f"{source.name}: {filename}"
+    if size is None or size > MAX_JSON:
+        found = "no such file" if size is None else f"{size:,} bytes"
+        raise ModelError(
+            subject, expected=f"a JSON file of at most {MAX_JSON:,} bytes", found=found
+        )
+    try:
+        config = parse_json(source.read(filename, 0, MAX_JSON))
+    except UntrustedError as error:
+        raise ModelError(subject, expected="a JSON object", found=str(error)) from None
+    if not isinstance(config, dict):
+        raise ModelError(subject, expected="a JSON object", found=type(config).__name__)
+    return config
