@@ -1,6 +1,5 @@
 """adapter_config.json, parsed strictly by PEFT's own rules."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ _UNMODELLED = (
     *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
     *("layer_replication", "megatron_config"),
 )
+_MAX_RANK = 1_000_000  # Ranks above the widest layer make no sense; JSON allows any number.
 _MAX_SAVED = 1000  # Modules of modules_to_save; each is compared with each module of the base.
 
 
@@ -73,16 +73,17 @@ def _is_flag(value: object) -> bool:
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Tell whether a JSON value is a whole number of at least 0; true and false are not."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """Tell whether a JSON value is a whole number from 0 to 2**63; true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_rank(value: object) -> bool:
-    return is_count(value) and value > 0
+    return is_count(value) and 0 < value <= _MAX_RANK
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not _is_flag(value) and math.isfinite(value)
+    # Whole numbers can be beyond any float; NaN fails every comparison.
+    return isinstance(value, int | float) and not _is_flag(value) and abs(value) < 1e12
 
 
 def _is_probability(value: object) -> bool:

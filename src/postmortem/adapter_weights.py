@@ -67,11 +67,6 @@ def read_weights(source: Source) -> tuple[dict[str, Tensor], list[Finding]]:
     if size is None:
         return {}, [_absent(source)]
     head = source.read(WEIGHTS_FILE, 0, 8)
-    if head.startswith(_PICKLE_HEADS):
-        found = "a pickle under this name"
-        return {}, [
-            finding("unsafe-pickle", evidence=WEIGHTS_FILE, expected="safetensors", found=found)
-        ]
     length = int.from_bytes(head, "little")
     if problem := _length_problem(head, length, size):
         return {}, [problem]
@@ -89,15 +84,19 @@ def _corrupt(found: str, *, expected: str, remedy: str = "") -> Finding:
 
 
 def _length_problem(head: bytes, length: int, size: int) -> Finding | None:
+    if len(head) < 8:
+        return _corrupt(f"{size:,} bytes", expected="a safetensors file")
+    if length <= min(MAX_JSON, size - 8):
+        return None
+    # Read as a length, the first bytes of other formats are far beyond any file's size.
     if head.startswith(b"version "):
         remedy = "Fetch the file itself: git lfs pull."
         return _corrupt("a Git LFS pointer", expected="the weights", remedy=remedy)
-    if len(head) < 8:
-        return _corrupt(f"{size:,} bytes", expected="a safetensors file")
-    if length > MAX_JSON or length > size - 8:
-        found = f"a header of {length:,} bytes in a file of {size:,}"
-        return _corrupt(found, expected=f"a header of at most {min(MAX_JSON, size - 8):,} bytes")
-    return None
+    if head.startswith(_PICKLE_HEADS):
+        found = "a pickle under this name"
+        return finding("unsafe-pickle", evidence=WEIGHTS_FILE, expected="safetensors", found=found)
+    found = f"a header of {length:,} bytes in a file of {size:,}"
+    return _corrupt(found, expected=f"a header of at most {min(MAX_JSON, size - 8):,} bytes")
 
 
 def _absent(source: Source) -> Finding:

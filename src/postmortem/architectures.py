@@ -57,6 +57,7 @@ class _Family:
     prefix: str = "model."
     cls_prefix: str | None = None
     transposed: bool = False
+    width: str = "intermediate_size"  # The key of the feed-forward width; without it, 4 hidden.
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ _FAMILIES = {
         _CLASSIFIER_HEADS,
         prefix="transformer.",
         transposed=True,
+        width="n_inner",
     ),
     "gpt_neox": _Family(
         """
@@ -165,8 +167,9 @@ _FAMILIES = {
         decoder.embed_positions P+2 H embedding
         """,
         {"bare": "", "causal": "lm_head E V -", "seq_cls": "score E * -"},
+        width="ffn_dim",
     ),
-    "fused": _Family(_FUSED, _CLASSIFIER_HEADS, prefix="transformer."),
+    "fused": _Family(_FUSED, _CLASSIFIER_HEADS, prefix="transformer.", width="ffn_hidden_size"),
     "bert": _Family(
         _BERT,
         {
@@ -253,6 +256,7 @@ _FAMILIES = {
         },
         prefix="",
         cls_prefix="transformer.",
+        width="d_ff",
     ),
 }
 _QV, _QKV, _BERT_QV = "q_proj v_proj", "query_key_value", "query value"
@@ -352,7 +356,7 @@ def describe(config: Mapping[str, object], *, name: str, kind: str | None) -> Ba
     if kind is None or kind not in family.heads:
         return None
     full = {**(entry.defaults or {}), **{k: v for k, v in text.items() if v is not None}}
-    sizes, flags = _read_sizes(full, name), _read_flags(full, kind)
+    sizes, flags = _read_sizes(full, name, family.width), _read_flags(full, kind)
     is_mixture = "num_experts" in full or "num_local_experts" in full
     paths = _VISION_PATHS if is_vision else _EXPERT_PATHS if is_mixture else None
     quantization = config.get("quantization_config")
@@ -414,7 +418,7 @@ def _number(config: Mapping[str, object], names: str, default: int | None, subje
     return value
 
 
-def _read_sizes(config: Mapping[str, object], subject: str) -> dict[str, int]:
+def _read_sizes(config: Mapping[str, object], subject: str, width: str) -> dict[str, int]:
     def read(names: str, default: int | None = None) -> int:
         return _number(config, names, default, subject)
 
@@ -434,7 +438,7 @@ def _read_sizes(config: Mapping[str, object], subject: str) -> dict[str, int]:
         "Q": heads * dim,
         "K": shared * dim,
         "G": _fused_width(config, hidden, dim, heads + 2 * shared),
-        "F": read("ffn_hidden_size intermediate_size n_inner ffn_dim d_ff", 4 * hidden),
+        "F": read(width, 4 * hidden),
         "V": read("vocab_size"),
         "E": read("word_embed_proj_dim embedding_size", hidden),
         "P": read("max_position_embeddings n_positions", 0),

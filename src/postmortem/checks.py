@@ -151,6 +151,8 @@ def _zero(a: str, b: str, stats: Mapping[str, TensorStats]) -> str | None:
 
 
 def _overflow(a: str, b: str, stats: Mapping[str, TensorStats], scale: float) -> Place | None:
+    if not (stats[a].is_finite and stats[b].is_finite):
+        return None
     bound = scale * stats[a].norm * stats[b].norm
     largest = max(stats[a].largest, stats[b].largest)
     if max(bound, largest) <= limits.FLOAT16_LIMIT:
@@ -311,14 +313,12 @@ def _check_plain(
         module = path.rpartition(".")[0].removesuffix(".base_layer")
         if found := _plain_mismatch(path, module, adapter.tensors[key], base):
             sizes[found[0]].append((key, found[1], found[2]))
-        elif any(is_under(path, name) or _holds(path, name) for name in (*saved, *tied)):
+        elif any(is_under(path, name) or _holds(path, name) for name in (*saved, *tied)) or (
+            "bias" in path and config.bias != "none"
+        ):
             continue
         elif any(is_under(path, head) for head in _HEADS):
-            heads.append(
-                (key, "a task_type or modules_to_save that loads it", str(config.task_type))
-            )
-        elif "bias" in path and config.bias != "none":
-            continue
+            heads.append((key, "a task_type or modules_to_save for it", str(config.task_type)))
         else:
             # PEFT itself saves the base layer of an embedding or output that LoRA targets.
             is_usual = path.endswith(".base_layer.weight") and module in contents.lora
@@ -445,11 +445,9 @@ def _missing(
     # A kind of module that no layer holds was listed and never trained: PEFT leaves it at zero.
     untrained = [(p, "lora_A and lora_B", "no tensors") for p in lost if layer_zero(p) not in kinds]
     partial = [(p, "lora_A and lora_B", "no tensors") for p in lost if layer_zero(p) in kinds]
-    severity = "warning" if kinds else ""
-    return [
-        *_grouped("missing-tensors", halves + partial),
-        *_grouped("missing-tensors", untrained, severity),
-    ]
+    if halves or partial or not kinds:
+        return _grouped("missing-tensors", halves + partial + untrained)
+    return _grouped("missing-tensors", untrained, severity="warning")
 
 
 def implied_parameters(config: AdapterConfig, targets: Mapping[str, Target]) -> int:
@@ -463,23 +461,21 @@ def _check_size(
     targets: Mapping[str, Target] | None,
     stated_bytes: int | None,
 ) -> list[Finding]:
-    if not targets or config.modules_to_save or config.unmodelled:
+    if not targets or config.unmodelled:
         return []
     implied = implied_parameters(config, targets)
     expected = f"{2 * implied / 1e6:,.1f} MB in 16 bits or {4 * implied / 1e6:,.1f} MB in 32"
-    pickle = adapter.pickle_bytes
+    wrong = []
     # A pickle cannot be read, but one smaller than its smallest content is not whole.
-    if (
-        stated_bytes is None
-        and pickle is not None
-        and pickle < 2 * implied * (1 - limits.SIZE_TOLERANCE)
-    ):
-        stated_bytes = pickle
-    if stated_bytes is None or any(_is_near(stated_bytes, width * implied) for width in (2, 4)):
-        return []
-    found = f"{stated_bytes / 1e6:,.1f} MB"
-    return _grouped("size-conflict", [("r and target_modules", expected, found)])
+    pickle = adapter.pickle_bytes
+    if pickle is not None and pickle < 2 * implied * (1 - limits.SIZE_TOLERANCE):
+        wrong.append(pickle)
+    if stated_bytes is not None and not (config.modules_to_save or _is_near(stated_bytes, implied)):
+        wrong.append(stated_bytes)
+    places = [("r and target_modules", expected, f"{size / 1e6:,.4g} MB") for size in wrong]
+    return _grouped("size-conflict", places)
 
 
-def _is_near(found: float, expected: float) -> bool:
-    return abs(found - expected) <= limits.SIZE_TOLERANCE * expected
+def _is_near(stated: int, parameters: int) -> bool:
+    widths = (2 * parameters, 4 * parameters)
+    return any(abs(stated - size) <= limits.SIZE_TOLERANCE * size for size in widths)

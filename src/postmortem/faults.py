@@ -4,6 +4,7 @@ The sound adapters are trained-looking ones (random lora_B) written by PEFT itse
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -23,9 +24,15 @@ from postmortem.inspection import inspect_adapter
 
 Tensors = dict[str, torch.Tensor]
 _SIZES = {
-    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"intermediate_size": 48, "vocab_size": 96, "max_position_embeddings": 64},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
@@ -36,7 +43,7 @@ TINY: Mapping[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "qwen3": ({**_GROUPED, "head_dim": 16}, "CAUSAL_LM", ("k_proj", "o_proj")),
     "phi3": (_GROUPED, "CAUSAL_LM", ("qkv_proj", "gate_up_proj")),
     "gpt2": (
-        {**_SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": None},
+        {**_SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4},
         "CAUSAL_LM",
         ("c_attn", "c_fc"),
     ),
@@ -88,7 +95,8 @@ def save_adapter(base: Path, folder: Path, **options: Any) -> Path:
     _, task, targets = TINY[model_type]
     model = _CLASSES[task].from_pretrained(base)
     defaults = {"r": 4, "lora_alpha": 8, "task_type": task, "target_modules": list(targets)}
-    adapted = get_peft_model(model, LoraConfig(**{**defaults, **options}))
+    turned = {"fan_in_fan_out": model_type == "gpt2"}  # Its Conv1D stores weights as (in, out).
+    adapted = get_peft_model(model, LoraConfig(**{**defaults, **turned, **options}))
     randomise(adapted)
     adapted.save_pretrained(folder)
     return folder
@@ -154,16 +162,11 @@ def _add(make: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> Calla
     return lambda folder: edit_tensors(folder, apply)
 
 
-def _in_layer(index: int, name: str) -> bool:
-    return f".{index}." in name
-
-
-def _deepen(name: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
-    return name.replace(".1.", ".7.", 1), value
-
-
 def _copy_deeper(folder: Path) -> None:
-    edit_tensors(folder, lambda t: {**t, **dict(_deepen(k, v) for k, v in t.items())})
+    def deepen(key: str) -> str:
+        return re.sub(r"^(\D+)1\.", r"\g<1>7.", key)
+
+    edit_tensors(folder, lambda tensors: {**tensors, **{deepen(k): v for k, v in tensors.items()}})
 
 
 def _first_target(folder: Path) -> str:
@@ -263,7 +266,7 @@ FAULTS: tuple[Fault, ...] = tuple(
         (
             "missing-tensors",
             "a layer lost",
-            _tensors(lambda n, t: None if _in_layer(1, n) and "lora" in n else t),
+            _tensors(lambda name, value: None if re.match(r"\D+1\.", name) else value),
         ),
         ("missing-tensors", "no tensor saved", lambda folder: edit_tensors(folder, lambda t: {})),
         ("missing-tensors", "use_dora without magnitudes", _config(use_dora=True)),
@@ -337,7 +340,7 @@ FAULTS: tuple[Fault, ...] = tuple(
 
 
 def react(base: Path, adapter: Path) -> tuple[str, str]:
-    """Load an adapter with PEFT: raises, warns or silent, and the first line of what it said."""
+    """Load an adapter with PEFT: raises, warns or silent, and how its words begin."""
     _, task, _ = TINY[json.loads((base / "config.json").read_text())["model_type"]]
     model = _CLASSES[task].from_pretrained(base)
     with warnings.catch_warnings(record=True) as caught:
@@ -346,14 +349,17 @@ def react(base: Path, adapter: Path) -> tuple[str, str]:
             PeftModel.from_pretrained(model, str(adapter))
         # Whatever PEFT raises is what we record.
         except Exception as error:
-            return "raises", f"{type(error).__name__}: {_first_line(str(error))}"
-    if caught:
-        return "warns", _first_line(str(caught[0].message))
+            return "raises", f"{type(error).__name__}: {_shortened(str(error))}"
+    # Deprecations inside transformers say nothing about the adapter.
+    said = [w for w in caught if issubclass(w.category, UserWarning)]
+    if said:
+        return "warns", _shortened(str(said[0].message))
     return "silent", ""
 
 
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")[:300]
+def _shortened(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]
 
 
 def reproduce(work: Path, faults: Iterable[Fault] = FAULTS) -> tuple[Reproduction, ...]:

@@ -11,6 +11,7 @@ from postmortem.bases import KnownBase, find_base, known_bases
 from postmortem.checks import implied_parameters
 from postmortem.contents import PREFIX, Contents, layer_of, layer_zero, sort_keys
 from postmortem.targets import find_targets
+from postmortem.untrusted import UntrustedError
 
 _SPLITTERS = {
     "hidden_size": "any module",
@@ -84,24 +85,41 @@ def _template(model_id: str, kind: str | None) -> BaseModel | None:
 
 def identify(adapter: Adapter) -> Identification:
     """Compare an adapter's shapes with every known base."""
-    contents, kind = sort_keys(adapter.tensors), kind_of(adapter)
-    fits, excluded = [], []
-    for base in known_bases():
-        template = _template(base.model_id, kind) or _template(base.model_id, None)
-        against = _first_conflict(adapter, contents, base, template)
-        if against is None:
-            fits.append(base)
-        else:
-            excluded.append(Exclusion(base.model_id, *against))
-    # Without a tensor nothing is excluded, and nothing is identified either.
-    fits = fits if contents.lora else []
+    conflicts = _conflicts(adapter)
+    fits = _fitting(adapter, conflicts)
     return Identification(
         fits=tuple(base.model_id for base in fits),
         unverified=tuple(base.model_id for base in fits if not base.verified),
-        excluded=tuple(excluded),
+        excluded=tuple(Exclusion(model_id, *c) for model_id, c in conflicts.items() if c),
         splits=tuple(_splits(fits)),
         sizes=measure(adapter),
     )
+
+
+def fitting_bases(adapter: Adapter) -> tuple[str, ...]:
+    """Return the known bases that an adapter's shapes fit."""
+    return tuple(base.model_id for base in _fitting(adapter, _conflicts(adapter)))
+
+
+def _conflicts(adapter: Adapter) -> dict[str, tuple[str, str, str] | None]:
+    contents, kind = sort_keys(adapter.tensors), kind_of(adapter)
+    return {
+        base.model_id: _first_conflict(
+            adapter,
+            contents,
+            base,
+            _template(base.model_id, kind) or _template(base.model_id, None),
+        )
+        for base in known_bases()
+    }
+
+
+def _fitting(
+    adapter: Adapter, conflicts: Mapping[str, tuple[str, str, str] | None]
+) -> list[KnownBase]:
+    # Without a LoRA tensor nothing is excluded, and nothing is identified either.
+    held = bool(sort_keys(adapter.tensors).lora)
+    return [base for base in known_bases() if held and conflicts[base.model_id] is None]
 
 
 def _first_conflict(
@@ -157,5 +175,8 @@ def measure(adapter: Adapter) -> Sizes:
     if config is None or base is None:
         return Sizes(None, None, held, adapter.weight_bytes or 0)
     model = describe(base.config, name=base.model_id, kind=kind_of(adapter))
-    implied = implied_parameters(config, find_targets(config, model)) if model else None
+    try:
+        implied = implied_parameters(config, find_targets(config, model)) if model else None
+    except UntrustedError:
+        implied = None
     return Sizes(base.model_id, implied, held, adapter.weight_bytes or 0)

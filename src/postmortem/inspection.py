@@ -12,7 +12,7 @@ from postmortem.architectures import BaseModel, describe
 from postmortem.bases import find_base
 from postmortem.checks import Report, check
 from postmortem.errors import ModelError
-from postmortem.identify import identify, kind_of
+from postmortem.identify import fitting_bases, kind_of
 from postmortem.sources import Folder, HubRepository, open_source
 from postmortem.untrusted import UntrustedError, parse_json
 
@@ -48,7 +48,7 @@ def inspect_adapter(
     report = check(held, model, given_name=given, stats=stats, stated_bytes=stated_bytes)
     notes = report.notes if is_scanned else (*report.notes, "tensor bytes were not read")
     report = Report(report.verdict, report.findings, report.base, notes)
-    return Inspection(held.name, report, identify(held).fits)
+    return Inspection(held.name, report, fitting_bases(held))
 
 
 def resolve_base(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, str | None]:
