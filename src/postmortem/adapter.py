@@ -13,6 +13,7 @@ from postmortem.adapter_config import (
 )
 from postmortem.adapter_weights import MAX_JSON, PICKLE_FILE, WEIGHTS_FILE, Tensor, read_weights
 from postmortem.catalogue import Finding
+from postmortem.contents import Contents, sort_keys
 from postmortem.errors import ModelError
 from postmortem.sources import Source
 from postmortem.untrusted import UntrustedError, parse_json
@@ -29,6 +30,7 @@ class Adapter:
     raw: Mapping[str, object]
     config: AdapterConfig | None
     tensors: Mapping[str, Tensor]
+    contents: Contents
     weight_bytes: int | None
     pickle_bytes: int | None
     findings: tuple[Finding, ...]
@@ -49,6 +51,7 @@ def read_adapter(source: Source) -> Adapter:
         raw=raw,
         config=None if findings else build_config(raw),
         tensors=tensors,
+        contents=sort_keys(tensors),
         weight_bytes=source.size(WEIGHTS_FILE),
         pickle_bytes=None if tensors else source.size(PICKLE_FILE),
         findings=(*findings, *weight_findings),

@@ -74,7 +74,7 @@ def _is_flag(value: object) -> bool:
 
 def is_count(value: object) -> TypeGuard[int]:
     """Tell whether a JSON value is a whole number from 0 to 2**63; true and false are not."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_rank(value: object) -> bool:

@@ -130,24 +130,24 @@ def parse_header(header: object, *, data_start: int, file_size: int) -> dict[str
 
 
 def _parse_entry(name: str, entry: object, data_start: int) -> Tensor:
-    shown = f"tensor {printable(name, 100)}"
-    if not isinstance(entry, dict):
-        raise UntrustedError(f"{shown} is no JSON object")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, offsets = (
+        (entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets")))
+        if isinstance(entry, dict)
+        else (None, None, None)
+    )
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise UntrustedError(f"{shown} has dtype {dtype!r:.40}")
-    shape, offsets = _counts(shape), _counts(offsets)
+        raise UntrustedError(f"tensor {printable(name, 100)} has dtype {dtype!r:.40}")
     if shape is None or offsets is None or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
-        raise UntrustedError(f"{shown} has no usable shape and offsets")
+        raise UntrustedError(f"tensor {printable(name, 100)} has no usable shape and offsets")
     start, end = offsets
     if (end - start) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
-        raise UntrustedError(f"{shown} has {end - start:,} bytes for shape {shape}")
+        found = f"{end - start:,} bytes for shape {shape}"
+        raise UntrustedError(f"tensor {printable(name, 100)} has {found}")
     return Tensor(dtype, tuple(shape), data_start + start, data_start + end)
 
 
 def _counts(values: object) -> list[int] | None:
-    is_valid = isinstance(values, list) and all(is_count(value) for value in values)
-    return values if is_valid and isinstance(values, list) else None
+    return values if isinstance(values, list) and all(map(is_count, values)) else None
 
 
 def scan(source: Folder, tensors: Mapping[str, Tensor]) -> dict[str, TensorStats]:

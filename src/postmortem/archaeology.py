@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 _WARNING = re.compile(r"Unexpected keyword arguments \[([^\]]{0,4000})\] for class (\w{1,60})")
 
@@ -58,7 +58,7 @@ def releases() -> tuple[Release, ...]:
     """Return the releases of peft_fields.csv, oldest first."""
     found: list[Release] = []
     accepted: frozenset[str] = frozenset()
-    with (files("postmortem") / "peft_fields.csv").open(encoding="utf-8") as file:
+    with Path(__file__).with_name("peft_fields.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             accepted = accepted - set(row["removed"].split()) | set(row["added"].split())
             written = accepted - set(row["not_saved"].split())

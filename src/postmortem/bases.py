@@ -4,7 +4,7 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 # Fine-tuned or requantised siblings whose module shapes are those of the row without the suffix.
 _SUFFIXES = (
@@ -52,7 +52,7 @@ def _read_row(row: Mapping[str, str]) -> KnownBase:
 @cache
 def known_bases() -> tuple[KnownBase, ...]:
     """Return every row of bases.csv; dimensions are in units (features, layers, heads, tokens)."""
-    with (files("postmortem") / "bases.csv").open(encoding="utf-8") as file:
+    with Path(__file__).with_name("bases.csv").open(encoding="utf-8", newline="") as file:
         return tuple(_read_row(row) for row in csv.DictReader(file))
 
 

@@ -12,7 +12,7 @@ from postmortem.archaeology import known_keys
 from postmortem.architectures import BaseModel
 from postmortem.bases import find_base
 from postmortem.catalogue import SEVERITIES, Finding, finding
-from postmortem.contents import Contents, layer_of, layer_zero, place, sort_keys
+from postmortem.contents import Contents, layer_of, layer_zero, place
 from postmortem.targets import Target, find_targets, is_under, saved_modules, scale_of
 from postmortem.untrusted import UntrustedError
 
@@ -50,16 +50,15 @@ def check(
     `given_name` is how the user named the base; None when it was found through the adapter.
     `stated_bytes` is the size at which the adapter was published, when that is on record.
     """
-    contents = sort_keys(adapter.tensors)
     findings = [*adapter.findings, *_check_tensors(adapter.tensors), *_check_keys(adapter)]
     config = adapter.config
     if config is not None:
         findings += _check_scale(config)
         findings += _check_names(adapter.name, config, base, given_name)
-        findings += _check_bytes(config, contents, stats or {})
+        findings += _check_bytes(config, adapter.contents, stats or {})
         try:
             targets = find_targets(config, base) if base else None
-            findings += _check_contents(adapter, config, contents, base, targets)
+            findings += _check_contents(adapter, config, base, targets)
             findings += _check_size(adapter, config, targets, stated_bytes)
         except UntrustedError as error:
             findings.append(_bad_pattern(error))
@@ -219,7 +218,6 @@ def _names_other_base(named: str, given: str, base: BaseModel) -> bool:
 def _check_contents(
     adapter: Adapter,
     config: AdapterConfig,
-    contents: Contents,
     base: BaseModel | None,
     targets: Mapping[str, Target] | None,
 ) -> list[Finding]:
@@ -228,7 +226,7 @@ def _check_contents(
         is_explained = any(f.id in reasons for f in adapter.findings)
         nothing = [("adapter_model.safetensors", "LoRA tensors", "no tensor at all")]
         return [] if is_explained else _grouped("missing-tensors", nothing)
-    findings, placed = place(contents, base)
+    findings, placed = place(adapter.contents, base)
     if any(f.id == "key-prefix" and "keys as PEFT writes them" in f.message for f in findings):
         return findings
     findings += _check_flags(config, placed)
@@ -461,13 +459,13 @@ def _check_size(
     targets: Mapping[str, Target] | None,
     stated_bytes: int | None,
 ) -> list[Finding]:
-    if not targets or config.unmodelled:
+    pickle = adapter.pickle_bytes
+    if not targets or config.unmodelled or (pickle is None and stated_bytes is None):
         return []
     implied = implied_parameters(config, targets)
     expected = f"{2 * implied / 1e6:,.1f} MB in 16 bits or {4 * implied / 1e6:,.1f} MB in 32"
     wrong = []
     # A pickle cannot be read, but one smaller than its smallest content is not whole.
-    pickle = adapter.pickle_bytes
     if pickle is not None and pickle < 2 * implied * (1 - limits.SIZE_TOLERANCE):
         wrong.append(pickle)
     if stated_bytes is not None and not (config.modules_to_save or _is_near(stated_bytes, implied)):

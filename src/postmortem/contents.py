@@ -17,6 +17,8 @@ _FOREIGN = re.compile(
 # Wrappers that saved their own name, and a PeftModel inside another.
 _WRAPPED = re.compile(r"^base_model\.model\.(base_model\.|module\.)|(^|\.)_orig_mod\.")
 
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+
 
 @dataclass(frozen=True, slots=True)
 class Contents:
@@ -100,12 +102,13 @@ def _leftover_name(contents: Contents) -> list[Finding]:
 
 def layer_zero(path: str) -> str:
     """Return the path with its first layer index replaced by 0."""
-    return re.sub(r"(^|\.)\d+(?=\.)", r"\g<1>0", path, count=1)
+    match = _LAYER.search(path)
+    return f"{path[: match.start(1)]}0{path[match.end(1) :]}" if match else path
 
 
 def layer_of(path: str) -> int | None:
     """Return the first layer index of a path."""
-    match = re.search(r"(?:^|\.)(\d+)(?=\.)", path)
+    match = _LAYER.search(path)
     return int(match[1][:9]) if match else None
 
 

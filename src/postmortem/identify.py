@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from postmortem.adapter import Adapter
-from postmortem.adapter_weights import Tensor
 from postmortem.architectures import BaseModel, Module, describe, kind_of_class, kind_of_task
 from postmortem.bases import KnownBase, find_base, known_bases
 from postmortem.checks import implied_parameters
-from postmortem.contents import PREFIX, Contents, layer_of, layer_zero, sort_keys
+from postmortem.contents import PREFIX, layer_of, layer_zero
 from postmortem.targets import find_targets
 from postmortem.untrusted import UntrustedError
 
@@ -23,6 +22,8 @@ _SPLITTERS = {
     "tie_word_embeddings": "nothing in shapes: only the base's files",
     "model_type": "biases or norms saved with the adapter",
 }
+
+Conflict = tuple[str, str, str]  # The tensor, what the base has, what the adapter has.
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,20 @@ class Identification:
     sizes: Sizes
 
 
+@dataclass(frozen=True, slots=True)
+class _Traits:
+    """What of an adapter tells bases apart; layers of equal shapes count once.
+
+    `shapes` maps (path in layer 0, part, shape) to the first key that has it.
+    """
+
+    kind: str | None
+    shapes: Mapping[tuple[str, str, tuple[int, ...]], str]
+    deepest: str
+    layer: int
+    is_limited: bool
+
+
 def kind_of(adapter: Adapter) -> str | None:
     """Name the kind of class that the adapter was made for, if its configuration says so."""
     config = adapter.config
@@ -101,60 +116,54 @@ def fitting_bases(adapter: Adapter) -> tuple[str, ...]:
     return tuple(base.model_id for base in _fitting(adapter, _conflicts(adapter)))
 
 
-def _conflicts(adapter: Adapter) -> dict[str, tuple[str, str, str] | None]:
-    contents, kind = sort_keys(adapter.tensors), kind_of(adapter)
-    return {
-        base.model_id: _first_conflict(
-            adapter,
-            contents,
-            base,
-            _template(base.model_id, kind) or _template(base.model_id, None),
-        )
-        for base in known_bases()
-    }
+def _conflicts(adapter: Adapter) -> dict[str, Conflict | None]:
+    traits = _read_traits(adapter)
+    return {base.model_id: _first_conflict(traits, base) for base in known_bases()}
 
 
-def _fitting(
-    adapter: Adapter, conflicts: Mapping[str, tuple[str, str, str] | None]
-) -> list[KnownBase]:
+def _read_traits(adapter: Adapter) -> _Traits:
+    lora = adapter.contents.lora
+    shapes: dict[tuple[str, str, tuple[int, ...]], str] = {}
+    for path, parts in lora.items():
+        inside = layer_zero(path.removeprefix(PREFIX))
+        for part, key in parts.items():
+            shapes.setdefault((inside, part, adapter.tensors[key].shape), key)
+    deepest = max(lora, key=lambda path: layer_of(path) or 0, default="")
+    limited = adapter.config is not None and adapter.config.layers_to_transform is not None
+    return _Traits(kind_of(adapter), shapes, deepest, layer_of(deepest) or 0, limited)
+
+
+def _fitting(adapter: Adapter, conflicts: Mapping[str, Conflict | None]) -> list[KnownBase]:
     # Without a LoRA tensor nothing is excluded, and nothing is identified either.
-    held = bool(sort_keys(adapter.tensors).lora)
+    held = bool(adapter.contents.lora)
     return [base for base in known_bases() if held and conflicts[base.model_id] is None]
 
 
-def _first_conflict(
-    adapter: Adapter, contents: Contents, base: KnownBase, template: BaseModel | None
-) -> tuple[str, str, str] | None:
+def _first_conflict(traits: _Traits, base: KnownBase) -> Conflict | None:
+    template = _template(base.model_id, traits.kind) or _template(base.model_id, None)
     if template is None:
-        return "adapter_config.json", "a class that this architecture has", str(kind_of(adapter))
-    layers = base.config["num_hidden_layers"]
-    assert isinstance(layers, int)
-    deepest = -1
-    for path, parts in contents.lora.items():
-        inside = path.removeprefix(PREFIX)
-        deepest = max(deepest, layer_of(inside) or 0)
-        module = template.modules.get(layer_zero(inside))
-        if template.is_open(inside):
-            continue
-        for part, key in parts.items():
-            if conflict := _conflict(module, part, adapter.tensors[key]):
-                return key, *conflict
-        if deepest >= layers:
-            return path, f"layers 0 to {layers - 1}", f"layer {deepest}"
-    limited = adapter.config is not None and adapter.config.layers_to_transform is not None
-    if not limited and deepest < layers - 1:
-        return "the last layer", f"tensors for layer {layers - 1}", f"none after layer {deepest}"
+        return "adapter_config.json", "a class that this architecture has", str(traits.kind)
+    for (path, part, shape), key in traits.shapes.items():
+        conflict = _conflict(template.modules.get(path), part, shape)
+        if conflict and not template.is_open(path):
+            return key, *conflict
+    layers = int(str(base.config["num_hidden_layers"]))
+    if traits.layer >= layers:
+        return traits.deepest, f"layers 0 to {layers - 1}", f"layer {traits.layer}"
+    if traits.layer < layers - 1 and not traits.is_limited:
+        expected = f"tensors up to layer {layers - 1}"
+        return traits.deepest, expected, f"none after layer {traits.layer}"
     return None
 
 
-def _conflict(module: Module | None, part: str, tensor: Tensor) -> tuple[str, str] | None:
+def _conflict(module: Module | None, part: str, shape: tuple[int, ...]) -> tuple[str, str] | None:
     if module is None:
-        return "no such module", f"a tensor of shape {tensor.shape}"
-    axis, wanted = (-1, module.inputs) if part.endswith("A") else (0, module.outputs)
-    if not tensor.shape or wanted in (None, tensor.shape[axis]):
+        return "no such module", f"a tensor of shape {shape}"
+    is_input = part.endswith("A")
+    axis, wanted = (-1, module.inputs) if is_input else (0, module.outputs)
+    if not shape or wanted in (None, shape[axis]):
         return None
-    end = "inputs" if part.endswith("A") else "outputs"
-    return f"{wanted} {end}", f"{tensor.shape[axis]}"
+    return f"{wanted} {'inputs' if is_input else 'outputs'}", f"{shape[axis]}"
 
 
 def _splits(fits: list[KnownBase]) -> Iterator[Split]:
@@ -168,7 +177,7 @@ def _splits(fits: list[KnownBase]) -> Iterator[Split]:
 
 def measure(adapter: Adapter) -> Sizes:
     """Do the arithmetic of sizes: r × (in + out) over the targeted modules of the named base."""
-    lora = [k for parts in sort_keys(adapter.tensors).lora.values() for k in parts.values()]
+    lora = [k for parts in adapter.contents.lora.values() for k in parts.values()]
     held = sum(adapter.tensors[key].count for key in lora)
     config = adapter.config
     base = find_base(config.base_name) if config and config.base_name else None

@@ -57,10 +57,10 @@ def resolve_base(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, 
     if base is None:
         named = adapter.config.base_name if adapter.config else None
         known = find_base(named) if named else None
-        label = (
-            f"{known.model_id} (shapes of {named})" if known and known.model_id != named else named
-        )
-        return (describe(known.config, name=label or "", kind=kind) if known else None), None
+        if named is None or known is None:
+            return None, None
+        label = named if named == known.model_id else f"{named} (shapes of {known.model_id})"
+        return describe(known.config, name=label, kind=kind), None
     config, name = _read_base(base)
     model = describe(config, name=name, kind=kind)
     if model is None and config.get("architectures"):
@@ -70,11 +70,13 @@ def resolve_base(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, 
 
 
 def _read_base(base: str) -> tuple[Mapping[str, object], str]:
-    path = Path(base)
-    if path.is_dir():
-        return _named(_parse(Folder(path), "config.json"), str(path.resolve().name))
+    path = Path(base) / "config.json" if Path(base).is_dir() else Path(base)
     if path.is_file():
-        return _named(_parse(Folder(path.parent), path.name), str(path.resolve().parent.name))
+        # The user chose the base, so its links are followed; an adapter's are not.
+        target = path.resolve()
+        return _named(_parse(Folder(target.parent), target.name), path.absolute().parent.name)
+    if Path(base).is_dir():
+        raise ModelError(path, expected="a config.json", found="no such file")
     if known := find_base(base):
         return known.config, base
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from postmortem.adapter_config import AdapterConfig
 from postmortem.architectures import BaseModel, Module
@@ -88,12 +89,11 @@ def _match(wanted: tuple[str, ...] | str | None, names: list[str]) -> set[str]:
     return {name for name in names if not ends.isdisjoint(_ends(name))}
 
 
-def _ends(name: str) -> Iterable[str]:
-    """Yield the dotted name and every part of it that a list entry can match."""
-    yield name
-    while "." in name:
-        name = name.split(".", 1)[1]
-        yield name
+@cache
+def _ends(name: str) -> tuple[str, ...]:
+    """Return the dotted name and every end of it that a list entry can match."""
+    parts = name.split(".")
+    return tuple(".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _select(config: AdapterConfig, base: BaseModel, names: list[str]) -> Iterable[str]:
@@ -117,6 +117,8 @@ def _in_layers(config: AdapterConfig, name: str) -> bool:
 
 
 def _pattern_values(patterns: Mapping[str, float], names: list[str]) -> dict[str, float]:
+    if not patterns:
+        return {}
     plain = {key: key.removeprefix("^") for key in patterns}
     regexes = {k: rf"(.*\.)?({k})" for k, text in plain.items() if not is_literal(text)}
     found = match_names(regexes.values(), names) if regexes else {}

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -89,6 +88,8 @@ def _compile(pattern: str) -> re.Pattern[str] | None:
 
 
 def _match_in_child(patterns: list[str], names: Sequence[str]) -> dict[str, frozenset[str]]:
+    import subprocess  # Rarely needed, and a tenth of the start-up time.
+
     shown = printable(patterns[0], 60)
     try:
         done = subprocess.run(
