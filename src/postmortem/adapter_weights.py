@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from postmortem.adapter_config import is_count
 from postmortem.catalogue import Finding, finding
-from postmortem.sources import Folder, Source
+from postmortem.sources import ADAPTER_FILES, Folder, Source
 from postmortem.untrusted import UntrustedError, parse_json, printable
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
+_, WEIGHTS_FILE, PICKLE_FILE = ADAPTER_FILES
 MAX_JSON = 8_000_000  # Bytes. A header of 10,000 tensors is under 2 MB; a config is a few kB.
 MAX_DIMENSIONS = 8
 CHUNK = 4_000_000  # Bytes scanned at a time: memory stays flat whatever the tensor's size.

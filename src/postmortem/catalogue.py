@@ -6,6 +6,7 @@ Facts about PEFT were measured on 0.15.2, 0.16.0, 0.17.1 and 0.21.2. Threads are
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from postmortem.errors import ModelError
 from postmortem.untrusted import printable
 
 SEVERITIES = ("error", "warning", "info")
@@ -373,6 +374,13 @@ _ENTRIES = (
     ),
 )
 CATALOGUE: Mapping[str, Entry] = {entry.id: entry for entry in _ENTRIES}
+
+
+def find_entry(finding_id: str) -> Entry:
+    """Return the entry of an id; raises ModelError for one that is not in the catalogue."""
+    if finding_id not in CATALOGUE:
+        raise ModelError(finding_id, expected=f"one of {', '.join(CATALOGUE)}")
+    return CATALOGUE[finding_id]
 
 
 def finding(

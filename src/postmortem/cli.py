@@ -45,30 +45,24 @@ def check(
 ) -> None:
     """Check adapters against their base. Exit 0: no error found; 1: an error; 2: not checkable."""
     from postmortem import report
-    from postmortem.catalogue import CATALOGUE
-    from postmortem.errors import ModelError
-    from postmortem.inspection import inspect_adapter
+    from postmortem.catalogue import find_entry
+    from postmortem.inspection import inspect_all
 
     if explain is not None:
-        if explain not in CATALOGUE:
-            raise ModelError(explain, expected=f"one of {', '.join(CATALOGUE)}")
-        print(report.explain(CATALOGUE[explain]))
+        print(report.explain(find_entry(explain)))
         return
-    if not adapters:
-        raise ModelError("check", expected="an adapter folder or hub id", found="none")
     stated = None if stated_mb is None else int(stated_mb * 1e6)
-    found = [
-        inspect_adapter(name, base, header_only=header_only, stated_bytes=stated)
-        for name in adapters
-    ]
-    for inspection in found:
-        if output is Format.JSON:
-            print(report.as_json(inspection))
-        elif output is Format.MARKDOWN:
+    done, refused = inspect_all(adapters or [], base, header_only=header_only, stated_bytes=stated)
+    if output is Format.JSON and done:
+        print(report.as_json(done))
+    for inspection in done:
+        if output is Format.MARKDOWN:
             print(report.as_markdown(inspection))
-        else:
+        if output is Format.TEXT:
             print(report.as_text(inspection, is_coloured=sys.stdout.isatty()))
-    if any(inspection.report.verdict == "broken" for inspection in found):
+    if refused:
+        raise refused[0]
+    if any(inspection.report.verdict == "broken" for inspection in done):
         raise typer.Exit(1)
 
 

@@ -349,11 +349,12 @@ def react(base: Path, adapter: Path) -> tuple[str, str]:
             PeftModel.from_pretrained(model, str(adapter))
         # Whatever PEFT raises is what we record.
         except Exception as error:
-            return "raises", f"{type(error).__name__}: {_shortened(str(error))}"
+            said = str(error).replace(str(adapter), "ADAPTER")
+            return "raises", f"{type(error).__name__}: {_shortened(said)}"
     # Deprecations inside transformers say nothing about the adapter.
-    said = [w for w in caught if issubclass(w.category, UserWarning)]
-    if said:
-        return "warns", _shortened(str(said[0].message))
+    warned = [w for w in caught if issubclass(w.category, UserWarning)]
+    if warned:
+        return "warns", _shortened(str(warned[0].message))
     return "silent", ""
 
 

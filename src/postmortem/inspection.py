@@ -1,6 +1,6 @@
 """One call from the names that a user types to a report: open, read, resolve the base, check."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,24 @@ def inspect_adapter(
     notes = report.notes if is_scanned else (*report.notes, "tensor bytes were not read")
     report = Report(report.verdict, report.findings, report.base, notes)
     return Inspection(held.name, report, fitting_bases(held))
+
+
+def inspect_all(
+    adapters: Sequence[str], base: str | None, *, header_only: bool, stated_bytes: int | None
+) -> tuple[list[Inspection], list[ModelError]]:
+    """Inspect adapters, each folder once; return the reports, and why others were not checkable."""
+    if not adapters:
+        raise ModelError("check", expected="an adapter folder or hub id", found="none")
+    done: list[Inspection] = []
+    refused: list[ModelError] = []
+    for adapter in dict.fromkeys(open_source(name).name for name in adapters):
+        try:
+            done.append(
+                inspect_adapter(adapter, base, header_only=header_only, stated_bytes=stated_bytes)
+            )
+        except ModelError as error:
+            refused.append(error)
+    return done, refused
 
 
 def resolve_base(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, str | None]:

@@ -1,7 +1,7 @@
 """Reports for people and machines: text for a terminal, Markdown for a pull request, JSON."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from postmortem.archaeology import Dating, Encounter, span
@@ -23,17 +23,20 @@ def _paint(text: str, kind: str, is_coloured: bool) -> str:
     return f"\x1b[1;{_COLOURS[kind]}m{text}\x1b[0m" if is_coloured else text
 
 
-def as_json(inspection: Inspection) -> str:
-    """Write the report as the JSON contract: verdict, findings, bases; base and notes beside."""
-    report = inspection.report
-    content = {
-        "verdict": report.verdict,
-        "findings": [asdict(f) for f in report.findings],
-        "bases": list(inspection.bases),
-        "adapter": inspection.adapter,
-        "base": report.base,
-        "notes": list(report.notes),
-    }
+def as_json(inspections: Sequence[Inspection]) -> str:
+    """Write the JSON contract: verdict, findings, bases; an object for one adapter, else a list."""
+    contents = [
+        {
+            "verdict": found.report.verdict,
+            "findings": [asdict(f) for f in found.report.findings],
+            "bases": list(found.bases),
+            "adapter": found.adapter,
+            "base": found.report.base,
+            "notes": list(found.report.notes),
+        }
+        for found in inspections
+    ]
+    content = contents[0] if len(contents) == 1 else contents
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from postmortem.errors import ModelError
 
 HTTP_SECONDS = 10.0
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 class Source(Protocol):
@@ -156,6 +157,9 @@ class HubRepository:
 def open_source(adapter: str) -> Folder | HubRepository:
     """Open an adapter by folder path or hub id; raises ModelError when it is neither."""
     path = Path(adapter)
+    # Commit hooks pass the files that changed: they stand for the folder that holds them.
+    if path.name in ADAPTER_FILES and path.is_file():
+        path = path.parent
     if path.is_dir():
         return Folder(path)
     if path.exists() or adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
