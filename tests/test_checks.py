@@ -8,7 +8,7 @@ import pytest
 import sound
 from test_hostile import CONFIG, header, write
 
-from postmortem.catalogue import CATALOGUE, SEVERITIES
+from postmortem.catalogue import SEVERITIES, catalogue
 from postmortem.cli import main
 from postmortem.faults import edit_config
 from postmortem.inspection import inspect_adapter
@@ -184,7 +184,7 @@ def test_several_adapters_are_checked_in_one_call(
 
 def test_every_entry_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     """Every id has a complete entry, and --explain prints it."""
-    for entry in CATALOGUE.values():
+    for entry in catalogue().values():
         with pytest.raises(SystemExit) as stop:
             main(["check", "--explain", entry.id])
         out = capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_every_entry_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_catalogue_is_the_contract() -> None:
     """The ids are those that other tools rely on."""
-    assert " ".join(CATALOGUE) == (
+    assert " ".join(catalogue()) == (
         "shape-mismatch rank-mismatch missing-tensors unexpected-tensors key-prefix "
         "layer-out-of-range target-not-in-base scale-zero scale-unusual untrained non-finite "
         "overflow-risk integer-dtype empty-tensor corrupt-weights unsafe-pickle missing-weights "

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from postmortem.catalogue import CATALOGUE
+from postmortem.catalogue import catalogue
 from postmortem.faults import FAULTS, TINY, Fault, inject, reproduce, save_adapter, save_base
 from postmortem.inspection import inspect_adapter
 
@@ -28,14 +28,14 @@ def test_fault_is_caught_under_its_id(
     report = inspect_adapter(str(broken), str(base)).report
     found = {f.id: f for f in report.findings}
     assert fault.finding in found, report.findings
-    assert found[fault.finding].severity == CATALOGUE[fault.finding].severity
+    assert found[fault.finding].severity == catalogue()[fault.finding].severity
     # A pickle that is too small is two facts; every other fault has one cause and one finding.
     assert len(report.findings) == (2 if fault.name == "a pickle of 443 bytes" else 1)
 
 
 def test_every_id_of_the_catalogue_has_a_reproduction() -> None:
     """No entry of the catalogue rests on prose alone."""
-    assert set(CATALOGUE) == {fault.finding for fault in FAULTS}
+    assert set(catalogue()) == {fault.finding for fault in FAULTS}
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own warnings are what is being recorded.

@@ -49,7 +49,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     modules_to_save: tuple[str, ...]
-    trainable_tokens: Mapping[str, object] | tuple[int, ...] | None
+    trainable_tokens: Mapping[str, list[int]] | tuple[int, ...] | None
     bias: str
     use_rslora: bool
     use_dora: bool

@@ -1,15 +1,17 @@
 """What a base looks like from its config.json alone: module names and in/out sizes.
 
-Each family is a table of rows `path inputs outputs bias [?condition]`. A path repeats over `{L}`
-layers (`{M}` decoder layers of an encoder-decoder). Sizes are sums of the symbols of
-`_read_sizes`. Bias is `-` (none), `+` (always) or the config keys that switch it on.
-Verified against the modules of the transformers classes in tests/test_architectures.py.
+architectures.csv has a row per module of each family, for every class (kind empty) or for the
+classes of one kind. A path repeats over {L} layers ({M} decoder layers). Sizes are sums of the
+symbols of `_read_sizes`; `*` is not fixed by config.json. Bias is - (none), + (always) or the keys
+that switch it on. Verified against transformers' own modules in tests/test_architectures.py.
 """
 
+import csv
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from postmortem.errors import ModelError
 
@@ -32,6 +34,7 @@ class BaseModel:
 
     `open_paths` matches module paths that exist but are not described here (experts of a
     mixture, vision towers): adapters may hold tensors there and their shapes are not judged.
+    `transposed` weights are stored as (in, out); `declared_kind` is that of the config itself.
     """
 
     name: str
@@ -43,6 +46,7 @@ class BaseModel:
     heads: tuple[str, ...]
     open_paths: re.Pattern[str] | None
     transposed: bool
+    declared_kind: str | None
     quantization: str | None
 
     def is_open(self, path: str) -> bool:
@@ -52,10 +56,11 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    body: str
-    heads: Mapping[str, str]
-    prefix: str = "model."
-    cls_prefix: str | None = None
+    """What the rows of a family do not say; `kinds` are the kinds of class that it has."""
+
+    prefix: str
+    kinds: str = "bare causal seq_cls token_cls"
+    head_prefix: str = ""  # Of classes with a classification head, where it differs.
     transposed: bool = False
     width: str = "intermediate_size"  # The key of the feed-forward width; without it, 4 hidden.
 
@@ -67,197 +72,20 @@ class _Type:
     defaults: Mapping[str, object] | None = None  # For keys that config.json may leave out.
 
 
-_DECODER_HEADS = {"bare": "", "causal": "lm_head H V -", "seq_cls": "score H * -"}
-_SCORE_HEADS = {**_DECODER_HEADS, "token_cls": "score H * +"}
-_CLASSIFIER_HEADS = {**_DECODER_HEADS, "token_cls": "classifier H * +"}
-_QA_HEADS = {"token_cls": "classifier H * +", "qa": "qa_outputs H * +"}
-_MLM_HEAD = "cls.predictions.transform.dense H H +\ncls.predictions.decoder H V +"
-_FUSED = """
-h.{L}.self_attention.query_key_value H G bias
-h.{L}.self_attention.dense H H bias
-h.{L}.mlp.dense_h_to_4h H F bias
-h.{L}.mlp.dense_4h_to_h F H bias
-word_embeddings V H embedding
-"""
-_ENCODER = """
-encoder.layer.{L}.attention.output.dense H H +
-encoder.layer.{L}.intermediate.dense H F +
-encoder.layer.{L}.output.dense F H +
-embeddings.word_embeddings V E embedding
-embeddings.position_embeddings P H embedding ?positions
-embeddings.token_type_embeddings T H embedding ?types
-"""
-_BERT = f"""
-encoder.layer.{{L}}.attention.self.query H H +
-encoder.layer.{{L}}.attention.self.key H H +
-encoder.layer.{{L}}.attention.self.value H H +
-{_ENCODER}"""
+_ENCODER_KINDS = "bare seq_cls token_cls qa mlm"
 _FAMILIES = {
-    "llama": _Family(
-        """
-        layers.{L}.self_attn.q_proj H Q qkv_bias,attention_bias,use_qkv_bias
-        layers.{L}.self_attn.k_proj H K qkv_bias,attention_bias,use_qkv_bias
-        layers.{L}.self_attn.v_proj H K qkv_bias,attention_bias,use_qkv_bias
-        layers.{L}.self_attn.o_proj Q H attention_bias
-        layers.{L}.mlp.gate_proj H F mlp_bias ?dense
-        layers.{L}.mlp.up_proj H F mlp_bias ?dense
-        layers.{L}.mlp.down_proj F H mlp_bias ?dense
-        embed_tokens V H embedding
-        """,
-        _SCORE_HEADS,
-    ),
-    "phi": _Family(
-        """
-        layers.{L}.self_attn.q_proj H Q +
-        layers.{L}.self_attn.k_proj H K +
-        layers.{L}.self_attn.v_proj H K +
-        layers.{L}.self_attn.dense Q H +
-        layers.{L}.mlp.fc1 H F +
-        layers.{L}.mlp.fc2 F H +
-        embed_tokens V H embedding
-        """,
-        {**_SCORE_HEADS, "causal": "lm_head H V +"},
-    ),
-    "phi3": _Family(
-        """
-        layers.{L}.self_attn.qkv_proj H Q+2K -
-        layers.{L}.self_attn.o_proj Q H -
-        layers.{L}.mlp.gate_up_proj H 2F -
-        layers.{L}.mlp.down_proj F H -
-        embed_tokens V H embedding
-        """,
-        _SCORE_HEADS,
-    ),
-    "gpt2": _Family(
-        """
-        h.{L}.attn.c_attn H 3H +
-        h.{L}.attn.c_proj H H +
-        h.{L}.mlp.c_fc H F +
-        h.{L}.mlp.c_proj F H +
-        wte V H embedding
-        wpe P H embedding
-        """,
-        _CLASSIFIER_HEADS,
-        prefix="transformer.",
-        transposed=True,
-        width="n_inner",
-    ),
-    "gpt_neox": _Family(
-        """
-        layers.{L}.attention.query_key_value H 3H attention_bias
-        layers.{L}.attention.dense H H attention_bias
-        layers.{L}.mlp.dense_h_to_4h H F +
-        layers.{L}.mlp.dense_4h_to_h F H +
-        embed_in V H embedding
-        """,
-        _CLASSIFIER_HEADS,
-        prefix="gpt_neox.",
-    ),
-    "opt": _Family(
-        """
-        decoder.layers.{L}.self_attn.q_proj H H enable_bias
-        decoder.layers.{L}.self_attn.k_proj H H enable_bias
-        decoder.layers.{L}.self_attn.v_proj H H enable_bias
-        decoder.layers.{L}.self_attn.out_proj H H enable_bias
-        decoder.layers.{L}.fc1 H F enable_bias
-        decoder.layers.{L}.fc2 F H enable_bias
-        decoder.project_in E H - ?project
-        decoder.project_out H E - ?project
-        decoder.embed_tokens V E embedding
-        decoder.embed_positions P+2 H embedding
-        """,
-        {"bare": "", "causal": "lm_head E V -", "seq_cls": "score E * -"},
-        width="ffn_dim",
-    ),
-    "fused": _Family(_FUSED, _CLASSIFIER_HEADS, prefix="transformer.", width="ffn_hidden_size"),
-    "bert": _Family(
-        _BERT,
-        {
-            **_QA_HEADS,
-            "bare": "pooler.dense H H +",
-            "seq_cls": "bert.pooler.dense H H +\nclassifier H * +",
-            "mlm": _MLM_HEAD,
-        },
-        prefix="bert.",
-    ),
-    "roberta": _Family(
-        _BERT,
-        {
-            **_QA_HEADS,
-            "bare": "pooler.dense H H +",
-            "seq_cls": "classifier.dense H H +\nclassifier.out_proj H * +",
-            "mlm": "lm_head.dense H H +\nlm_head.decoder H V +",
-        },
-        prefix="roberta.",
-    ),
-    "deberta": _Family(
-        f"""
-        encoder.layer.{{L}}.attention.self.in_proj H 3H -
-        encoder.layer.{{L}}.attention.self.pos_proj H H - ?c2p
-        encoder.layer.{{L}}.attention.self.pos_q_proj H H + ?p2c
-        {_ENCODER}""",
-        {
-            **_QA_HEADS,
-            "bare": "",
-            "seq_cls": "pooler.dense H H +\nclassifier H * +",
-            "mlm": _MLM_HEAD,
-        },
-        prefix="deberta.",
-    ),
-    "deberta-v2": _Family(
-        f"""
-        encoder.layer.{{L}}.attention.self.query_proj H Q +
-        encoder.layer.{{L}}.attention.self.key_proj H Q +
-        encoder.layer.{{L}}.attention.self.value_proj H Q +
-        encoder.layer.{{L}}.attention.self.pos_key_proj H Q + ?c2p_own
-        encoder.layer.{{L}}.attention.self.pos_query_proj H Q + ?p2c_own
-        {_ENCODER}""",
-        {
-            **_QA_HEADS,
-            "bare": "",
-            "seq_cls": "pooler.dense H H +\nclassifier H * +",
-            "mlm": _MLM_HEAD,
-        },
-        prefix="deberta.",
-    ),
-    "t5": _Family(
-        "\n".join(
-            f"{side}.{{{count}}}.layer.{place} ?{condition}"
-            for side, count, attentions, feed_forward, condition in (
-                ("encoder.block", "L", ("0.SelfAttention",), 1, "always"),
-                ("decoder.block", "M", ("0.SelfAttention", "1.EncDecAttention"), 2, "decoder"),
-            )
-            for place in (
-                *(f"{a}.{p} H Q -" for a in attentions for p in "qkv"),
-                *(f"{a}.o Q H -" for a in attentions),
-                f"{feed_forward}.DenseReluDense.wo F H -",
-            )
-        )
-        + """
-        encoder.block.{L}.layer.1.DenseReluDense.wi H F - ?plain
-        encoder.block.{L}.layer.1.DenseReluDense.wi_0 H F - ?gated
-        encoder.block.{L}.layer.1.DenseReluDense.wi_1 H F - ?gated
-        decoder.block.{M}.layer.2.DenseReluDense.wi H F - ?plain_decoder
-        decoder.block.{M}.layer.2.DenseReluDense.wi_0 H F - ?gated_decoder
-        decoder.block.{M}.layer.2.DenseReluDense.wi_1 H F - ?gated_decoder
-        encoder.block.0.layer.0.SelfAttention.relative_attention_bias R A embedding
-        decoder.block.0.layer.0.SelfAttention.relative_attention_bias R A embedding ?decoder
-        shared V H embedding
-        encoder.embed_tokens V H embedding
-        decoder.embed_tokens V H embedding ?decoder
-        """,
-        {
-            "bare": "",
-            "encoder": "",
-            "seq2seq": "lm_head H V -",
-            "seq_cls": "classification_head.dense H H +\nclassification_head.out_proj H * +",
-            "token_cls": "classifier H * +",
-            "qa": "qa_outputs H * +",
-        },
-        prefix="",
-        cls_prefix="transformer.",
-        width="d_ff",
-    ),
+    "llama": _Family("model."),
+    "phi": _Family("model."),
+    "phi3": _Family("model."),
+    "gpt2": _Family("transformer.", transposed=True, width="n_inner"),
+    "gpt_neox": _Family("gpt_neox."),
+    "opt": _Family("model.", "bare causal seq_cls", width="ffn_dim"),
+    "fused": _Family("transformer.", width="ffn_hidden_size"),
+    "bert": _Family("bert.", _ENCODER_KINDS),
+    "roberta": _Family("roberta.", _ENCODER_KINDS),
+    "deberta": _Family("deberta.", _ENCODER_KINDS),
+    "deberta-v2": _Family("deberta.", _ENCODER_KINDS),
+    "t5": _Family("", "bare encoder seq2seq seq_cls token_cls qa", "transformer.", width="d_ff"),
 }
 _QV, _QKV, _BERT_QV = "q_proj v_proj", "query_key_value", "query value"
 _TYPES = {
@@ -353,25 +181,28 @@ def describe(config: Mapping[str, object], *, name: str, kind: str | None) -> Ba
     entry = _TYPES[text_type]
     family = _FAMILIES[entry.family]
     kind = _effective_kind(config, kind, family, is_vision)
-    if kind is None or kind not in family.heads:
+    if kind is None or kind not in family.kinds.split():
         return None
     full = {**(entry.defaults or {}), **{k: v for k, v in text.items() if v is not None}}
-    sizes, flags = _read_sizes(full, name, family.width), _read_flags(full, kind)
+    sizes, flags = _read_sizes(full, name, family.width), _read_flags(full)
     is_mixture = "num_experts" in full or "num_local_experts" in full
     paths = _VISION_PATHS if is_vision else _EXPERT_PATHS if is_mixture else None
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    rows = [*_rows(family.body, _prefix(family, kind, is_vision)), *_rows(family.heads[kind], "")]
+    prefix = _prefix(family, kind, is_vision)
+    rows = _rows(entry.family, kind)
+    modules = _expand(rows, prefix, kind, sizes=sizes, flags=flags, config=full)
     return BaseModel(
         name=name,
         model_type=outer_type,
         kind=kind,
-        modules=dict(_expand(rows, sizes, flags, full)),
+        modules=dict(modules),
         layers=sizes["L"],
         default_targets=tuple(entry.targets.split()),
-        heads=tuple(row[0] for row in _rows(family.heads[kind], "")),
+        heads=tuple(row["path"] for row in rows if row["kind"]),
         open_paths=paths,
         transposed=family.transposed,
+        declared_kind=_declared_kind(config),
         quantization=str(method) if method else None,
     )
 
@@ -382,14 +213,17 @@ def _text_config(config: Mapping[str, object], outer_type: str) -> Mapping[str, 
     return nested if isinstance(nested, Mapping) else {**config, "model_type": outer_type}
 
 
+def _declared_kind(config: Mapping[str, object]) -> str | None:
+    named = config.get("architectures")
+    return kind_of_class(str(named[0])) if isinstance(named, list) and named else None
+
+
 def _effective_kind(
     config: Mapping[str, object], kind: str | None, family: _Family, is_vision: bool
 ) -> str | None:
     if kind is None:
-        named = config.get("architectures")
-        first = named[0] if isinstance(named, list) and named else ""
-        fallback = next(k for k in ("causal", "seq2seq", "bare") if k in family.heads)
-        kind = kind_of_class(str(first)) or fallback
+        fallback = next(k for k in ("causal", "seq2seq", "bare") if k in family.kinds)
+        kind = _declared_kind(config) or fallback
     # A vision-language model generates text through a class named ForConditionalGeneration.
     return "causal" if is_vision and kind == "seq2seq" else kind
 
@@ -399,14 +233,20 @@ def _prefix(family: _Family, kind: str, is_vision: bool) -> str:
         return "language_model." if kind == "bare" else "model.language_model."
     if kind == "bare":
         return ""
-    in_class = family.cls_prefix is not None and kind in ("seq_cls", "token_cls")
-    return family.cls_prefix or "" if in_class else family.prefix
+    has_own = family.head_prefix and kind in ("seq_cls", "token_cls")
+    return family.head_prefix if has_own else family.prefix
 
 
 @cache
-def _rows(table: str, prefix: str) -> tuple[tuple[str, ...], ...]:
-    rows = (line.split() for line in table.splitlines() if line.strip())
-    return tuple((prefix + path, *rest) for path, *rest in rows)
+def _table() -> tuple[Mapping[str, str], ...]:
+    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+        return tuple(csv.DictReader(file))
+
+
+@cache
+def _rows(family: str, kind: str) -> tuple[Mapping[str, str], ...]:
+    of_family = (row for row in _table() if family in row["families"].split())
+    return tuple(row for row in of_family if row["kind"] in ("", kind))
 
 
 def _number(config: Mapping[str, object], names: str, default: int | None, subject: str) -> int:
@@ -453,42 +293,47 @@ def _fused_width(config: Mapping[str, object], hidden: int, dim: int, heads: int
     return hidden + 2 * dim if config.get("multi_query") else 3 * hidden
 
 
-def _read_flags(config: Mapping[str, object], kind: str) -> frozenset[str]:
-    positions = config.get("pos_att_type") or ""
-    relative = bool(config.get("relative_attention"))
-    own = relative and not config.get("share_att_key")
+def _read_flags(config: Mapping[str, object]) -> frozenset[str]:
+    attention = config.get("pos_att_type") if config.get("relative_attention") else None
+    positions = attention if isinstance(attention, str | list) else ""
+    own = not config.get("share_att_key")
     gated = str(config.get("feed_forward_proj", "")).startswith("gated")
-    decoder = kind not in ("encoder", "token_cls")
     flags = {
-        "always": True,
         "dense": "num_experts" not in config and "num_local_experts" not in config,
         "project": config.get("word_embed_proj_dim") not in (None, config.get("hidden_size")),
         "positions": config.get("position_biased_input", True),
         "types": config.get("type_vocab_size"),
-        "c2p": relative and "c2p" in positions if isinstance(positions, str | list) else False,
-        "p2c": relative and "p2c" in positions if isinstance(positions, str | list) else False,
+        "c2p": "c2p" in positions,
+        "p2c": "p2c" in positions,
+        "c2p_own": own and "c2p" in positions,
+        "p2c_own": own and "p2c" in positions,
         "gated": gated,
         "plain": not gated,
-        "decoder": decoder,
-        "gated_decoder": gated and decoder,
-        "plain_decoder": not gated and decoder,
     }
-    flags |= {"c2p_own": own and flags["c2p"], "p2c_own": own and flags["p2c"]}
     return frozenset(name for name, is_set in flags.items() if is_set)
 
 
 def _expand(
-    rows: list[tuple[str, ...]],
+    rows: Iterable[Mapping[str, str]],
+    prefix: str,
+    kind: str,
+    *,
     sizes: Mapping[str, int],
     flags: frozenset[str],
     config: Mapping[str, object],
 ) -> Iterator[tuple[str, Module]]:
-    for path, inputs, outputs, bias, *condition in rows:
-        if condition and condition[0].removeprefix("?") not in flags:
+    for row in rows:
+        path, bias = row["path"], row["bias"]
+        is_absent = path.startswith(("decoder.block", "decoder.embed_tokens")) and kind in (
+            "encoder",
+            "token_cls",
+        )
+        if is_absent or (row["condition"] and row["condition"] not in flags):
             continue
-        has_bias = bias == "+" or any(config.get(key) for key in bias.split(","))
-        ends = _evaluate(inputs, sizes), _evaluate(outputs, sizes)
-        module = Module(*ends, bias=has_bias, is_embedding=bias == "embedding")
+        has_bias = bias == "+" or any(config.get(key) for key in bias.split("|"))
+        inputs, outputs = _evaluate(row["inputs"], sizes), _evaluate(row["outputs"], sizes)
+        module = Module(inputs, outputs, bias=has_bias, is_embedding=bias == "embedding")
+        path = path if row["kind"] else prefix + path
         count = re.search(r"\{([LM])\}", path)
         for index in range(sizes[count[1]] if count else 1):
             yield (path.replace(count[0], str(index)) if count else path), module

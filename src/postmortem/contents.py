@@ -61,16 +61,16 @@ def sort_keys(keys: Iterable[str]) -> Contents:
     return Contents(lora, tokens, plain, adapter_name)
 
 
-def place(contents: Contents, base: BaseModel | None) -> tuple[list[Finding], Contents]:
+def place(contents: Contents, base: BaseModel | None) -> tuple[list[Finding], Contents | None]:
     """Bring the paths onto the base's module names, without PEFT's prefix.
 
     When the keys are shifted as one, that is the single finding, and the shift is undone so that
-    the shapes can still be judged.
+    the shapes can still be judged. Keys in the format of another tool have no place: None.
     """
     foreign = [k for parts in (*contents.lora.values(), contents.plain) for k in parts.values()]
     foreign = [key for key in foreign if _FOREIGN.search(key)]
     if foreign:
-        return [_prefix_finding(foreign[0], "keys as PEFT writes them", len(foreign))], contents
+        return [_prefix_finding(foreign[0], "keys as PEFT writes them", len(foreign))], None
     findings = _leftover_name(contents)
     if base is None:
         stray = [p for p in contents.lora if not p.startswith(PREFIX) or _WRAPPED.search(p)]

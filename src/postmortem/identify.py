@@ -7,9 +7,8 @@ from functools import cache
 from postmortem.adapter import Adapter
 from postmortem.architectures import BaseModel, Module, describe, kind_of_class, kind_of_task
 from postmortem.bases import KnownBase, find_base, known_bases
-from postmortem.checks import implied_parameters
 from postmortem.contents import PREFIX, layer_of, layer_zero
-from postmortem.targets import find_targets
+from postmortem.targets import find_targets, implied_parameters
 from postmortem.untrusted import UntrustedError
 
 _SPLITTERS = {

@@ -77,6 +77,11 @@ def find_targets(config: AdapterConfig, base: BaseModel) -> dict[str, Target]:
     }
 
 
+def implied_parameters(config: AdapterConfig, targets: Mapping[str, Target]) -> int:
+    """Count the LoRA parameters that a configuration implies on a base."""
+    return sum(target.parameters(config) for target in targets.values())
+
+
 def scale_of(alpha: float, rank: int, *, use_rslora: bool) -> float:
     """Return the factor of the update B·A: alpha over r, or over its root when rank-stabilised."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
