@@ -278,3 +278,86 @@ def test_newer_keys_without_a_value_are_information(tmp_path: Path) -> None:
     edit_config(folder, use_next_year=None, next_year_list=[])
     assert ids(folder) == {"config-unknown-key": "info"}
     assert "use_next_year" not in CONFIG
+
+
+def written(folder: Path, class_name: str = "Qwen2ForCausalLM", **options: Any) -> tuple[Path, str]:
+    """Write a tiny Qwen2 base and an adapter of it with PEFT."""
+    model = sound.build("qwen2", class_name, folder / "base")
+    sound.save(model, folder / "a", {"target_modules": ["q_proj", "o_proj"], **options})
+    return folder / "a", str(folder / "base")
+
+
+def test_classifier_declared_a_causal_model_loses_its_head(tmp_path: Path) -> None:
+    """A SEQ_CLS adapter under CAUSAL_LM loads in silence, and its head does not."""
+    adapter, base = written(tmp_path, "Qwen2ForSequenceClassification")
+    assert ids(adapter, base) == {}
+    edit_config(adapter, task_type="CAUSAL_LM")
+    sound.rewrite(tmp_path / "base" / "config.json", architectures=["Qwen2ForCausalLM"])
+    assert ids(adapter, base) == {"head-dropped": "error"}
+    assert ids(adapter) == {"head-dropped": "error"}
+
+
+def test_bare_class_on_a_base_that_names_another(tmp_path: Path) -> None:
+    """An AutoModel adapter without a task is suspicious on a base that names a causal class."""
+    adapter, base = written(tmp_path, "Qwen2Model")
+    assert ids(adapter, base) == {}
+    sound.rewrite(tmp_path / "base" / "config.json", architectures=["Qwen2ForCausalLM"])
+    assert ids(adapter, base) == {"key-prefix": "warning"}
+
+
+def test_lost_biases(tmp_path: Path) -> None:
+    """Biases that the configuration promises and the file lacks are missed."""
+    adapter, base = written(tmp_path)
+    edit_config(adapter, bias="lora_only")
+    assert ids(adapter, base) == {"missing-tensors": "warning"}
+
+
+def test_trainable_tokens(tmp_path: Path) -> None:
+    """The rows of the token deltas are those of the listed indices."""
+    adapter, base = written(tmp_path, trainable_token_indices=[1, 2, 3])
+    assert ids(adapter, base) == {}
+    edit_config(adapter, trainable_token_indices=[1, 2])
+    assert ids(adapter, base) == {"shape-mismatch": "error"}
+    edit_config(adapter, trainable_token_indices=None)
+    assert ids(adapter, base) == {"unexpected-tensors": "error"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {}),
+        ({"r": 8}, {"rank-mismatch": "error"}),
+        ({"target_modules": ["q_proj"]}, {"unexpected-tensors": "error"}),
+        ({"use_dora": True}, {"missing-tensors": "error"}),
+        ({"modules_to_save": ["lm_head"]}, {"modules-to-save-missing": "warning"}),
+    ],
+)
+def test_faults_that_need_no_base(
+    changes: dict[str, Any], expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Without a base, the configuration is held against the file's own tensors."""
+    adapter, _ = written(tmp_path)
+    edit_config(adapter, base_model_name_or_path="acme/unheard-of", **changes)
+    assert ids(adapter) == expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("base_model.model.", ""),
+        ("base_model.model.", "base_model."),
+        ("base_model.model.model.", "base_model.model."),
+        ("base_model.model.model.", "base_model.model.model.model."),
+        ("base_model.model.model.", "base_model.model.transformer."),
+        ("base_model.model.model.layers.", "base_model.model.transformer.h."),
+        ("base_model.model.", "base_model.model.base_model.model."),
+        ("base_model.model.", "module.base_model.model."),
+        ("base_model.model.", "base_model.model.module."),
+        ("base_model.model.", "_orig_mod.base_model.model."),
+        ("base_model.model.", "base_model.model._orig_mod."),
+        ("base_model.model.model.", "base_model.model.model.decoder."),
+    ],
+)
+def test_kinds_of_prefix(old: str, new: str, tmp_path: Path) -> None:
+    """However the path to the layers was changed, that is the one finding."""
+    assert ids(write(tmp_path / "a", rename(header(), old, new))) == {"key-prefix": "error"}

@@ -215,6 +215,20 @@ def _add_embedding(rows: int) -> Callable[[Path], None]:
     return inject
 
 
+def _add_base_layers(folder: Path) -> None:
+    base = json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]
+    weights = load_file(Path(base) / "model.safetensors")
+
+    def apply(tensors: Tensors) -> Tensors:
+        paths = [k.removesuffix(".lora_B.weight") for k in tensors if k.endswith(".lora_B.weight")]
+        names = {path: path.removeprefix("base_model.model.") for path in paths}
+        return tensors | {
+            f"{p}.base_layer.weight": weights[f"{n}.weight"] for p, n in names.items()
+        }
+
+    edit_tensors(folder, apply)
+
+
 def _pickle(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS_FILE), folder / PICKLE_FILE)
     (folder / WEIGHTS_FILE).unlink()
@@ -318,6 +332,7 @@ FAULTS: tuple[Fault, ...] = tuple(
         ("name-size-conflict", "the incident's names", _rename_folder),
         ("vocab-mismatch", "two tokens added", _add_embedding(98)),
         ("base-weights-in-adapter", "the embedding saved along", _add_embedding(96)),
+        ("base-weights-in-adapter", "base layers saved along", _add_base_layers),
         (
             "dora-flag-lost",
             "use_dora lost",

@@ -83,7 +83,7 @@ def _own_modules(contents: Contents, tensors: Mapping[str, Tensor]) -> BaseModel
         layers=0,
         default_targets=(),
         heads=(),
-        open_paths=re.compile(r"experts"),  # Their ranks are multiples of r.
+        open_paths=re.compile(r"experts|\.gate$"),  # Mixtures: ranks are multiples of r.
         transposed=False,
         declared_kind=None,
         quantization=None,
