@@ -79,3 +79,20 @@ def test_unusable_sizes_are_refused(layers: object) -> None:
     config |= {"num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 96}
     with pytest.raises(ModelError):
         describe(config, name="x", kind=None)
+
+
+def test_sizes_that_google_leaves_out() -> None:
+    """The published Gemma 3 4B config.json omits the defaults of its class."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    config = {"model_type": "gemma3", "text_config": {**text, "model_type": "gemma3_text"}}
+    base = describe(config, name="x", kind="causal")
+    assert base is not None
+    value = base.modules["model.language_model.layers.33.self_attn.v_proj"]
+    assert (value.inputs, value.outputs) == (2560, 1024)
+
+
+def test_missing_width_is_not_guessed() -> None:
+    """A size that config.json leaves out is asked for, unless the architecture derives it."""
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 8}
+    with pytest.raises(ModelError, match="intermediate_size"):
+        describe({**config, "num_attention_heads": 4}, name="x", kind=None)

@@ -75,7 +75,8 @@ def test_adapter_of_a_bare_model_for_feature_extraction(tmp_path: Path) -> None:
 def test_moved_language_model_path_is_a_warning(tmp_path: Path) -> None:
     """Which path a text tower has depends on the transformers version, not on the adapter."""
     text = rename(header(), "base_model.model.model.", "base_model.model.language_model.model.")
-    config = {"model_type": "qwen2_5_vl", "hidden_size": 1536, "num_hidden_layers": 28}
+    config: dict[str, Any] = {"model_type": "qwen2_5_vl", "hidden_size": 1536}
+    config |= {"num_hidden_layers": 28, "intermediate_size": 8960}
     config |= {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = ids(write(tmp_path / "a", text), str(tmp_path / "config.json"))

@@ -62,7 +62,8 @@ class _Family:
     kinds: str = "bare causal seq_cls token_cls"
     head_prefix: str = ""  # Of classes with a classification head, where it differs.
     transposed: bool = False
-    width: str = "intermediate_size"  # The key of the feed-forward width; without it, 4 hidden.
+    width: str = "intermediate_size"  # The key of the feed-forward width.
+    widens: bool = False  # Without that key the width is four times the hidden size.
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +78,10 @@ _FAMILIES = {
     "llama": _Family("model."),
     "phi": _Family("model."),
     "phi3": _Family("model."),
-    "gpt2": _Family("transformer.", transposed=True, width="n_inner"),
+    "gpt2": _Family("transformer.", transposed=True, width="n_inner", widens=True),
     "gpt_neox": _Family("gpt_neox."),
     "opt": _Family("model.", "bare causal seq_cls", width="ffn_dim"),
-    "fused": _Family("transformer.", width="ffn_hidden_size"),
+    "fused": _Family("transformer.", width="ffn_hidden_size", widens=True),
     "bert": _Family("bert.", _ENCODER_KINDS),
     "roberta": _Family("roberta.", _ENCODER_KINDS),
     "deberta": _Family("deberta.", _ENCODER_KINDS),
@@ -88,6 +89,13 @@ _FAMILIES = {
     "t5": _Family("", "bare encoder seq2seq seq_cls token_cls qa", "transformer.", width="d_ff"),
 }
 _QV, _QKV, _BERT_QV = "q_proj v_proj", "query_key_value", "query value"
+# Google's own config.json leaves out what equals the defaults of the class.
+_GEMMA3 = {
+    "head_dim": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 262208,
+}
 _TYPES = {
     "llama": _Type("llama", _QV),
     "mistral": _Type("llama", _QV),
@@ -101,7 +109,7 @@ _TYPES = {
     "qwen3_vl_text": _Type("llama", "", {"head_dim": 128}),
     "gemma": _Type("llama", _QV, {"head_dim": 256}),
     "gemma2": _Type("llama", _QV, {"head_dim": 256}),
-    "gemma3_text": _Type("llama", _QV, {"head_dim": 256}),
+    "gemma3_text": _Type("llama", _QV, _GEMMA3),
     "smollm3": _Type("llama"),
     "stablelm": _Type("llama", _QV),
     "olmo": _Type("llama"),
@@ -172,45 +180,46 @@ def describe(config: Mapping[str, object], *, name: str, kind: str | None) -> Ba
     """
     outer_type = str(config.get("model_type"))
     is_vision = outer_type in _VISION_TYPES
-    text = _text_config(config, outer_type) if is_vision else config
-    text_type = str(text.get("model_type")) if text is not config else outer_type
-    if is_vision and text_type not in _TYPES:
-        text_type = _VISION_TYPES[outer_type]
-    if text_type not in _TYPES:
+    text = _text_config(config) if is_vision else config
+    entry = _TYPES.get(str(text.get("model_type")))
+    if entry is None:
         return None
-    entry = _TYPES[text_type]
     family = _FAMILIES[entry.family]
     kind = _effective_kind(config, kind, family, is_vision)
     if kind is None or kind not in family.kinds.split():
         return None
     full = {**(entry.defaults or {}), **{k: v for k, v in text.items() if v is not None}}
-    sizes, flags = _read_sizes(full, name, family.width), _read_flags(full)
-    is_mixture = "num_experts" in full or "num_local_experts" in full
-    paths = _VISION_PATHS if is_vision else _EXPERT_PATHS if is_mixture else None
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    prefix = _prefix(family, kind, is_vision)
+    sizes, flags = _read_sizes(full, name, family), _read_flags(full, kind)
     rows = _rows(entry.family, kind)
-    modules = _expand(rows, prefix, kind, sizes=sizes, flags=flags, config=full)
+    prefix = _prefix(family, kind, is_vision)
     return BaseModel(
         name=name,
         model_type=outer_type,
         kind=kind,
-        modules=dict(modules),
+        modules=dict(_expand(rows, prefix, sizes=sizes, flags=flags, config=full)),
         layers=sizes["L"],
         default_targets=tuple(entry.targets.split()),
         heads=tuple(row["path"] for row in rows if row["kind"]),
-        open_paths=paths,
+        open_paths=_VISION_PATHS if is_vision else None if "dense" in flags else _EXPERT_PATHS,
         transposed=family.transposed,
         declared_kind=_declared_kind(config),
-        quantization=str(method) if method else None,
+        quantization=_quantization(config),
     )
 
 
-def _text_config(config: Mapping[str, object], outer_type: str) -> Mapping[str, object]:
+def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:
     nested = config.get("text_config")
     # Early Qwen2-VL configs are flat: the text sizes stand at the top.
-    return nested if isinstance(nested, Mapping) else {**config, "model_type": outer_type}
+    text = nested if isinstance(nested, Mapping) else config
+    text_type = text.get("model_type")
+    is_text = isinstance(text_type, str) and text_type in _TYPES
+    return text if is_text else {**text, "model_type": _VISION_TYPES[str(config["model_type"])]}
+
+
+def _quantization(config: Mapping[str, object]) -> str | None:
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    return str(method) if method else None
 
 
 def _declared_kind(config: Mapping[str, object]) -> str | None:
@@ -258,7 +267,7 @@ def _number(config: Mapping[str, object], names: str, default: int | None, subje
     return value
 
 
-def _read_sizes(config: Mapping[str, object], subject: str, width: str) -> dict[str, int]:
+def _read_sizes(config: Mapping[str, object], subject: str, family: _Family) -> dict[str, int]:
     def read(names: str, default: int | None = None) -> int:
         return _number(config, names, default, subject)
 
@@ -278,7 +287,7 @@ def _read_sizes(config: Mapping[str, object], subject: str, width: str) -> dict[
         "Q": heads * dim,
         "K": shared * dim,
         "G": _fused_width(config, hidden, dim, heads + 2 * shared),
-        "F": read(width, 4 * hidden),
+        "F": read(family.width, 4 * hidden if family.widens else None),
         "V": read("vocab_size"),
         "E": read("word_embed_proj_dim embedding_size", hidden),
         "P": read("max_position_embeddings n_positions", 0),
@@ -293,10 +302,11 @@ def _fused_width(config: Mapping[str, object], hidden: int, dim: int, heads: int
     return hidden + 2 * dim if config.get("multi_query") else 3 * hidden
 
 
-def _read_flags(config: Mapping[str, object]) -> frozenset[str]:
+def _read_flags(config: Mapping[str, object], kind: str) -> frozenset[str]:
     attention = config.get("pos_att_type") if config.get("relative_attention") else None
     positions = attention if isinstance(attention, str | list) else ""
     own = not config.get("share_att_key")
+    has_decoder = kind not in ("encoder", "token_cls")
     gated = str(config.get("feed_forward_proj", "")).startswith("gated")
     flags = {
         "dense": "num_experts" not in config and "num_local_experts" not in config,
@@ -309,6 +319,9 @@ def _read_flags(config: Mapping[str, object]) -> frozenset[str]:
         "p2c_own": own and "p2c" in positions,
         "gated": gated,
         "plain": not gated,
+        "decoder": has_decoder,
+        "gated decoder": gated and has_decoder,
+        "plain decoder": not gated and has_decoder,
     }
     return frozenset(name for name, is_set in flags.items() if is_set)
 
@@ -316,7 +329,6 @@ def _read_flags(config: Mapping[str, object]) -> frozenset[str]:
 def _expand(
     rows: Iterable[Mapping[str, str]],
     prefix: str,
-    kind: str,
     *,
     sizes: Mapping[str, int],
     flags: frozenset[str],
@@ -324,11 +336,7 @@ def _expand(
 ) -> Iterator[tuple[str, Module]]:
     for row in rows:
         path, bias = row["path"], row["bias"]
-        is_absent = path.startswith(("decoder.block", "decoder.embed_tokens")) and kind in (
-            "encoder",
-            "token_cls",
-        )
-        if is_absent or (row["condition"] and row["condition"] not in flags):
+        if row["condition"] and row["condition"] not in flags:
             continue
         has_bias = bias == "+" or any(config.get(key) for key in bias.split("|"))
         inputs, outputs = _evaluate(row["inputs"], sizes), _evaluate(row["outputs"], sizes)
