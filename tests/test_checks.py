@@ -140,6 +140,22 @@ def test_incident_size_contradicts_its_config(tmp_path: Path) -> None:
     assert "size-conflict" not in ids(folder, stated_bytes=4_400_000)
 
 
+def test_incident_as_transcribed(tmp_path: Path) -> None:
+    """Without peft_type the file loads nowhere, and its names and sizes are still compared."""
+    folder = tmp_path / "reddit-4b-think"
+    folder.mkdir()
+    config = {"base_model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct", "r": 16, "lora_alpha": 32}
+    config |= {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "_note": "copied"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert ids(folder, stated_bytes=50_000_000) == {
+        "config-invalid": "error",
+        "missing-weights": "error",
+        "config-unknown-key": "warning",
+        "name-size-conflict": "warning",
+        "size-conflict": "warning",
+    }
+
+
 def test_json_contract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The JSON report has the agreed keys, and each finding names where, expected and found."""
     with pytest.raises(SystemExit) as stop:

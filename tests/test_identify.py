@@ -87,7 +87,7 @@ def test_identify_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert (stop.value.code, out.splitlines()[0]) == (0, "fits 5 known bases:")
     assert "172,032 parameters" in out
-    assert "not Qwen/Qwen3-4B: " in out
+    assert "Qwen/Qwen3-4B-Base, " in out
 
 
 def test_warning_of_the_incident() -> None:

@@ -9,6 +9,7 @@ from postmortem.adapter_config import (
     AdapterConfig,
     build_config,
     check_config,
+    check_method,
     invalid,
 )
 from postmortem.adapter_weights import MAX_JSON, PICKLE_FILE, WEIGHTS_FILE, Tensor, read_weights
@@ -42,6 +43,10 @@ def read_adapter(source: Source) -> Adapter:
     Raises ModelError when the adapter is of another method than LoRA or cannot be reached.
     """
     raw, findings = _read_config(source)
+    problems = check_config(raw)
+    # Without its method named, a configuration can still be held against names and sizes.
+    config = None if findings or problems else build_config(raw)
+    findings += [*problems, *([] if findings else check_method(raw))]
     method = raw.get("peft_type")
     if isinstance(method, str) and method in PEFT_TYPES:
         raise ModelError(source.name, expected="a LoRA adapter", found=f"peft_type {method}")
@@ -49,7 +54,7 @@ def read_adapter(source: Source) -> Adapter:
     return Adapter(
         name=source.name,
         raw=raw,
-        config=None if findings else build_config(raw),
+        config=config,
         tensors=tensors,
         contents=sort_keys(tensors),
         weight_bytes=source.size(WEIGHTS_FILE),
@@ -71,4 +76,4 @@ def _read_config(source: Source) -> tuple[Mapping[str, object], list[Finding]]:
         return {}, [invalid(CONFIG_FILE, expected=expected, found=str(error))]
     if not isinstance(raw, dict):
         return {}, [invalid(CONFIG_FILE, expected=expected, found=f"a {type(raw).__name__}")]
-    return raw, check_config(raw)
+    return raw, []

@@ -155,11 +155,16 @@ def check_config(raw: Mapping[str, object]) -> list[Finding]:
         if key in raw and (raw[key] is not None or key in _NOT_NULL)
         if not accepts(raw[key])
     ]
-    method = raw.get("peft_type")
-    if method != "LORA" and not (isinstance(method, str) and method in PEFT_TYPES):
-        found = f"{method!r}" if "peft_type" in raw else "no such key"
-        problems.append(invalid("peft_type", expected='"LORA"', found=found))
     return problems + _contradictions(raw)
+
+
+def check_method(raw: Mapping[str, object]) -> list[Finding]:
+    """Check that a configuration names a method that PEFT knows."""
+    method = raw.get("peft_type")
+    if method == "LORA" or (isinstance(method, str) and method in PEFT_TYPES):
+        return []
+    found = f"{method!r}" if "peft_type" in raw else "no such key"
+    return [invalid("peft_type", expected='"LORA"', found=found)]
 
 
 def _contradictions(raw: Mapping[str, object]) -> list[Finding]:

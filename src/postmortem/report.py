@@ -8,6 +8,7 @@ from postmortem.archaeology import Dating, Encounter, span
 from postmortem.catalogue import Entry, Finding
 from postmortem.identify import Identification
 from postmortem.inspection import Inspection
+from postmortem.untrusted import printable
 
 _COLOURS = {
     "error": "31",
@@ -51,16 +52,14 @@ def as_text(inspection: Inspection, *, is_coloured: bool = False) -> str:
         label = _paint(f"{found.severity:<8}", found.severity, is_coloured)
         lines += ["", f"{label}{found.id}: {_title(found)}", f"        evidence  {found.evidence}"]
         lines += [f"        remedy    {found.remedy}"]
-    lines += ["", *(f"note: {note}" for note in report.notes)] if report.notes else []
-    return "\n".join([*lines, *_bases_line(inspection.bases)])
+    closing = [f"note: {note}" for note in report.notes]
+    if inspection.bases:
+        closing.append(f"shapes fit: {', '.join(inspection.bases)}")
+    return "\n".join([*lines, *([""] if closing else []), *closing])
 
 
 def _title(found: Finding) -> str:
     return found.message.split(": ", 1)[0]
-
-
-def _bases_line(bases: tuple[str, ...]) -> list[str]:
-    return [f"shapes fit: {', '.join(bases)}"] if bases else []
 
 
 def as_markdown(inspection: Inspection) -> str:
@@ -100,7 +99,11 @@ def as_identification(found: Identification) -> str:
 
 
 def _identification_lines(found: Identification) -> Iterator[str]:
-    yield f"fits {len(found.fits)} known bases" + (":" if found.fits else "")
+    sizes = found.sizes
+    if sizes.held == 0:
+        yield "no LoRA tensors: shapes cannot tell which base this is for"
+    else:
+        yield f"fits {len(found.fits)} known bases" + (":" if found.fits else "")
     for model_id in found.fits:
         yield f"  {model_id}" + (" (shape not verified)" if model_id in found.unverified else "")
     for split in found.splits:
@@ -108,19 +111,21 @@ def _identification_lines(found: Identification) -> Iterator[str]:
         yield f"would split by {split.field} (shown by {split.shown_by}): {groups}"
     if len(found.fits) > 1 and not found.splits:
         yield "nothing in shapes tells these apart: only a hash, a record or a task score does"
-    sizes = found.sizes
     yield f"file: {sizes.held:,} LoRA parameters, {sizes.held_bytes:,} bytes"
     if sizes.implied is not None:
         narrow, wide = 2 * sizes.implied / 1e6, 4 * sizes.implied / 1e6
-        yield (
-            f"configuration on {sizes.base}: {sizes.implied:,} parameters, "
-            f"{narrow:,.1f} MB in 16 bits, {wide:,.1f} MB in 32"
-        )
-    for excluded in found.excluded if found.fits or found.sizes.held else ():
-        yield (
-            f"not {excluded.model_id}: {excluded.tensor}: expected {excluded.expected}, "
-            f"found {excluded.found}"
-        )
+        widths = f"{narrow:,.1f} MB in 16 bits, {wide:,.1f} MB in 32"
+        yield f"configuration on {sizes.base}: {sizes.implied:,} parameters, {widths}"
+    yield from _exclusion_lines(found)
+
+
+def _exclusion_lines(found: Identification) -> Iterator[str]:
+    by_reason: dict[str, list[str]] = {}
+    for excluded in found.excluded if found.sizes.held else ():
+        reason = f"{excluded.tensor}: expected {excluded.expected}, found {excluded.found}"
+        by_reason.setdefault(reason, []).append(excluded.model_id)
+    for reason, ids in by_reason.items():
+        yield f"not {', '.join(ids)}: {printable(reason, 240)}"
 
 
 def as_dating(dating: Dating) -> str:
