@@ -132,6 +132,16 @@ def test_header_length_is_bounded(length: int, file_size: int, tmp_path: Path) -
     assert run(str(folder)) == 1
 
 
+def test_a_terabyte_of_holes_is_not_read(tmp_path: Path) -> None:
+    """A sparse file, as an unfinished download leaves, is named as damage and not scanned."""
+    size = 10**12
+    entries = {FIRST: {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    folder = write(tmp_path / "a", json.dumps(entries).encode(), b"")
+    path = folder / "adapter_model.safetensors"
+    os.truncate(path, path.stat().st_size + size)
+    assert run(str(folder)) == 1
+
+
 CONFIGS: dict[str, str] = {
     "not JSON": "{",
     "a list": "[]",

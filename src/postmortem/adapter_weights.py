@@ -69,6 +69,9 @@ def read_weights(source: Source) -> tuple[dict[str, Tensor], list[Finding]]:
     length = int.from_bytes(head, "little")
     if problem := _length_problem(head, length, size):
         return {}, [problem]
+    if isinstance(source, Folder) and source.is_mostly_holes(WEIGHTS_FILE):
+        found = f"a sparse file of {size:,} bytes, less than half of them stored"
+        return {}, [_corrupt(found, expected="a file copied in full")]
     try:
         header = parse_json(source.read(WEIGHTS_FILE, 8, length))
         return parse_header(header, data_start=8 + length, file_size=size), []

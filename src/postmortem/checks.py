@@ -15,7 +15,7 @@ from postmortem.catalogue import SEVERITIES, Finding, Place, finding, grouped
 from postmortem.contents import Contents
 from postmortem.fit import check_fit
 from postmortem.targets import Target, find_targets, implied_parameters, scale_of
-from postmortem.untrusted import UntrustedError
+from postmortem.untrusted import UntrustedError, printable
 
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:[._]\d+)?)([bBmM])(?![A-Za-z0-9])")
 _QUANTIZED = re.compile(
@@ -82,8 +82,10 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> list[Finding]:
 
 def _check_keys(adapter: Adapter) -> list[Finding]:
     unknown = [(k, v) for k, v in adapter.raw.items() if k not in known_keys()]
-    used = [(k, "a key of LoraConfig", f"{v!r:.60}") for k, v in unknown if v not in _EMPTY]
-    unused = [(k, "a key of LoraConfig", f"{v!r:.60}") for k, v in unknown if v in _EMPTY]
+    used = [
+        (k, "a key of LoraConfig", printable(repr(v), 60)) for k, v in unknown if v not in _EMPTY
+    ]
+    unused = [(k, "a key of LoraConfig", printable(repr(v), 60)) for k, v in unknown if v in _EMPTY]
     return [
         *grouped("config-unknown-key", used),
         *grouped("config-unknown-key", unused, severity="info"),

@@ -255,7 +255,7 @@ def _write_config(text: str) -> Callable[[Path], None]:
     return inject
 
 
-def _split_name(key: str) -> str:
+def _nest(key: str) -> str:
     return key.replace("base_model.model.", "base_model.model.base_model.model.", 1)
 
 
@@ -288,7 +288,7 @@ FAULTS: tuple[Fault, ...] = tuple(
         ("unexpected-tensors", "a target excluded", _exclude_target),
         ("unexpected-tensors", "only layer 0 named", _config(layers_to_transform=[0])),
         ("key-prefix", "prefix lost", _keys(lambda k: k.removeprefix("base_model.model."))),
-        ("key-prefix", "a PeftModel inside another", _keys(_split_name)),
+        ("key-prefix", "a PeftModel inside another", _keys(_nest)),
         ("key-prefix", "a compiled model", _keys(lambda k: f"_orig_mod.{k}")),
         ("key-prefix", "a distributed wrapper", _keys(lambda k: f"module.{k}")),
         ("layer-out-of-range", "a deeper base", _copy_deeper),

@@ -79,6 +79,14 @@ class Folder:
         except OSError as error:
             raise ModelError(path, found=f"a file that cannot be read: {error}") from None
 
+    def is_mostly_holes(self, filename: str) -> bool:
+        """Tell whether less than half of the file is stored: a sparse file reads as zeros."""
+        path = self.resolve(filename)
+        status = path.stat() if path else None
+        # Some network file systems report no blocks at all: that says nothing.
+        blocks = getattr(status, "st_blocks", 0)
+        return status is not None and blocks > 0 and 512 * blocks < status.st_size / 2
+
     def names(self) -> list[str]:
         """Return the names in the folder, at most a thousand, sorted."""
         with os.scandir(self.path) as entries:
