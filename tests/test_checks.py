@@ -10,7 +10,7 @@ from test_hostile import CONFIG, header, write
 
 from postmortem.catalogue import SEVERITIES, catalogue
 from postmortem.cli import main
-from postmortem.faults import edit_config
+from postmortem.faults import edit_config, edit_tensors
 from postmortem.inspection import inspect_adapter
 
 
@@ -260,7 +260,6 @@ def test_partly_untrained_is_not_an_error(tmp_path: Path) -> None:
     """One silent pair is information; half of them is a warning."""
     model = sound.build("qwen2", "Qwen2ForCausalLM", tmp_path / "base")
     sound.save(model, tmp_path / "a", {"target_modules": ["q_proj", "k_proj", "v_proj"]})
-    from postmortem.faults import edit_tensors
 
     def silence(*names: str) -> dict[str, str]:
         edit_tensors(
@@ -378,3 +377,20 @@ def test_faults_that_need_no_base(
 def test_kinds_of_prefix(old: str, new: str, tmp_path: Path) -> None:
     """However the path to the layers was changed, that is the one finding."""
     assert ids(write(tmp_path / "a", rename(header(), old, new))) == {"key-prefix": "error"}
+
+
+def test_lora_on_a_head_that_is_saved_whole(tmp_path: Path) -> None:
+    """Tensors that early PEFT put on a saved head are dropped today, and the head is loaded."""
+    adapter, base = written(tmp_path, "Qwen2ForSequenceClassification")
+    extra = {
+        f"base_model.model.score.lora_{e}.weight": s for e, s in (("A", (4, 32)), ("B", (2, 4)))
+    }
+
+    def add(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **tensors,
+            **{key: next(iter(tensors.values())).new_ones(s) for key, s in extra.items()},
+        }
+
+    edit_tensors(adapter, add)
+    assert ids(adapter, base) == {"unexpected-tensors": "warning"}

@@ -236,8 +236,14 @@ def _check_modules(case: _Case) -> list[Finding]:
     held = {p: parts for p, parts in case.contents.lora.items() if not base.is_open(p)}
     if not targets:
         return _no_targets(case)
+    # Early releases put LoRA on heads that are saved whole; current ones load only the head.
+    saved = saved_modules(config)
+    doubled = {path for path in held if any(is_under(path, name) for name in saved)}
+    held = {path: parts for path, parts in held.items() if path not in doubled}
     places = _shape_places(case, held)
     findings = [f for finding_id in places for f in grouped(finding_id, places[finding_id])]
+    twice = [(path, "the module saved whole", "LoRA tensors as well") for path in sorted(doubled)]
+    findings += grouped("unexpected-tensors", twice, severity="warning")
     strange = [p for p in held if layer_zero(p) not in base.modules and p not in base.modules]
     absent = [(p, f"a module of {base.name}", "no such module") for p in strange]
     outside = [p for p in held if p in base.modules and p not in targets]
