@@ -293,6 +293,15 @@ def test_a_base_that_cannot_be_read_ends_in_exit_2(
     assert run(str(write(tmp_path / "a")), "--base", base) == 2
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "/dev/null", "\x1b[2J", "../" * 900])
+def test_names_that_are_no_paths_end_in_exit_2(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An argument that cannot be a path is refused in one line."""
+    assert run(name, "--base", name) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     "content",
     [b"[", b"[]", b"{}", b'{"model_type": "llama", "hidden_size": "9"}', b"\xff", b"9" * 9_000_000],

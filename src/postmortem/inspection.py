@@ -13,8 +13,8 @@ from postmortem.bases import find_base
 from postmortem.checks import Report, check
 from postmortem.errors import ModelError
 from postmortem.identify import fitting_bases, kind_of
-from postmortem.sources import Folder, HubRepository, open_source
-from postmortem.untrusted import UntrustedError, parse_json
+from postmortem.sources import Folder, HubRepository, is_hub_id, kind_of_path, open_source
+from postmortem.untrusted import UntrustedError, parse_json, printable
 
 MAX_LOG = 32_000_000  # Bytes of a log that are searched; the warning stands near its start.
 
@@ -88,19 +88,19 @@ def resolve_base(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, 
 
 
 def _read_base(base: str) -> tuple[Mapping[str, object], str]:
-    path = Path(base) / "config.json" if Path(base).is_dir() else Path(base)
-    if path.is_file():
+    path = Path(base)
+    if kind_of_path(path) == "folder":
+        path = path / "config.json"
+    if kind_of_path(path) == "file":
         # The user chose the base, so its links are followed; an adapter's are not.
         target = path.resolve()
         return _named(_parse(Folder(target.parent), target.name), path.absolute().parent.name)
-    if Path(base).is_dir():
-        raise ModelError(path, expected="a config.json", found="no such file")
-    if known := find_base(base):
+    if path == Path(base) and (known := find_base(base)):
         return known.config, base
-    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
+    if path == Path(base) and is_hub_id(base):
         return _parse(HubRepository(base), "config.json"), base
     expected = "a model folder, a config.json, a hub id or a known base"
-    raise ModelError(base, expected=expected, found="nothing of the kind")
+    raise ModelError(printable(base), expected=expected, found="nothing of the kind")
 
 
 def read_config_or_log(path: Path) -> tuple[Mapping[str, object] | None, str]:
@@ -108,10 +108,11 @@ def read_config_or_log(path: Path) -> tuple[Mapping[str, object] | None, str]:
 
     Raises ModelError for a file that is neither.
     """
-    path = path / CONFIG_FILE if path.is_dir() else path
+    path = path / CONFIG_FILE if kind_of_path(path) == "folder" else path
+    if kind_of_path(path) != "file":
+        expected = f"an {CONFIG_FILE} or a log"
+        raise ModelError(printable(path), expected=expected, found=kind_of_path(path))
     source = Folder(path.parent)
-    if source.size(path.name) is None:
-        raise ModelError(path, expected=f"an {CONFIG_FILE} or a log", found="no such file")
     data = source.read(path.name, 0, MAX_LOG)
     try:
         content = parse_json(data)

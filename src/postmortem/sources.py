@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from postmortem.errors import ModelError
+from postmortem.untrusted import printable
 
-HTTP_SECONDS = 10.0
+HTTP_SECONDS = 5.0
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -162,16 +163,30 @@ class HubRepository:
         return bytes(body[end - length : end])
 
 
+def kind_of_path(path: Path) -> str:
+    """Say what is at a path that a user typed: folder, file, other, or nothing usable."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return "nothing"
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def is_hub_id(text: str) -> bool:
+    """Tell whether a text that is no path can be a hub id: owner/name."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
 def open_source(adapter: str) -> Folder | HubRepository:
     """Open an adapter by folder path or hub id; raises ModelError when it is neither."""
     path = Path(adapter)
+    found = kind_of_path(path)
     # Commit hooks pass the files that changed: they stand for the folder that holds them.
-    if path.name in ADAPTER_FILES and path.is_file():
-        path = path.parent
-    if path.is_dir():
+    if found == "file" and path.name in ADAPTER_FILES:
+        return Folder(path.parent)
+    if found == "folder":
         return Folder(path)
-    if path.exists() or adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
-        found = "a file" if path.exists() else "nothing there"
-        expected = "an adapter folder or a hub id (owner/name)"
-        raise ModelError(adapter, expected=expected, found=found)
-    return HubRepository(adapter)
+    if found == "nothing" and is_hub_id(adapter):
+        return HubRepository(adapter)
+    expected = "an adapter folder or a hub id (owner/name)"
+    raise ModelError(printable(adapter), expected=expected, found=found)
