@@ -2,16 +2,19 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_hostile import header, write
 
 from postmortem.adapter import read_adapter
+from postmortem.adapter_weights import parse_header
 from postmortem.archaeology import date_config, date_warning, find_warnings, releases, span
 from postmortem.architectures import describe
 from postmortem.bases import find_base, known_bases
 from postmortem.cli import main
+from postmortem.contents import sort_keys
 from postmortem.identify import identify
 from postmortem.sources import open_source
 
@@ -41,6 +44,23 @@ def test_every_other_base_is_excluded_by_a_tensor(tmp_path: Path) -> None:
     assert len(found.excluded) + len(found.fits) == len(known_bases())
     wide = next(e for e in found.excluded if e.model_id == "Qwen/Qwen3-4B")
     assert (wide.tensor in header(), wide.expected, wide.found) == (True, "2560 inputs", "1536")
+
+
+def test_a_saved_embedding_excludes_by_its_vocabulary(tmp_path: Path) -> None:
+    """A whole embedding in the file tells bases apart that LoRA shapes do not."""
+    entries = header()
+    start = max(entry["data_offsets"][1] for entry in entries.values())
+    shape = [151936, 1536]
+    offsets = [start, start + 2 * shape[0] * shape[1]]
+    key = "base_model.model.model.embed_tokens.weight"
+    entries[key] = {"dtype": "F16", "shape": shape, "data_offsets": offsets}
+    tensors = parse_header(entries, data_start=0, file_size=offsets[1])
+    adapter = read_adapter(open_source(str(write(tmp_path / "a"))))
+    held = replace(adapter, tensors=tensors, contents=sort_keys(tensors))
+    assert "Qwen/Qwen2.5-1.5B" in identify(held).fits
+    tensors[key] = replace(tensors[key], shape=(151665, 1536))
+    reason = next(e for e in identify(held).excluded if e.model_id == "Qwen/Qwen2.5-1.5B")
+    assert (reason.tensor, reason.expected, reason.found) == (key, "151936 inputs", "151665")
 
 
 def test_sizes_of_the_incident() -> None:

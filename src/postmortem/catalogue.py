@@ -15,8 +15,8 @@ from postmortem.untrusted import printable
 
 SEVERITIES = ("error", "warning", "info")
 
-# alpha/r of published adapters runs from 1/8 (alpha 16, r 128) to 4 (alpha 32, r 8); an alpha that
-# gained a factor of eight on the usual 1 or 2 lands at 8 or 16.
+# alpha/r of published adapters runs from 1/8 (alpha 16, r 128) to 4 (alpha 32, r 8), and PEFT's
+# default alpha of 8 gives 8 on r 1; a factor of eight gained on the usual 2 lands at 16.
 SCALE_LIMITS = (1 / 16, 8.0)
 # rank-stabilised adapters divide by the root of r: alpha 512 on r 256 gives 32.
 RSLORA_SCALE_LIMITS = (1 / 16, 64.0)

@@ -99,10 +99,8 @@ def _check_scale(config: AdapterConfig) -> list[Finding]:
     named = {"lora_alpha": config.alpha, **config.alpha_pattern}
     zeros = [(name, "other than 0", found) for name, alpha in named.items() if alpha == 0]
     findings = grouped("scale-zero", zeros, "" if len(zeros) == len(named) else "warning")
-    if config.alpha != 0 and not low < scale < high:
-        findings += grouped(
-            "scale-unusual", [("lora_alpha", f"between {low:g} and {high:g}", found)]
-        )
+    if config.alpha != 0 and not low <= scale <= high:
+        findings += grouped("scale-unusual", [("lora_alpha", f"{low:g} to {high:g}", found)])
     if config.init.startswith(_REWRITING):
         expected = "an initialisation that leaves the base alone"
         findings += grouped("init-rewrites-base", [("init_lora_weights", expected, config.init)])

@@ -127,6 +127,10 @@ def _read_traits(adapter: Adapter) -> _Traits:
         inside = layer_zero(path.removeprefix(PREFIX))
         for part, key in parts.items():
             shapes.setdefault((inside, part, adapter.tensors[key].shape), key)
+    for path, key in adapter.contents.plain.items():
+        module, _, parameter = path.removeprefix(PREFIX).rpartition(".")
+        if parameter == "weight":
+            shapes.setdefault((layer_zero(module), parameter, adapter.tensors[key].shape), key)
     deepest = max(lora, key=lambda path: layer_of(path) or 0, default="")
     limited = adapter.config is not None and adapter.config.layers_to_transform is not None
     return _Traits(kind_of(adapter), shapes, deepest, layer_of(deepest) or 0, limited)
@@ -143,9 +147,11 @@ def _first_conflict(traits: _Traits, base: KnownBase) -> Conflict | None:
     if template is None:
         return "adapter_config.json", "a class that this architecture has", str(traits.kind)
     for (path, part, shape), key in traits.shapes.items():
-        conflict = _conflict(template.modules.get(path), part, shape)
-        if conflict and not template.is_open(path):
-            return key, *conflict
+        module = template.modules.get(path)
+        # Norms and other whole weights are not described; only known ones can conflict.
+        is_judged = part != "weight" or (module is not None and not template.transposed)
+        if is_judged and not template.is_open(path) and (found := _conflict(module, part, shape)):
+            return key, *found
     layers = int(str(base.config["num_hidden_layers"]))
     if traits.layer >= layers:
         return traits.deepest, f"layers 0 to {layers - 1}", f"layer {traits.layer}"
@@ -158,8 +164,10 @@ def _first_conflict(traits: _Traits, base: KnownBase) -> Conflict | None:
 def _conflict(module: Module | None, part: str, shape: tuple[int, ...]) -> tuple[str, str] | None:
     if module is None:
         return "no such module", f"a tensor of shape {shape}"
-    is_input = part.endswith("A")
-    axis, wanted = (-1, module.inputs) if is_input else (0, module.outputs)
+    # A is (rank, in), B is (out, rank); a whole embedding is (in, out), a linear weight (out, in).
+    is_input = part.endswith("A") or (part == "weight" and module.is_embedding)
+    axis = -1 if part.endswith("A") else 0
+    wanted = module.inputs if is_input else module.outputs
     if not shape or wanted in (None, shape[axis]):
         return None
     return f"{wanted} {'inputs' if is_input else 'outputs'}", f"{shape[axis]}"
