@@ -394,3 +394,21 @@ def test_lora_on_a_head_that_is_saved_whole(tmp_path: Path) -> None:
 
     edit_tensors(adapter, add)
     assert ids(adapter, base) == {"unexpected-tensors": "warning"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((98, 32), {"vocab-mismatch": "error"}),
+        ((96, 64), {"shape-mismatch": "error"}),
+        ((96, 32), {}),
+    ],
+)
+def test_saved_head_of_another_shape(
+    shape: tuple[int, int], expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Rows tell the vocabulary, columns the width: another width is another base."""
+    adapter, base = written(tmp_path, modules_to_save=["lm_head"])
+    key = "base_model.model.lm_head.weight"
+    edit_tensors(adapter, lambda tensors: {**tensors, key: tensors[key].new_ones(shape)})
+    assert ids(adapter, base) == expected

@@ -1,7 +1,7 @@
 """Do the tensors of an adapter fit the modules of a base, and what its configuration names?"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from postmortem.adapter import Adapter
@@ -9,7 +9,8 @@ from postmortem.adapter_config import AdapterConfig
 from postmortem.adapter_weights import Tensor
 from postmortem.architectures import BaseModel, Module, kind_of_class, kind_of_task
 from postmortem.catalogue import Finding, Place, grouped
-from postmortem.contents import Contents, layer_of, layer_zero, place
+from postmortem.contents import Contents, layer_of, layer_zero
+from postmortem.contents import place as place_keys
 from postmortem.targets import Target, find_targets, is_under, saved_modules
 
 _HEADS = ("score", "classifier", "classification_head", "qa_outputs")
@@ -46,7 +47,7 @@ def check_fit(
         nothing = [("adapter_model.safetensors", "LoRA tensors", "no tensor at all")]
         is_explained = any(f.id in _UNREADABLE for f in adapter.findings)
         return [] if is_explained else grouped("missing-tensors", nothing)
-    findings, contents = place(adapter.contents, base)
+    findings, contents = place_keys(adapter.contents, base)
     if contents is None:
         return findings
     described = base or _own_modules(contents, adapter.tensors)
@@ -61,8 +62,15 @@ def check_fit(
         ties_weights=adapter.raw.get("ensure_weight_tying") is True,
     )
     findings += [*_check_flags(case), *_check_tokens(case), *_check_saved(case)]
-    findings += [*_check_plain(case), *_check_class(case)]
-    return findings + ([] if config.unmodelled else _check_modules(case))
+    findings += _check_class(case)
+    plain = _judge_plain_weights(case)
+    return findings + (_findings(plain) if config.unmodelled else _check_modules(case, plain))
+
+
+def _findings(places: Mapping[str, list[Place]]) -> list[Finding]:
+    usual = grouped("base-weights-in-adapter", places.get("usual", []), severity="info")
+    kinds = (kind for kind in places if kind != "usual")
+    return [*(f for kind in kinds for f in grouped(kind, places[kind])), *usual]
 
 
 def _own_modules(contents: Contents, tensors: Mapping[str, Tensor]) -> BaseModel:
@@ -152,15 +160,15 @@ def _must_be_saved(name: str, case: _Case) -> bool:
     return not (name in _HEADS and has_head)
 
 
-def _check_plain(case: _Case) -> list[Finding]:
+def _judge_plain_weights(case: _Case) -> dict[str, list[Place]]:
+    """Judge the tensors that are no LoRA parts; `usual` are base weights that PEFT itself saves."""
     places: dict[str, list[Place]] = {}
     for path, key in case.contents.plain.items():
         module = path.rpartition(".")[0].removesuffix(".base_layer")
         if verdict := _judge_plain(path, module, key, case):
-            finding_id, expected, found = verdict
-            places.setdefault(finding_id, []).append((key, expected, found))
-    usual = grouped("base-weights-in-adapter", places.pop("usual", []), severity="info")
-    return [f for finding_id in places for f in grouped(finding_id, places[finding_id])] + usual
+            kind, expected, found = verdict
+            places.setdefault(kind, []).append((key, expected, found))
+    return places
 
 
 def _judge_plain(path: str, module: str, key: str, case: _Case) -> Place | None:
@@ -201,13 +209,15 @@ def _plain_mismatch(path: str, module: str, tensor: Tensor, base: BaseModel) -> 
     expected = (known.outputs,) if path.endswith(".bias") else ends
     if _fits(tensor.shape, expected):
         return None
-    finding_id = "vocab-mismatch" if _is_vocabulary(module, base) else "shape-mismatch"
-    return finding_id, _shape(expected), _shape(tensor.shape)
+    # Another width is another base; with the same width only the vocabulary differs.
+    is_width_right = _fits(tensor.shape[1:], expected[1:])
+    is_vocabulary = known.is_embedding or _is_output(module, base)
+    kind = "vocab-mismatch" if is_vocabulary and is_width_right else "shape-mismatch"
+    return kind, _shape(expected), _shape(tensor.shape)
 
 
-def _is_vocabulary(module: str, base: BaseModel) -> bool:
-    is_output = module in base.heads and base.kind not in _HEAD_KINDS
-    return base.modules[module].is_embedding or is_output
+def _is_output(module: str, base: BaseModel) -> bool:
+    return module in base.heads and base.kind not in _HEAD_KINDS
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
@@ -231,17 +241,23 @@ def _check_class(case: _Case) -> list[Finding]:
     return grouped("key-prefix", [("auto_mapping", expected, class_name)], severity="warning")
 
 
-def _check_modules(case: _Case) -> list[Finding]:
+def _check_modules(case: _Case, plain: Mapping[str, list[Place]]) -> list[Finding]:
     base, config, targets = case.base, case.config, case.targets
     held = {p: parts for p, parts in case.contents.lora.items() if not base.is_open(p)}
     if not targets:
-        return _no_targets(case)
+        return [*_findings(plain), *_no_targets(case)]
     # Early releases put LoRA on heads that are saved whole; current ones load only the head.
     saved = saved_modules(config)
     doubled = {path for path in held if any(is_under(path, name) for name in saved)}
     held = {path: parts for path, parts in held.items() if path not in doubled}
-    places = _shape_places(case, held)
-    findings = [f for finding_id in places for f in grouped(finding_id, places[finding_id])]
+    places = {kind: list(found) for kind, found in plain.items()}
+    for kind, place in _mismatches(case, held):
+        places.setdefault(kind, []).append(place)
+    # Another model's sizes explain another depth and vocabulary as well: one cause, one finding.
+    is_other_model = 2 * len(places.get("shape-mismatch", ())) >= max(len(held), 1)
+    if is_other_model:
+        places.pop("vocab-mismatch", None)
+    findings = _findings(places)
     twice = [(path, "the module saved whole", "LoRA tensors as well") for path in sorted(doubled)]
     findings += grouped("unexpected-tensors", twice, severity="warning")
     strange = [p for p in held if layer_zero(p) not in base.modules and p not in base.modules]
@@ -252,8 +268,7 @@ def _check_modules(case: _Case) -> list[Finding]:
     findings += grouped(
         "unexpected-tensors", [] if case.is_shifted and not case.is_known else unused
     )
-    # Another model's sizes explain another depth as well: one cause, one finding.
-    if 2 * len(places["shape-mismatch"]) >= max(len(held), 1):
+    if is_other_model:
         return findings
     deep = [p for p in held if p not in base.modules and p not in strange]
     depth = [(p, f"layers 0 to {base.layers - 1}", f"layer {layer_of(p)}") for p in deep]
@@ -273,23 +288,19 @@ def _no_targets(case: _Case) -> list[Finding]:
     )
 
 
-def _shape_places(case: _Case, held: Mapping[str, Mapping[str, str]]) -> dict[str, list[Place]]:
-    places: dict[str, list[Place]] = {
-        "shape-mismatch": [],
-        "rank-mismatch": [],
-        "vocab-mismatch": [],
-    }
+def _mismatches(case: _Case, held: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, Place]]:
     for path, parts in held.items():
         shapes = case.targets[path].shapes(case.config) if path in case.targets else {}
         for part, key in parts.items():
             found, expected = case.tensors[key].shape, shapes.get(part)
             if expected is None or not case.tensors[key].count or _fits(found, expected):
                 continue
+            by_tokens = part == "lora_embedding_A" or (
+                part == "lora_B" and _is_output(path, case.base)
+            )
             kind = _mismatch_kind(part, found, expected)
-            if kind == "shape-mismatch" and _is_vocabulary(path, case.base):
-                kind = "vocab-mismatch"
-            places[kind].append((key, _shape(expected), _shape(found)))
-    return places
+            kind = "vocab-mismatch" if kind == "shape-mismatch" and by_tokens else kind
+            yield kind, (key, _shape(expected), _shape(found))
 
 
 def _mismatch_kind(part: str, found: tuple[int, ...], expected: tuple[int | None, ...]) -> str:
