@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import sound
-from test_hostile import CONFIG, header, write
+from handmade import CONFIG, header, write
 
 from postmortem.catalogue import SEVERITIES, catalogue
 from postmortem.cli import main

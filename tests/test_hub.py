@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from test_hostile import write
+from handmade import write
 
 SOURCE = Path(__file__).parent.parent / "src"
 PLAIN_CONFIG = {

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_hostile import header, write
+from handmade import header, write
 
 from postmortem.adapter import read_adapter
 from postmortem.adapter_weights import parse_header

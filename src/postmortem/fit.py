@@ -1,7 +1,7 @@
 """Do the tensors of an adapter fit the modules of a base, and what its configuration names?"""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from postmortem.adapter import Adapter
@@ -242,38 +242,40 @@ def _check_class(case: _Case) -> list[Finding]:
 
 
 def _check_modules(case: _Case, plain: Mapping[str, list[Place]]) -> list[Finding]:
-    base, config, targets = case.base, case.config, case.targets
-    held = {p: parts for p, parts in case.contents.lora.items() if not base.is_open(p)}
-    if not targets:
+    if not case.targets:
         return [*_findings(plain), *_no_targets(case)]
+    held = {p: parts for p, parts in case.contents.lora.items() if not case.base.is_open(p)}
     # Early releases put LoRA on heads that are saved whole; current ones load only the head.
-    saved = saved_modules(config)
+    saved = saved_modules(case.config)
     doubled = {path for path in held if any(is_under(path, name) for name in saved)}
+    twice = [(path, "the module saved whole", "LoRA tensors as well") for path in sorted(doubled)]
     held = {path: parts for path, parts in held.items() if path not in doubled}
     places = {kind: list(found) for kind, found in plain.items()}
-    for kind, place in _mismatches(case, held):
+    for kind, place in (*_mismatches(case, held), *_misplaced(case, held)):
         places.setdefault(kind, []).append(place)
     # Another model's sizes explain another depth and vocabulary as well: one cause, one finding.
     is_other_model = 2 * len(places.get("shape-mismatch", ())) >= max(len(held), 1)
     if is_other_model:
         places.pop("vocab-mismatch", None)
-    findings = _findings(places)
-    twice = [(path, "the module saved whole", "LoRA tensors as well") for path in sorted(doubled)]
-    findings += grouped("unexpected-tensors", twice, severity="warning")
-    strange = [p for p in held if layer_zero(p) not in base.modules and p not in base.modules]
-    absent = [(p, f"a module of {base.name}", "no such module") for p in strange]
-    outside = [p for p in held if p in base.modules and p not in targets]
-    unused = [(p, "a module that the configuration targets", "not targeted") for p in outside]
-    findings += grouped("target-not-in-base", absent)
-    findings += grouped(
-        "unexpected-tensors", [] if case.is_shifted and not case.is_known else unused
-    )
-    if is_other_model:
+        places.pop("layer-out-of-range", None)
+    findings = [*_findings(places), *grouped("unexpected-tensors", twice, severity="warning")]
+    if is_other_model or case.is_shifted or "target-not-in-base" in places:
         return findings
-    deep = [p for p in held if p not in base.modules and p not in strange]
-    depth = [(p, f"layers 0 to {base.layers - 1}", f"layer {layer_of(p)}") for p in deep]
-    findings += grouped("layer-out-of-range", depth)
-    return findings + ([] if case.is_shifted or strange else _missing(config, held, targets))
+    return findings + _missing(case.config, held, case.targets)
+
+
+def _misplaced(case: _Case, held: Iterable[str]) -> Iterator[tuple[str, Place]]:
+    base = case.base
+    for path in held:
+        if path in case.targets:
+            continue
+        if path in base.modules and (case.is_known or not case.is_shifted):
+            yield "unexpected-tensors", (path, "a module that is targeted", "not targeted")
+        elif layer_zero(path) in base.modules and path not in base.modules:
+            depth = f"layers 0 to {base.layers - 1}"
+            yield "layer-out-of-range", (path, depth, f"layer {layer_of(path)}")
+        elif path not in base.modules:
+            yield "target-not-in-base", (path, f"a module of {base.name}", "no such module")
 
 
 def _no_targets(case: _Case) -> list[Finding]:
