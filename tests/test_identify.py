@@ -90,12 +90,14 @@ def test_every_known_base_is_described() -> None:
         ("Qwen/Qwen2.5-1.5B-Instruct-GPTQ-Int4", "Qwen/Qwen2.5-1.5B"),
         ("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "meta-llama/Llama-3.2-1B"),
         ("Qwen/Qwen2.5-9B", None),
-        ("/models/Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B"),
+        ("/models/Qwen2.5-1.5B", None),
+        ("./gpt2", None),
+        ("gpt2", "openai-community/gpt2"),
         ("", None),
     ],
 )
 def test_siblings_share_a_row(name: str, expected: str | None) -> None:
-    """Tuned and quantised siblings have the shapes of their family's row; others are unknown."""
+    """Tuned and quantised siblings have the shapes of their family; others and paths are unknown."""
     found = find_base(name)
     assert (found.model_id if found else None) == expected
 

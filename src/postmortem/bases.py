@@ -65,7 +65,12 @@ def family_name(model_id: str) -> str:
 
 
 def find_base(model_id: str) -> KnownBase | None:
-    """Find the row of a model id, or of the sibling that its shapes come from; None if unknown."""
+    """Find the row of a model id, or of the sibling that its shapes come from; None if unknown.
+
+    A path is unknown: a folder can be called anything.
+    """
+    if model_id.startswith(("/", ".", "~")) or "\\" in model_id or model_id.count("/") > 1:
+        return None
     exact = {base.model_id.lower(): base for base in known_bases()}
     by_family = {family_name(base.model_id): base for base in reversed(known_bases())}
     return exact.get(model_id.lower()) or by_family.get(family_name(model_id))
