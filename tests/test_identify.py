@@ -97,7 +97,7 @@ def test_every_known_base_is_described() -> None:
     ],
 )
 def test_siblings_share_a_row(name: str, expected: str | None) -> None:
-    """Tuned and quantised siblings have the shapes of their family; others and paths are unknown."""
+    """Tuned and quantised siblings share their family's row; others and paths are unknown."""
     found = find_base(name)
     assert (found.model_id if found else None) == expected
 
