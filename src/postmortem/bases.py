@@ -4,7 +4,7 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 # Fine-tuned or requantised siblings whose module shapes are those of the row without the suffix.
 _SUFFIXES = (
@@ -52,7 +52,7 @@ def _read_row(row: Mapping[str, str]) -> KnownBase:
 @cache
 def known_bases() -> tuple[KnownBase, ...]:
     """Return every row of bases.csv; dimensions are in units (features, layers, heads, tokens)."""
-    with (files("postmortem") / "bases.csv").open(encoding="utf-8") as file:
+    with Path(__file__).with_name("bases.csv").open(encoding="utf-8", newline="") as file:
         return tuple(_read_row(row) for row in csv.DictReader(file))
 
 
@@ -65,7 +65,12 @@ def family_name(model_id: str) -> str:
 
 
 def find_base(model_id: str) -> KnownBase | None:
-    """Find the row of a model id, or of the sibling that its shapes come from; None if unknown."""
+    """Find the row of a model id, or of the sibling that its shapes come from; None if unknown.
+
+    A path is unknown: a folder can be called anything.
+    """
+    if model_id.startswith(("/", ".", "~")) or "\\" in model_id or model_id.count("/") > 1:
+        return None
     exact = {base.model_id.lower(): base for base in known_bases()}
     by_family = {family_name(base.model_id): base for base in reversed(known_bases())}
     return exact.get(model_id.lower()) or by_family.get(family_name(model_id))

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+
+from postmortem.catalogue import catalogue
+from postmortem.faults import FAULTS, TINY, Fault, inject, reproduce, save_adapter, save_base
+from postmortem.inspection import inspect_adapter
+
+
+@pytest.fixture(scope="session")
+def sound_adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """A base and a sound adapter of every tiny architecture."""
+    root = tmp_path_factory.mktemp("sound")
+    bases = {name: save_base(root / name / "base", name) for name in TINY}
+    return {
+        name: (base, save_adapter(base, root / name / "adapter")) for name, base in bases.items()
+    }
+
+
+@pytest.mark.parametrize("model_type", TINY)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.finding}: {fault.name}")
+def test_fault_is_caught_under_its_id(
+    fault: Fault, model_type: str, sound_adapters: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Every injected fault is found under its own id, on every architecture."""
+    base, sound = sound_adapters[model_type]
+    broken = inject(fault, sound, tmp_path / "adapter")
+    report = inspect_adapter(str(broken), str(base)).report
+    found = {f.id: f for f in report.findings}
+    assert fault.finding in found, report.findings
+    assert found[fault.finding].severity == catalogue()[fault.finding].severity
+    # A pickle that is too small is two facts; every other fault has one cause and one finding.
+    assert len(report.findings) == (2 if fault.name == "a pickle of 443 bytes" else 1)
+
+
+def test_every_id_of_the_catalogue_has_a_reproduction() -> None:
+    """No entry of the catalogue rests on prose alone."""
+    assert set(catalogue()) == {fault.finding for fault in FAULTS}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own warnings are what is being recorded.
+def test_reproduction_records_what_peft_does(tmp_path: Path) -> None:
+    """A reproduction tells what PEFT raised, warned or kept silent about, and what we found."""
+    wanted = {"r doubled in the config", "prefix lost", "a deeper base", "alpha 0"}
+    rows = reproduce(tmp_path, [fault for fault in FAULTS if fault.name in wanted])
+    reactions = {row.fault: (row.reaction, row.severity) for row in rows}
+    assert reactions == {
+        "r doubled in the config": ("raises", "error"),
+        "prefix lost": ("warns", "error"),
+        "a deeper base": ("silent", "error"),
+        "alpha 0": ("silent", "error"),
+    }
+    assert "size mismatch" in next(r.message for r in rows if r.reaction == "raises")

@@ -1,0 +1,332 @@
+import json
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from handmade import CONFIG, header, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from postmortem.cli import main
+
+
+def run(*arguments: str) -> int:
+    """Run the command line; it must end within two seconds, and never with a traceback."""
+    start = time.perf_counter()
+    try:
+        main(["check", *arguments])
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    assert time.perf_counter() - start < 2
+    return code
+
+
+def changed(change: Callable[[dict[str, Any]], object]) -> bytes:
+    """The sound header after a change in place, as JSON."""
+    entries = header()
+    change(entries)
+    return json.dumps(entries).encode()
+
+
+def first(entries: dict[str, Any]) -> dict[str, Any]:
+    """The first entry of a header."""
+    return entries[next(iter(entries))]
+
+
+FIRST = next(iter(header()))
+HEADERS: dict[str, bytes] = {
+    "overlap": changed(lambda e: first(e).update(shape=[4, 1536], data_offsets=[0, 12288])),
+    "hole": changed(lambda e: e.pop(FIRST)),
+    "negative": changed(lambda e: first(e).update(data_offsets=[-2, 6142])),
+    "reversed": changed(lambda e: first(e).update(data_offsets=[6144, 0])),
+    "huge offsets": changed(lambda e: first(e).update(data_offsets=[0, 10**40])),
+    "wrong size": changed(lambda e: first(e).update(shape=[3, 1536])),
+    "unknown dtype": changed(lambda e: first(e).update(dtype="Q8")),
+    "boolean shape": changed(lambda e: first(e).update(shape=[True, 3072])),
+    "many dimensions": changed(lambda e: first(e).update(shape=[10**9] * 5000)),
+    "entry is a list": changed(lambda e: e.update({FIRST: []})),
+    "duplicate key": json.dumps(header()).encode().replace(b"layers.1.", b"layers.0.", 2),
+    "not JSON": b"{" * 100,
+    "deep JSON": b"[" * 200_000 + b"]" * 200_000,
+    "deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "a list": b"[]",
+    "not UTF-8": b'{"\xff\xfe": 1}',
+    "huge number": b'{"a": ' + b"9" * 100_000 + b"}",
+    "empty": b"",
+    "8 MB of JSON": b'{"__metadata__": {' + b'"k": "v", ' * 790_000 + b'"z": "v"}}',
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_hostile_header_is_an_error(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A header that does not tile the file exactly is named as damage, with exit code 1."""
+    assert run(str(write(tmp_path / "a", HEADERS[name]))) == 1
+    assert "corrupt-weights" in capsys.readouterr().out
+
+
+def test_the_sound_file_of_these_tests_is_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file that the hostile ones are changed from fits its base."""
+    assert run(str(write(tmp_path / "a"))) == 0
+    assert capsys.readouterr().out.startswith("fits")
+
+
+@pytest.mark.parametrize(
+    ("length", "file_size"), [(10**18, 100), (2**64 - 1, 64), (9_000_000, 9_000_100), (50, 20)]
+)
+def test_header_length_is_bounded(length: int, file_size: int, tmp_path: Path) -> None:
+    """A header length beyond the file or beyond eight megabytes is refused unread."""
+    folder = write(tmp_path / "a")
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", length))
+        file.truncate(file_size)
+    assert run(str(folder)) == 1
+
+
+def test_a_terabyte_of_holes_is_not_read(tmp_path: Path) -> None:
+    """A sparse file, as an unfinished download leaves, is named as damage and not scanned."""
+    size = 10**12
+    entries = {FIRST: {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    folder = write(tmp_path / "a", json.dumps(entries).encode(), b"")
+    path = folder / "adapter_model.safetensors"
+    os.truncate(path, path.stat().st_size + size)
+    assert run(str(folder)) == 1
+
+
+CONFIGS: dict[str, str] = {
+    "not JSON": "{",
+    "a list": "[]",
+    "a number": "1",
+    "deep JSON": "[" * 200_000,
+    "deep value": '{"peft_type": "LORA", "r": ' + "[" * 50_000 + "]" * 50_000 + "}",
+    "huge": '{"peft_type": "LORA", "x": "' + "y" * 9_000_000 + '"}',
+    "many keys": "{" + ",".join(f'"k{i}": 1' for i in range(300_000)) + "}",
+    "duplicate": '{"peft_type": "LORA", "r": 1, "r": 2}',
+    "r true": json.dumps({**CONFIG, "r": True}),
+    "r huge text": json.dumps({**CONFIG, "r": "9" * 5000}),
+    "r beyond int": json.dumps({**CONFIG, "r": 10**400}),
+    "r a list": json.dumps({**CONFIG, "r": [1]}),
+    "alpha NaN": json.dumps({**CONFIG, "lora_alpha": float("nan")}),
+    "alpha infinite": json.dumps({**CONFIG, "lora_alpha": float("inf")}),
+    "alpha beyond float": json.dumps({**CONFIG, "lora_alpha": 10**400}),
+    "peft_type a list": json.dumps({**CONFIG, "peft_type": ["LORA"]}),
+    "peft_type unknown": json.dumps({**CONFIG, "peft_type": "LORA2"}),
+    "task_type an object": json.dumps({**CONFIG, "task_type": {"a": 1}}),
+    "bias a list": json.dumps({**CONFIG, "bias": ["all"]}),
+    "targets of numbers": json.dumps({**CONFIG, "target_modules": [1, 2]}),
+    "nested repeats": json.dumps({**CONFIG, "target_modules": "(([a-z._0-9]+)*)*!"}),
+    "many repeats": json.dumps({**CONFIG, "target_modules": ".*" * 30 + "!"}),
+    "counted repeats": json.dumps({**CONFIG, "target_modules": "((a{0,999}){0,999}){0,999}!"}),
+    "back-reference": json.dumps({**CONFIG, "target_modules": r"(.+)+\1+!"}),
+    "broken regex": json.dumps({**CONFIG, "target_modules": "(["}),
+    "long regex": json.dumps({**CONFIG, "target_modules": "a|" * 100_000}),
+    "regex as rank": json.dumps({**CONFIG, "rank_pattern": {"(.+)+!": 2}}),
+    "regex excluded": json.dumps({**CONFIG, "exclude_modules": "(.*.*)*!"}),
+    "many saved": json.dumps({**CONFIG, "modules_to_save": [f"m{i}" for i in range(200_000)]}),
+    "many targets": json.dumps({**CONFIG, "target_modules": [f"m{i}" for i in range(400_000)]}),
+    "many ranks": json.dumps(
+        {**CONFIG, "rank_pattern": {f"m{i}": 1 for i in range(300_000)}, "r": 3}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hostile_config_is_an_error(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A configuration that PEFT would not accept, or that no one should run, is an error."""
+    folder = write(tmp_path / "a")
+    (folder / "adapter_config.json").write_text(CONFIGS[name])
+    assert run(str(folder)) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_other_methods_cannot_be_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter of another PEFT method is refused by name, with exit code 2."""
+    assert run(str(write(tmp_path / "a", peft_type="IA3"))) == 2
+    assert "IA3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("filename", ["adapter_model.safetensors", "adapter_config.json"])
+def test_links_out_of_the_folder_are_not_followed(
+    filename: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A link that leads out of the adapter's folder is refused, whatever it points to."""
+    folder = write(tmp_path / "a")
+    (tmp_path / "outside").write_bytes((folder / filename).read_bytes())
+    (folder / filename).unlink()
+    (folder / filename).symlink_to("../outside")
+    assert run(str(folder)) == 2
+    assert "leads out" in capsys.readouterr().err
+
+
+def test_links_within_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    """The hub's cache keeps snapshots as links to its own blobs: those are the adapter's files."""
+    snapshot = tmp_path / "models--acme--a" / "snapshots" / "0f"
+    snapshot.parent.mkdir(parents=True)
+    blobs = tmp_path / "models--acme--a" / "blobs"
+    blobs.mkdir()
+    write(snapshot)
+    for index, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(blobs / str(index))
+        path.symlink_to(f"../../blobs/{index}")
+    assert run(str(snapshot)) == 0
+
+
+@pytest.mark.parametrize("make", ["loop", "dangling", "folder", "pipe"])
+def test_things_that_are_no_files_are_refused(make: str, tmp_path: Path) -> None:
+    """A loop of links, a dangling one, a folder or a pipe in place of the weights is refused."""
+    folder = write(tmp_path / "a")
+    path = folder / "adapter_model.safetensors"
+    path.unlink()
+    {
+        "loop": lambda: path.symlink_to(path.name),
+        "dangling": lambda: path.symlink_to("nowhere"),
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+    }[make]()
+    assert run(str(folder)) == 2
+
+
+def test_the_base_that_an_adapter_names_is_never_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path in the configuration, with or without dots, is not followed."""
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "config.json").write_text('{"model_type": "llama"}')
+    folder = write(tmp_path / "a", base_model_name_or_path="../secret")
+    assert run(str(folder)) == 0
+    assert "no known base" in capsys.readouterr().out
+
+
+def test_a_pickle_is_named_and_not_opened(tmp_path: Path) -> None:
+    """A pickle that would run code is reported, and the code does not run."""
+    marker = tmp_path / "ran"
+    payload = f"cos\nsystem\n(S'touch {marker}'\ntR.".encode()
+    folder = write(tmp_path / "a")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(payload)
+    assert run(str(folder)) == 1
+    (folder / "adapter_model.safetensors").write_bytes(b"\x80\x02" + payload)
+    assert run(str(folder)) == 1
+    assert not marker.exists()
+
+
+def test_control_characters_do_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text of the adapter cannot move the cursor or colour the report."""
+    name = "base_model.model.\x1b[2J\x07.lora_A.weight"
+    text = changed(
+        lambda e: e.update({name: {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}})
+    )
+    run(str(write(tmp_path / "a", text, _note="\x1b[31mred")))
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_markup_does_not_reach_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text of the adapter cannot form HTML or table cells in a Markdown report."""
+    folder = write(tmp_path / "a", **{"<script>|": "[x](y)"})
+    run(str(folder), "--format", "markdown")
+    out = capsys.readouterr().out
+    assert "<script>" not in out
+    assert "](" not in out
+
+
+@pytest.mark.parametrize("base", ["no-such-thing", "/nowhere/at/all", "a/b/c", "~/x", "."])
+def test_a_base_that_cannot_be_read_ends_in_exit_2(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that is no folder, config, hub id or known name is said to be so."""
+    monkeypatch.chdir(tmp_path)
+    assert run(str(write(tmp_path / "a")), "--base", base) == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "/dev/null", "\x1b[2J", "../" * 900])
+def test_names_that_are_no_paths_end_in_exit_2(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An argument that cannot be a path is refused in one line."""
+    assert run(name, "--base", name) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[", b"[]", b"{}", b'{"model_type": "llama", "hidden_size": "9"}', b"\xff", b"9" * 9_000_000],
+)
+def test_a_hostile_base_config_is_refused_or_unknown(content: bytes, tmp_path: Path) -> None:
+    """A config.json of a base is as untrusted as an adapter's."""
+    base = tmp_path / "config.json"
+    base.write_bytes(content)
+    assert run(str(write(tmp_path / "a")), "--base", str(base)) in (0, 2)
+
+
+SLOW = settings(
+    max_examples=150,
+    deadline=None,
+    # The folder is overwritten by every example, so sharing it between them is harmless.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+KEYS = st.sampled_from([*CONFIG, "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora"])
+MORE_KEYS = st.sampled_from(
+    ["auto_mapping", "trainable_token_indices", "layers_to_transform", "init_lora_weights", "bias"]
+)
+NAMES = st.sampled_from(
+    [*header(1), "base_model.model.lm_head.weight", "x", ".lora_A", "a.lora_A.b"]
+)
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "BF16", "I8", "F8_E4M3", "BOOL"]) | JSON,
+        "shape": st.lists(st.integers(-1, 9), max_size=3) | JSON,
+        "data_offsets": st.lists(st.integers(-1, 99), max_size=3) | JSON,
+    },
+)
+
+
+@SLOW
+@given(content=st.binary(max_size=300))
+def test_any_bytes_as_weights(content: bytes, tmp_path: Path) -> None:
+    """Any bytes as a weights file give a finding or a clear refusal, never a traceback."""
+    folder = write(tmp_path / "a")
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    assert run(str(folder), "--format", "json") == 1
+
+
+@SLOW
+@given(
+    text=st.binary(max_size=200) | st.dictionaries(NAMES, ENTRIES | JSON, max_size=4),
+    data=st.binary(max_size=99),
+)
+def test_any_header(text: Any, data: bytes, tmp_path: Path) -> None:
+    """Any header over any data gives a finding or a clear refusal, never a traceback."""
+    raw = text if isinstance(text, bytes) else json.dumps(text).encode()
+    assert run(str(write(tmp_path / "a", raw, data)), "--format", "json") in (1, 2)
+
+
+@SLOW
+@given(config=st.dictionaries(KEYS | MORE_KEYS | st.text(max_size=9), JSON, max_size=6) | JSON)
+def test_any_json_as_config(config: Any, tmp_path: Path) -> None:
+    """Any JSON as configuration gives a finding or a clear refusal, never a traceback."""
+    folder = write(tmp_path / "a")
+    content = {**CONFIG, **config} if isinstance(config, dict) else config
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    assert run(str(folder), "--header-only", "--format", "markdown") in (0, 1, 2)

@@ -1,0 +1,115 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sound
+import tiny
+import torch
+import transformers as tf
+
+from postmortem.inspection import inspect_adapter
+
+EVERY_OPTION = ("llama", "qwen2", "gpt2", "gpt_neox", "opt", "bert", "t5", "phi3", "qwen3_moe")
+SOME_OPTIONS = ("all-linear", "dora", "bias-all", "save-embedding", "regex", "tokens")
+OTHERS = [
+    (name, class_name)
+    for name, (_, _, classes) in tiny.ARCHITECTURES.items()
+    for class_name in (classes[1:] if name in EVERY_OPTION else classes)
+]
+
+
+def alarms(adapter: Path, base: Path) -> list[str]:
+    """Check an adapter and return its errors and warnings; the base must have been described."""
+    report = inspect_adapter(str(adapter), str(base)).report
+    assert report.base is not None
+    return [f"{f.id}: {f.evidence}" for f in report.findings if f.severity != "info"]
+
+
+def wrong(name: str, class_name: str, folder: Path, wanted: Any) -> dict[str, list[str]]:
+    """Write the adapters of the wanted options and return those that raise an alarm."""
+    model = sound.build(name, class_name, folder / "base")
+    found, written = {}, 0
+    for option, values in sound.options(model).items():
+        adapter = folder / option
+        if option in wanted and sound.save(copy.deepcopy(model), adapter, values):
+            written += 1
+            found[option] = alarms(adapter, folder / "base")
+    assert written >= min(len(wanted), 4) - 1
+    return {option: raised for option, raised in found.items() if raised}
+
+
+@pytest.mark.parametrize("name", EVERY_OPTION)
+def test_no_alarm_for_any_option(name: str, tmp_path: Path) -> None:
+    """An adapter that PEFT wrote raises no alarm, whatever LoRA option it uses."""
+    class_name = tiny.ARCHITECTURES[name][2][0]
+    every = {"list", *sound.options(sound.build(name, class_name, tmp_path / "probe"))}
+    assert wrong(name, class_name, tmp_path, every) == {}
+
+
+@pytest.mark.parametrize(("name", "class_name"), OTHERS)
+def test_no_alarm_for_any_class(name: str, class_name: str, tmp_path: Path) -> None:
+    """An adapter that PEFT wrote raises no alarm, whatever class of model it adapts."""
+    assert wrong(name, class_name, tmp_path, SOME_OPTIONS) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_no_alarm_for_any_float(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Half, bfloat16 and double adapters are as sound as single precision ones."""
+    model = sound.build("qwen2", "Qwen2ForCausalLM", tmp_path / "base")
+    sound.save(model, tmp_path / "a", {"target_modules": ["q_proj"]}, dtype)
+    assert alarms(tmp_path / "a", tmp_path / "base") == []
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_no_alarm_for_a_quantised_base(method: str, tmp_path: Path) -> None:
+    """A quantised base has the shapes of the layers before quantisation."""
+    model = sound.build("llama", "LlamaForCausalLM", tmp_path / "base")
+    sound.rewrite(tmp_path / "base" / "config.json", quantization_config={"quant_method": method})
+    sound.save(model, tmp_path / "a", {"target_modules": "all-linear"})
+    assert alarms(tmp_path / "a", tmp_path / "base") == []
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*language_model.*\.q_proj"])
+def test_no_alarm_for_a_vision_language_base(targets: Any, tmp_path: Path) -> None:
+    """Tensors of the vision tower are not judged, and the text tower is found by its path."""
+    with torch.device("cpu"):
+        model = tf.Gemma3ForConditionalGeneration(tiny.vision_configuration("gemma3"))
+    model.save_pretrained(tmp_path / "base")
+    assert sound.save(model, tmp_path / "a", {"task_type": "CAUSAL_LM", "target_modules": targets})
+    assert alarms(tmp_path / "a", tmp_path / "base") == []
+
+
+def test_no_alarm_for_a_config_of_an_older_release(tmp_path: Path) -> None:
+    """Keys that older PEFT did not write yet are not missed."""
+    model = sound.build("qwen2", "Qwen2ForCausalLM", tmp_path / "base")
+    sound.save(model, tmp_path / "a", {"target_modules": ["q_proj"]})
+    recent = (
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "peft_version",
+    )
+    sound.rewrite(tmp_path / "a" / "adapter_config.json", **dict.fromkeys(recent))
+    assert alarms(tmp_path / "a", tmp_path / "base") == []
+
+
+def test_no_alarm_for_training_leftovers(tmp_path: Path) -> None:
+    """Pickles of the trainer beside safetensors weights are usual and are not opened."""
+    model = sound.build("qwen2", "Qwen2ForCausalLM", tmp_path / "base")
+    sound.save(model, tmp_path / "a", {"target_modules": ["q_proj"]})
+    for name in ("training_args.bin", "optimizer.pt", "adapter_model.bin"):
+        (tmp_path / "a" / name).write_bytes(b"\x80\x02}q\x00.")
+    assert alarms(tmp_path / "a", tmp_path / "base") == []
+
+
+def test_unknown_architecture_gets_the_checks_that_need_no_shapes(tmp_path: Path) -> None:
+    """An architecture outside the table is reported as unknown and raises no alarm."""
+    model = sound.build("qwen2", "Qwen2ForCausalLM", tmp_path / "base")
+    sound.save(model, tmp_path / "a", {"target_modules": ["q_proj"]})
+    sound.rewrite(tmp_path / "base" / "config.json", model_type="mamba")
+    report = inspect_adapter(str(tmp_path / "a"), str(tmp_path / "base")).report
+    assert (report.base, report.findings) == (None, ())
+    assert "shapes were not checked" in report.notes[0]
