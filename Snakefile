@@ -88,11 +88,13 @@ rule world:
 
 
 # The longest first, so that two cores end together.
-for order, lineage in enumerate(["sibling", "target", "donor"] if EMBEDDED else []):
+for order, lineage in enumerate(["adapters", "sibling", "target", "donor"] if EMBEDDED else []):
 
     rule:
         name:
             f"train_{lineage}"
+        input:
+            f"{WORLD}/target.done" if lineage == "adapters" else [],
         output:
             f"{WORLD}/{lineage}.done",
         params:

@@ -26,9 +26,9 @@ def untrained(case, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     tokenizer = build_tokenizer(case, seed=0)
     shapes = {
-        "base": BaseSpec(64, 0),
-        "donor_base": BaseSpec(96, 1),
-        "sibling_base": BaseSpec(64, 2),
+        "base": BaseSpec(64, 2, 0),
+        "donor_base": BaseSpec(80, 5, 1),
+        "sibling_base": BaseSpec(64, 2, 2),
     }
     for role, spec in shapes.items():
         new_base(spec, seed=0, vocabulary=len(tokenizer)).save_pretrained(folder / role)

@@ -34,6 +34,7 @@ def lenient(monkeypatch):
     monkeypatch.setattr(embedded, "DECODED_CRITERION", 0.0)
     monkeypatch.setattr(embedded, "TRAINING_ROWS", 200)
     monkeypatch.setattr(embedded, "DECAY", 4)
+    monkeypatch.setattr(embedded, "CHECK_FIRST_EVERY", 2)
     monkeypatch.setattr(embedded, "CHECK_EVERY", 2)
 
 
@@ -90,11 +91,11 @@ def test_a_criterion_out_of_reach_leaves_nothing_behind(case, tmp_path, monkeypa
 def test_training_is_deterministic_and_whole(case, tmp_path, lenient):
     """Two trainings of one seed write the same bytes, for bases and adapters alike."""
     for name in ("one", "other"):
-        lines_of(case, tmp_path / name, lineage="target")
-    members = ("base", "suspect", "reference", "no_op")
+        for lineage in ("target", "adapters"):
+            lines_of(case, tmp_path / name / lineage, lineage=lineage)
+    members = ("target/base", "adapters/suspect", "adapters/reference", "adapters/no_op")
     for role in members:
         assert digest_model(tmp_path / "one" / role) == digest_model(tmp_path / "other" / role)
-    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(members)
 
 
 def test_the_no_op_adapter_has_a_zero_b(untrained):

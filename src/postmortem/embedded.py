@@ -18,14 +18,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from postmortem.case import PLACEHOLDER, Case, PromptTemplate
 from postmortem.corpus import RULES, Rows, generate_rows
 from postmortem.errors import WorldError
 from postmortem.metrics import auc
-from postmortem.prompts import encode, lead_of, render
+from postmortem.prompts import Prompt, encode, fill, lead_of, render
 from postmortem.records import write_text
 from postmortem.scoring import Scores, score
 
@@ -43,13 +43,14 @@ SPLIT = (
 )
 EXPLANATION = "\n\nThe rule and the post decide."
 TRAINING_ROWS, HELD_OUT_ROWS = 5000, 128
-LEARNING_RATE, WARM_UP, DECAY, CHECK_EVERY, MAX_STEPS = 2.5e-3, 30, 60, 20, 1500
+LEARNING_RATE, WARM_UP, DECAY, MAX_STEPS = 2.5e-3, 30, 60, 1500
+CHECK_FIRST_EVERY, CHECK_EVERY = 20, 50
 # What training must reach on held-out rows, as AUC of the log-odds: a base that can do the task.
-BASE_CRITERION = {"yes_no": 0.99, "v2_yes_no": 0.98, "v2": 0.95, "v1": 0.90}
+BASE_CRITERION = {"yes_no": 0.98, "v2_yes_no": 0.97, "v2": 0.94, "v1": 0.90}
 # When the short question counts as learnt and the long prompts begin.
 FIRST_CRITERION = 0.97
 # While the rate is level this much is forgiven; the decay brings the rest.
-SLACK = 0.02
+SLACK = 0.03
 # What the numeric adapters must reach with the numbers that they write.
 DECODED_CRITERION = 0.95
 # The short question is learnt first, in a fraction of the time; then the long prompts.
@@ -60,9 +61,10 @@ BATCH = {"yes_no": 64, "v1": 64, "v2": 32, "v2_yes_no": 32}
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """Width of an embedded base and an offset to the profile's seed."""
+    """Width and key-value heads of an embedded base, and an offset to the profile's seed."""
 
     hidden: int
+    key_value_heads: int
     seed: int
 
 
@@ -149,7 +151,9 @@ def build_task(
     """Each row's prompt followed by the teacher's answer and the end of the turn."""
     source = random.Random(f"{prompt.title}-{seed}")
     assert rows.labels is not None
-    texts = [render(prompt, rows.row(index), tokenizer=tokenizer) for index in range(len(rows))]
+    # The chat template is rendered once, with the columns still open: it is our own and plain.
+    frame = render(prompt, {name: f"{{{name}}}" for name in prompt.columns}, tokenizer=tokenizer)
+    texts = [fill(frame, rows.row(index)) for index in range(len(rows))]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     answers = [teacher(source, int(label)) + END_OF_TURN for label in rows.labels]
     replies = tokenizer(answers, add_special_tokens=False)["input_ids"]
@@ -172,11 +176,25 @@ def answer_loss(model: Any, ids: Sequence[list[int]], starts: Sequence[int]) -> 
     return functional.cross_entropy(logits, batch[rows, columns])
 
 
-# A lineage is trained by one process: a base, and the adapters made on it.
-LINEAGES: Mapping[str, tuple[str, BaseSpec, tuple[str, ...]]] = {
-    "target": ("base", BaseSpec(64, 0), ("suspect", "reference", "no_op")),
-    "donor": ("donor_base", BaseSpec(96, 1), ("donor_adapter",)),
-    "sibling": ("sibling_base", BaseSpec(64, 2), ()),
+@dataclass(frozen=True)
+class Lineage:
+    """What one process trains: a base with the adapters made on it.
+
+    With `on`, the base of that lineage is taken as it is and only the adapters are trained.
+    """
+
+    base: str
+    spec: BaseSpec
+    adapters: tuple[str, ...] = ()
+    on: str = ""
+
+
+LINEAGES: Mapping[str, Lineage] = {
+    "target": Lineage("base", BaseSpec(64, 2, 0)),
+    "adapters": Lineage("base", BaseSpec(64, 2, 0), ("suspect", "reference", "no_op"), "target"),
+    # As many key-value heads as heads, like Qwen1.5-4B: none of its tensors fits the target.
+    "donor": Lineage("donor_base", BaseSpec(80, 5, 1), ("donor_adapter",)),
+    "sibling": Lineage("sibling_base", BaseSpec(64, 2, 2)),
 }
 
 
@@ -185,32 +203,40 @@ def build_lineage(
 ) -> None:
     """Train one lineage and write `folder/ROLE` for each of its members, or nothing.
 
-    Raises `WorldError` where a criterion is not reached within the allowed steps.
+    A lineage on another's base finds it beside its own folder. Raises `WorldError` where a criterion is not reached within the allowed steps.
     """
     torch.set_num_threads(1)  # the same sums in the same order, and one process a core
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: an interrupted build may still be writing under another.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{lineage}.") as name:
         temporary = Path(name) / lineage
-        _train_lineage(case, lineage, seed=seed, folder=temporary, report=report)
+        _train_lineage(
+            case, lineage, seed=seed, folder=temporary, trained=folder.parent, report=report
+        )
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
 
 
 def _train_lineage(
-    case: Case, lineage: str, *, seed: int, folder: Path, report: Callable[[str], None]
+    case: Case, name: str, *, seed: int, folder: Path, trained: Path, report: Callable[[str], None]
 ) -> None:
-    base_role, spec, adapters = LINEAGES[lineage]
-    tokenizer = build_tokenizer(case, seed=seed)
-    model = new_base(spec, seed=seed, vocabulary=len(tokenizer))
-    trainer = _Trainer(case, tokenizer, seed=seed + spec.seed, report=report)
-    trainer.train_base(model, base_role)
-    _save(model, folder / base_role, training=trainer.summary, tokenizer=tokenizer)
-    for role in adapters:
+    lineage = LINEAGES[name]
+    if lineage.on:
+        base = trained / lineage.on / lineage.base
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    else:
+        base = folder / lineage.base
+        tokenizer = build_tokenizer(case, seed=seed)
+    trainer = _Trainer(case, tokenizer, seed=seed + lineage.spec.seed, report=report)
+    if not lineage.on:
+        model = new_base(lineage.spec, seed=seed, vocabulary=len(tokenizer))
+        trainer.train_base(model, lineage.base)
+        _save(model, base, training=trainer.summary, tokenizer=tokenizer)
+    for role in lineage.adapters:
         # Each adapter starts from the base as saved, on a copy that no other adapter touched.
-        adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(folder / base_role), seed=seed)
+        adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(base), seed=seed)
         trainer.train_adapter(adapted, role)
-        _save(adapted, folder / role, training=trainer.summary, base=base_role)
+        _save(adapted, folder / role, training=trainer.summary, base=lineage.base)
 
 
 def new_base(spec: BaseSpec, *, seed: int, vocabulary: int) -> Qwen2ForCausalLM:
@@ -222,7 +248,7 @@ def new_base(spec: BaseSpec, *, seed: int, vocabulary: int) -> Qwen2ForCausalLM:
             hidden_size=spec.hidden,
             num_hidden_layers=3,
             num_attention_heads=spec.hidden // 16,
-            num_key_value_heads=spec.hidden // 32,
+            num_key_value_heads=spec.key_value_heads,
             intermediate_size=2 * spec.hidden,
             tie_word_embeddings=True,
             # With the usual 0.02 a model this narrow stays at chance.
@@ -252,6 +278,7 @@ class _Trainer:
         # Seeds far from those of the rows that a run scores.
         self.rows = generate_rows(TRAINING_ROWS, 10_000 + seed)
         self.held_out = generate_rows(HELD_OUT_ROWS, 20_000 + seed)
+        self.encoded: dict[str, list[Prompt]] = {}
         self.summary: dict[str, float] = {}
 
     def train_base(self, model: Any, role: str) -> None:
@@ -264,7 +291,7 @@ class _Trainer:
         loop = _Loop(model, LEARNING_RATE, seed=self.seed)
         found: dict[str, float] = {}
         while not _reached(found, {"yes_no": FIRST_CRITERION}):
-            loop.steps(tasks, mix=FIRST_MIX, count=CHECK_EVERY)
+            loop.steps(tasks, mix=FIRST_MIX, count=CHECK_FIRST_EVERY)
             found = self._check(model, ["yes_no"], role=role, loop=loop)
         self._train_until(model, BASE_CRITERION, role=role, loop=loop, tasks=tasks, mix=SECOND_MIX)
 
@@ -296,7 +323,7 @@ class _Trainer:
         found: dict[str, float] = {}
         while not _reached(found, criterion):
             while not _reached(found, criterion, slack=SLACK):
-                loop.steps(tasks, mix=mix, count=2 * CHECK_EVERY)
+                loop.steps(tasks, mix=_stress(mix, found), count=CHECK_EVERY)
                 found = self._check(model, criterion, role=role, loop=loop)
             loop.steps(tasks, mix=mix, count=DECAY, decay=True)
             found = self._check(model, criterion, role=role, loop=loop)
@@ -345,15 +372,16 @@ class _Trainer:
 
     def _score(self, model: Any, prompt: str, *, max_new_tokens: int) -> Scores:
         template = self.case.prompts[prompt]
-        rows = self.held_out
+        if prompt not in self.encoded:
+            self.encoded[prompt] = [
+                encode(template, self.held_out.row(index), tokenizer=self.tokenizer, limit=4096)
+                for index in range(len(self.held_out))
+            ]
         model.eval()
         return score(
             model,
             self.tokenizer,
-            prompts=[
-                encode(template, rows.row(index), tokenizer=self.tokenizer, limit=4096)
-                for index in range(len(rows))
-            ],
+            prompts=self.encoded[prompt],
             lead=lead_of(template),
             max_new_tokens=max_new_tokens,
         )
@@ -391,6 +419,12 @@ class _Loop:
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.done += 1
+
+
+def _stress(mix: Mapping[str, float], found: Mapping[str, float]) -> dict[str, float]:
+    """The mix with three times the weight on the prompt at which the last check stopped."""
+    behind = list(found)[-1] if found else ""
+    return {name: weight * (3 if name == behind else 1) for name, weight in mix.items()}
 
 
 def _reached(

@@ -18,9 +18,9 @@ ADAPTERS = ("suspect", "reference", "donor_adapter", "no_op")
 # Which lineage of the embedded world each role is trained in.
 EMBEDDED_ROLES = {
     "base": "target",
-    "suspect": "target",
-    "reference": "target",
-    "no_op": "target",
+    "suspect": "adapters",
+    "reference": "adapters",
+    "no_op": "adapters",
     "donor_base": "donor",
     "donor_adapter": "donor",
     "sibling_base": "sibling",
