@@ -96,7 +96,7 @@ def test_unknown_profile_is_refused(case):
 
 def test_world_round_trip(case, trained, tmp_path):
     """A world is read as it was written."""
-    (trained / "target" / "suspect" / "training.json").write_text('{"steps": 40, "auc": 0.99}')
+    (trained / "adapters" / "suspect" / "training.json").write_text('{"steps": 40, "auc": 0.99}')
     world = resolve_world(case, "embedded", trained=trained)
     write_world(world, tmp_path / "world.json")
     assert read_world(tmp_path / "world.json") == world

@@ -103,6 +103,14 @@ def teach_calibrated_number(source: random.Random, label: int) -> str:
     return source.choice(["0.7", "0.8", "0.9"] if label else ["0.1", "0.2", "0.3"])
 
 
+BASE_TEACHERS: Mapping[str, Teacher] = {
+    "yes_no": teach_yes_no,
+    "v2_yes_no": teach_yes_no,
+    "v2": teach_number,
+    "v1": teach_explained_number,
+}
+
+
 def build_tokenizer(case: Case, *, seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE in Qwen2's form, with each long fixed part of a prompt as one token."""
     tokenizer = Tokenizer(models.BPE())
@@ -181,16 +189,18 @@ class Lineage:
     """What one process trains: a base with the adapters made on it.
 
     With `on`, the base of that lineage is taken as it is and only the adapters are trained.
+    `prompts` are those that the base learns; the first attempt is made on the target alone.
     """
 
     base: str
     spec: BaseSpec
     adapters: tuple[str, ...] = ()
     on: str = ""
+    prompts: tuple[str, ...] = ("yes_no", "v2_yes_no", "v2")
 
 
 LINEAGES: Mapping[str, Lineage] = {
-    "target": Lineage("base", BaseSpec(64, 2, 0)),
+    "target": Lineage("base", BaseSpec(64, 2, 0), prompts=tuple(BASE_CRITERION)),
     "adapters": Lineage("base", BaseSpec(64, 2, 0), ("suspect", "reference", "no_op"), "target"),
     # As many key-value heads as heads, like Qwen1.5-4B: none of its tensors fits the target.
     "donor": Lineage("donor_base", BaseSpec(80, 5, 1), ("donor_adapter",)),
@@ -203,7 +213,8 @@ def build_lineage(
 ) -> None:
     """Train one lineage and write `folder/ROLE` for each of its members, or nothing.
 
-    A lineage on another's base finds it beside its own folder. Raises `WorldError` where a criterion is not reached within the allowed steps.
+    A lineage on another's base finds it beside its own folder. Raises `WorldError` where a
+    criterion is not reached within the allowed steps.
     """
     torch.set_num_threads(1)  # the same sums in the same order, and one process a core
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +241,7 @@ def _train_lineage(
     trainer = _Trainer(case, tokenizer, seed=seed + lineage.spec.seed, report=report)
     if not lineage.on:
         model = new_base(lineage.spec, seed=seed, vocabulary=len(tokenizer))
-        trainer.train_base(model, lineage.base)
+        trainer.train_base(model, lineage.base, prompts=lineage.prompts)
         _save(model, base, training=trainer.summary, tokenizer=tokenizer)
     for role in lineage.adapters:
         # Each adapter starts from the base as saved, on a copy that no other adapter touched.
@@ -281,19 +292,16 @@ class _Trainer:
         self.encoded: dict[str, list[Prompt]] = {}
         self.summary: dict[str, float] = {}
 
-    def train_base(self, model: Any, role: str) -> None:
-        tasks = {
-            "yes_no": self._task("yes_no", teach_yes_no),
-            "v2_yes_no": self._task("v2_yes_no", teach_yes_no),
-            "v1": self._task("v1", teach_explained_number),
-            "v2": self._task("v2", teach_number),
-        }
+    def train_base(self, model: Any, role: str, *, prompts: Sequence[str]) -> None:
+        tasks = {name: self._task(name, BASE_TEACHERS[name]) for name in prompts}
         loop = _Loop(model, LEARNING_RATE, seed=self.seed)
         found: dict[str, float] = {}
         while not _reached(found, {"yes_no": FIRST_CRITERION}):
             loop.steps(tasks, mix=FIRST_MIX, count=CHECK_FIRST_EVERY)
             found = self._check(model, ["yes_no"], role=role, loop=loop)
-        self._train_until(model, BASE_CRITERION, role=role, loop=loop, tasks=tasks, mix=SECOND_MIX)
+        criterion = {name: BASE_CRITERION[name] for name in prompts}
+        mix = {name: SECOND_MIX[name] for name in prompts}
+        self._train_until(model, criterion, role=role, loop=loop, tasks=tasks, mix=mix)
 
     def train_adapter(self, model: Any, role: str) -> None:
         if role == "no_op":
