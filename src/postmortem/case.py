@@ -51,6 +51,14 @@ class Systems(Frozen):
     reference: System | None = None
 
 
+class LoadingWarning(Frozen):
+    """The unexpected keywords that PEFT listed when it loaded the suspect, as its log shows."""
+
+    keywords: list[str]
+    grade: Grade
+    source: str
+
+
 class TrueSize(Frozen):
     """Known bases whose shapes the shape-mismatch notebook builds on the meta device."""
 
@@ -221,6 +229,7 @@ class Case(Frozen):
     symptom: str
     context: str
     systems: Systems
+    loading_warning: LoadingWarning | None = None
     true_size: TrueSize | None = None
     columns: Columns = Columns()
     prompts: dict[Identifier, PromptTemplate]
@@ -278,10 +287,11 @@ def load_case(path: str | Path) -> Case:
 
 
 def case_digest(case: Case) -> str:
-    """Digest of what can change a number: prompts, attempts, columns, shapes and profiles."""
-    parts = case.model_dump_json(
-        include={"name", "true_size", "columns", "prompts", "attempts", "profiles"}
-    )
+    """Digest of what can change a number; prose and notes do not count."""
+    names = {"name", "true_size", "loading_warning", "columns", "prompts", "attempts", "profiles"}
+    declared = {"name", "config", "declared_megabytes"}
+    systems = dict.fromkeys(Systems.model_fields, declared)
+    parts = case.model_dump_json(include={**dict.fromkeys(names, True), "systems": systems})
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 

@@ -194,6 +194,21 @@ class TableDirective(SphinxDirective):
         return [table_node(names, rows, caption=caption), *messages]
 
 
+class EntriesDirective(SphinxDirective):
+    """A recorded table as a list: the first column names an entry, the others describe it."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        table = values_of(self.env).find("tables", self.arguments[0])
+        if table is None:
+            LOGGER.warning("no recorded table %r", self.arguments[0], location=self.get_location())
+            return []
+        _, *names = table["columns"]
+        entries = [_entry(row[0], dict(zip(names, row[1:], strict=True))) for row in table["rows"]]
+        return [nodes.definition_list("", *entries, classes=["pm-entries"])]
+
+
 class WhenDirective(SphinxDirective):
     """Content that stands on the page only where a condition on the records is true."""
 
@@ -266,6 +281,16 @@ def table_node(
     return table
 
 
+def _entry(name: str, fields: dict[str, Any]) -> nodes.definition_list_item:
+    term = nodes.term("", "", nodes.literal(name, name), ids=[nodes.make_id(name)])
+    lines = [
+        nodes.paragraph("", "", nodes.strong(field, field), nodes.Text(f" {value}"))
+        for field, value in fields.items()
+        if value
+    ]
+    return nodes.definition_list_item("", term, nodes.definition("", *lines))
+
+
 def _row(cells: list[Any]) -> nodes.row:
     return nodes.row("", *(nodes.entry("", _cell(cell)) for cell in cells))
 
@@ -306,5 +331,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
         app.add_role(name, role)
     app.add_directive("record-figure", FigureDirective)
     app.add_directive("record-table", TableDirective)
+    app.add_directive("record-entries", EntriesDirective)
     app.add_directive("when", WhenDirective)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
