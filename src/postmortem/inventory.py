@@ -7,7 +7,7 @@ from pathlib import Path
 from postmortem.adapter import read_adapter
 from postmortem.archaeology import date_config, date_warning, span
 from postmortem.case import System
-from postmortem.catalogue import SIZE_TOLERANCE, catalogue
+from postmortem.catalogue import SIZE_TOLERANCE, Entry, catalogue
 from postmortem.faults import reproduce
 from postmortem.identify import Identification, identify, measure
 from postmortem.inspection import Inspection, inspect_adapter
@@ -17,6 +17,10 @@ from postmortem.sources import open_source
 from postmortem.world import ADAPTERS
 
 BYTES = {"float32": 4, "bfloat16": 2}
+CATALOGUE_COLUMNS = (
+    *("id", "title", "severity", "symptom", "cause", "what settles it", "remedy", "PEFT"),
+    "seen in",
+)
 
 
 def record_declared(session: Session, folder: Path) -> None:
@@ -137,9 +141,9 @@ def record_catalogue(session: Session, folder: Path) -> None:
     entries = catalogue()
     session.table(
         "catalogue.entries",
-        ("id", "severity", "title", "symptom", "cause", "what settles it", "remedy", "PEFT"),
+        CATALOGUE_COLUMNS,
         [
-            (e.id, e.severity, e.title, e.symptom, e.cause, e.settles, e.remedy, e.peft)
+            (e.id, e.title, e.severity, e.symptom, e.cause, e.settles, e.remedy, e.peft, _seen(e))
             for e in entries.values()
         ],
     )
@@ -160,6 +164,10 @@ def record_catalogue(session: Session, folder: Path) -> None:
         not missed,
         f"without reproduction: {', '.join(missed)}" if missed else "each entry has at least one",
     )
+
+
+def _seen(entry: Entry) -> str:
+    return ", ".join(entry.threads)
 
 
 def _missing(names: Sequence[str], caught: set[str]) -> list[str]:
