@@ -1,0 +1,87 @@
+import multiprocessing
+import time
+
+import pytest
+
+from postmortem import graph
+from postmortem.cli import main
+from postmortem.errors import CaseError, DataError
+
+SETTINGS = {
+    "case": "cases/qwen-lora.yml",
+    "profile": "embedded",
+    "data": "",
+    "labels": "",
+    "rows": 0,
+    "suspect": "",
+    "reference": "",
+    "device": "auto",
+    "dtype": "auto",
+}
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(pytestconfig, monkeypatch):
+    """Paths in the settings are relative to the project."""
+    monkeypatch.chdir(pytestconfig.rootpath)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"case": "cases/none.yml"}, CaseError, "cases/none.yml"),
+        ({"profile": "nowhere"}, CaseError, "one of embedded"),
+        ({"data": "none.csv"}, DataError, "none.csv"),
+        ({"labels": "LICENSE"}, DataError, "labels alone"),
+        ({"suspect": "none"}, DataError, "the suspect's folder"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_runs(changes, error, told):
+    """A case, profile, file or folder that is not there is named before any step starts."""
+    with pytest.raises(error, match=told):
+        graph.check_settings(SETTINGS | changes)
+
+
+def test_right_settings_pass():
+    """The default settings are accepted."""
+    graph.check_settings(SETTINGS)
+
+
+def hold(folder, seconds):
+    """Hold the build lock of a folder for some time."""
+    graph.BUILD = folder
+    with graph.one_build():
+        (folder / "held").touch()
+        time.sleep(seconds)
+        (folder / "released").touch()
+
+
+def test_a_second_build_waits_for_the_first(tmp_path, monkeypatch, capsys):
+    """Two builds in one folder run one after the other, and the second says that it waits."""
+    monkeypatch.setattr(graph, "BUILD", tmp_path)
+    other = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, 1.0))
+    other.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.02)
+    with graph.one_build():
+        assert (tmp_path / "released").exists()
+    other.join()
+    assert "waiting for another build" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_and_no_traceback(capsys):
+    """The command line prints an error of ours as one line and exits with 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(["book", "--case", "cases/none.yml"])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.startswith("postmortem: cases/none.yml: expected a case file")
+    assert told.count("\n") == 1
+
+
+def test_weights_without_a_name_lists_them(capsys):
+    """`postmortem weights` alone lists each packaged model and whether it is there."""
+    with pytest.raises(SystemExit):
+        main(["weights"])
+    told = capsys.readouterr().out
+    assert "qwen-coder: Qwen2.5-Coder-1.5B-Instruct" in told
