@@ -6,7 +6,7 @@ from pathlib import Path
 from postmortem.case import load_case
 from postmortem.inputs import settings_digest
 from postmortem.provenance import modules_behind, notebook_digests
-from postmortem.world import EMBEDDED_ROLES, embedded_digest
+from postmortem.world import EMBEDDED_ROLES, embedded_digest, folder_digests
 
 BUILD = "_build"
 SETTINGS = json.loads(Path(f"{BUILD}/settings.json").read_text())
@@ -83,6 +83,7 @@ rule world:
         trained=WORLD,
         profile=PROFILE.model_dump_json(),
         adapters=[SETTINGS["suspect"], SETTINGS["reference"]],
+        files=folder_digests(PROFILE, [SETTINGS["suspect"], SETTINGS["reference"]]),
     shell:
         "postmortem step world --trained={params.trained:q} --out {output:q}"
 

@@ -34,6 +34,8 @@ def _at_the_root(pytestconfig, monkeypatch):
         ({"data": "none.csv"}, DataError, "none.csv"),
         ({"labels": "LICENSE"}, DataError, "labels alone"),
         ({"suspect": "none"}, DataError, "the suspect's folder"),
+        ({"device": "gpu"}, DataError, "auto, cpu, cuda"),
+        ({"dtype": "int8"}, DataError, "auto, float32"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_runs(changes, error, told):

@@ -8,7 +8,7 @@ from postmortem.errors import RecordError
 from postmortem.inputs import choose_rows, input_digests
 from postmortem.publish import add_case_values, collect_values, publish
 from postmortem.records import Measure, Provenance, Verdict, write_records
-from postmortem.world import write_world
+from postmortem.world import read_world, write_world
 
 CASE = "cases/qwen-lora.yml"
 
@@ -85,6 +85,21 @@ def test_stale_records_are_refused_by_name(run, tmp_path, name, untrained_world)
     with pytest.raises(RecordError, match=f"stale.*{name}"):
         publish(**run)
     assert not (tmp_path / "out/values.json").exists()
+
+
+def test_a_changed_adapter_makes_the_records_stale(run, tmp_path, untrained):
+    """An adapter that changed in its folder since the run fails the build, naming its role."""
+    shutil.copytree(untrained / "suspect", tmp_path / "mine")
+    world = read_world(run["world"])
+    mine = world.members["suspect"].model_copy(update={"path": str(tmp_path / "mine")})
+    write_world(
+        world.model_copy(update={"members": world.members | {"suspect": mine}}), run["world"]
+    )
+    publish(**run)
+    weights = tmp_path / "mine/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(RecordError, match="role suspect"):
+        publish(**run)
 
 
 def test_missing_records_are_refused(run, tmp_path):

@@ -18,8 +18,6 @@ from postmortem.records import (
     Verdict,
     check_fresh,
     count_records,
-    digest_file,
-    digest_folder,
     digest_records,
     read_records,
     write_records,
@@ -311,20 +309,6 @@ def test_failed_write_leaves_what_was_there(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "a.txt", "new \ud800")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "old")]
-
-
-def test_digests_of_files(tmp_path):
-    """A file's digest follows its bytes, a folder's the names and bytes directly in it."""
-    digests = []
-    for name, text in [("a", "x"), ("a", "y"), ("b", "y"), ("b", "")]:
-        folder = tmp_path / str(len(digests))
-        write_text(folder / name, text)
-        write_text(folder / "below" / "c", str(len(digests)))
-        digests.append(digest_folder(folder))
-    assert len(set(digests)) == 4
-    assert digest_folder(tmp_path / "0" / "below") != digest_folder(tmp_path / "1" / "below")
-    assert digest_file(tmp_path / "1" / "a") == digest_file(tmp_path / "2" / "b")
-    assert digest_folder(tmp_path) == digest_folder(tmp_path)
 
 
 def test_seal_is_the_last_line(sealed):

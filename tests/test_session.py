@@ -1,6 +1,7 @@
 import pytest
 
 from postmortem.analysis import (
+    _judge_cases,
     knows_and_does_not_say,
     record_attempt,
     record_swap,
@@ -10,7 +11,7 @@ from postmortem.analysis import (
 )
 from postmortem.errors import RecordError
 from postmortem.metrics import Estimate
-from postmortem.records import Measure, Prediction, Timing, read_records
+from postmortem.records import Measure, Prediction, Timing, Verdict, read_records
 from postmortem.session import Answers, open_session
 from postmortem.world import Member, write_world
 
@@ -152,6 +153,23 @@ def test_without_labels_nothing_is_said_of_knowing():
     """Rows without labels leave it open whether the model knows."""
     summary = summarise(answers_of([0.0] * 4, [1.0, 2.0, 3.0, 4.0], None))
     assert knows_and_does_not_say(summary) == (None, "the rows came without labels")
+
+
+def test_one_class_alone_is_not_called_a_lack_of_labels():
+    """Rows of one class have labels, and the reason for no AUC says which lack it is."""
+    summary = summarise(answers_of([0.0] * 3, [1.0, 2.0, 3.0], [1, 1, 1]))
+    assert knows_and_does_not_say(summary) == (None, "the labels hold one class alone")
+
+
+def test_without_labels_case_a_is_left_open(session):
+    """A reference whose values vary is not said to work where no labels can tell."""
+    varied = answers_of([0.1, 0.9, 0.5], [0.0] * 3, None)
+    zeros = answers_of([0.0] * 3, [0.0] * 3, None)
+    _judge_cases(session, varied, suspect=zeros, attempt=session.case.attempts["v2"])
+    found = {r.key: r.verdict for r in session.records if isinstance(r, Verdict)}
+    assert found["swap.case_a"] == "cannot tell"
+    assert found["swap.case_a_means_mismatch"] == "cannot tell"
+    assert found["swap.case_b"] == "refuted"
 
 
 def test_control_characters_are_shown_and_not_sent():

@@ -23,6 +23,7 @@ STAGES = ("float", "pattern", "keyword", "default")
 # Where the write-up's parser found a number; the other stages make one up.
 NUMBER_STAGES = ("float", "pattern")
 NO_LABELS = "the rows came without labels"
+ONE_CLASS = "the labels hold one class alone"
 # Below this KL in nats two first-token distributions are the same up to rounding.
 NO_OP = 1e-6
 # The rows shown one by one: as many as the incident had.
@@ -35,7 +36,8 @@ class SystemSummary:
 
     `kl` is KL(system || base) of the answer in nats: over the eleven numbers where a number was
     asked for, over the first token elsewhere. `shift` is the mean change of the number's log-odds,
-    `flips` the share of rows whose written value differs from the base's.
+    `flips` the share of rows whose written value differs from the base's. `unranked` says why
+    there is no AUC, where there is none.
     """
 
     health: Health
@@ -48,6 +50,7 @@ class SystemSummary:
     kl: Estimate
     shift: Estimate
     flips: Estimate
+    unranked: str
 
 
 DISTRIBUTION = (
@@ -89,6 +92,7 @@ def summarise(answers: Answers, base: Answers | None = None) -> SystemSummary:
         kl=kl,
         shift=shift,
         flips=flips,
+        unranked=NO_LABELS if labels is None else ONE_CLASS,
     )
 
 
@@ -113,7 +117,8 @@ def record_summary(
     session.text(f"{key}.commonest_text", text)
     for name in RANKING:
         estimate = None if summary is None else getattr(summary, name)
-        session.measure(f"{key}.{name}", estimate, reason=reason or NO_LABELS)
+        unranked = NO_LABELS if summary is None else summary.unranked
+        session.measure(f"{key}.{name}", estimate, reason=reason or unranked)
 
 
 def record_effect(
@@ -257,7 +262,7 @@ def knows_and_does_not_say(summary: SystemSummary) -> tuple[bool | None, str]:
     """Whether the log-odds rank the rows although the written values do not."""
     hidden, said = summary.auc_number, summary.auc_decoded
     if hidden.value is None or hidden.low is None or said.low is None or said.value is None:
-        return None, NO_LABELS
+        return None, summary.unranked
     because = (
         f"AUC of the log-odds {hidden.value:.2f} [{hidden.low:.2f}, {hidden.high:.2f}], "
         f"of the written values {said.value:.2f}"
@@ -334,12 +339,14 @@ def _judge_cases(
         return
     summary = summarise(reference)
     health, ranked = summary.health, summary.auc_decoded
-    ranks = ranked.low is None or ranked.low > THRESHOLDS.chance
+    ranks = None if ranked.low is None else ranked.low > THRESHOLDS.chance
+    # Values that do not vary cannot rank; whether those that vary do takes labels.
+    works = ranks if health.distinct > 1 else False
     varied = f"{health.distinct} distinct values, standard deviation {health.std:.2f}"
-    session.verdict("swap.case_a", health.distinct > 1 and ranks, varied)
-    session.verdict(
-        "swap.case_b", health.constant and health.top_value == attempt.reported_value, varied
-    )
+    told = summary.unranked if ranked.value is None else f"AUC {ranked.value:.2f}"
+    session.verdict("swap.case_a", works, f"{varied}, {told}")
+    zeros = health.constant and health.top_value == attempt.reported_value
+    session.verdict("swap.case_b", zeros, varied)
     if suspect is None:
         reason = session.world.members["suspect"].reason
         session.verdict("swap.case_a_means_mismatch", "not available", reason)
@@ -347,12 +354,12 @@ def _judge_cases(
     # The suspect of this world loads onto the base without a mismatch: if it fails beside a
     # reference that works, case A has come about without the cause it was to confirm.
     fails = reproduces_symptom(suspect, attempt)[0]
-    came_about = health.distinct > 1 and ranks and fails
+    words = {True: "works", False: "does not work", None: "cannot be judged"}
     session.verdict(
         "swap.case_a_means_mismatch",
-        False if came_about else None,
-        "the suspect of this world has the base's shapes, and the reference works where it "
-        f"{'fails' if fails else 'does not fail'}",
+        False if works and fails else None,
+        f"the suspect of this world has the base's shapes and "
+        f"{'fails' if fails else 'does not fail'}; the reference {words[works]}",
     )
 
 

@@ -19,6 +19,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+# Long enough for thousands of rows on a real model; a kernel that hangs still ends.
+CELL_SECONDS = 24 * 3600
 steps = typer.Typer(help="The steps of the graph; `postmortem book` runs them as needed.")
 app.add_typer(steps, name="step", hidden=True)
 
@@ -192,7 +194,11 @@ def execute_notebook(
     name = notebook.stem
     _say(f"{name}: started")
     seconds = run_notebook(
-        notebook, parameters, executed=executed, report=lambda line: _say(f"{name}: {line}")
+        notebook,
+        parameters,
+        executed=executed,
+        timeout=CELL_SECONDS,
+        report=lambda line: _say(f"{name}: {line}"),
     )
     _say(f"{name}: done in {seconds:.0f} s")
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from postmortem.errors import BookError, DataError
 from postmortem.records import write_text
 
 BUILD = Path("_build")
+DEVICES = re.compile(r"auto|cpu|cuda|cuda:[0-9]+|mps")
+DTYPES = re.compile("auto|float32|bfloat16|float16")
 Settings = Mapping[str, str | int]
 
 
@@ -28,6 +31,8 @@ def build(settings: Settings, *, cores: int) -> str:
     check_settings(settings)
     with one_build():
         write_text(BUILD / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
+        if not (BUILD / "html" / "index.html").is_file():
+            (BUILD / "book.json").unlink(missing_ok=True)  # its pages are gone
         _run_graph(cores)
     summary = json.loads((BUILD / "book.json").read_text(encoding="utf-8"))
     seconds = time.perf_counter() - start
@@ -38,6 +43,11 @@ def build(settings: Settings, *, cores: int) -> str:
 def check_settings(settings: Settings) -> None:
     """Refuse a wrong case, profile or file name before anything runs."""
     load_case(str(settings["case"])).profile(str(settings["profile"]))
+    for name, known in (("device", DEVICES), ("dtype", DTYPES)):
+        if not known.fullmatch(str(settings[name])):
+            raise DataError(
+                name, expected=known.pattern.replace("|", ", "), found=repr(settings[name])
+            )
     for name in ("data", "labels"):
         path = str(settings[name])
         if path and not Path(path).is_file():

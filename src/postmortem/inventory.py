@@ -14,7 +14,7 @@ from postmortem.inspection import Inspection, inspect_adapter
 from postmortem.mismatch import write_adapter
 from postmortem.session import Session
 from postmortem.sources import open_source
-from postmortem.world import ADAPTERS
+from postmortem.world import ADAPTERS, role_name
 
 BYTES = {"float32": 4, "bfloat16": 2}
 CATALOGUE_COLUMNS = (
@@ -124,7 +124,7 @@ def record_world(session: Session) -> None:
     """Check each adapter of this world against the base of this world."""
     rows: list[tuple[str, str, str]] = []
     for role in ADAPTERS:
-        name = "no-op adapter" if role == "no_op" else role.replace("_", " ")
+        name = role_name(role)
         if not session.world.has(role):
             rows.append((name, "not available", session.world.members[role].reason))
             continue

@@ -1,4 +1,4 @@
-"""Loading a base and putting an adapter on it: one way for every folder and hub id."""
+"""Loading a base and putting an adapter on it: one way for every folder."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,13 @@ from postmortem.errors import ModelError
 
 # A progress bar per model would drown the build's own lines.
 transformers_logging.disable_progress_bar()
+
+
+# What loading a model raises; torch asserts that it was built for the device.
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError),
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,8 @@ def load_base(source: str | Path, *, device: str = "auto", dtype: str = "auto") 
         model = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=choose_dtype(device, dtype), use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        model.eval().to(device)
+    except LOADING_ERRORS as error:
         found = " ".join(str(error).split())[:300]
         raise ModelError(
             source,
@@ -79,7 +87,6 @@ def load_base(source: str | Path, *, device: str = "auto", dtype: str = "auto") 
             found=found,
             remedy="Give a model folder, a hub id, or a profile whose weights are present.",
         ) from None
-    model.eval().to(device)
     return LoadedBase(model, tokenizer, device, str(model.dtype).removeprefix("torch."))
 
 

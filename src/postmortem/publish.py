@@ -11,6 +11,7 @@ from postmortem.errors import RecordError
 from postmortem.figures import draw_all, save_drawings
 from postmortem.inputs import choose_rows, input_digests
 from postmortem.records import (
+    NO_MODEL,
     Cell,
     Measure,
     RecordFile,
@@ -21,7 +22,7 @@ from postmortem.records import (
     read_records,
     write_text,
 )
-from postmortem.world import World, read_world
+from postmortem.world import World, check_members, read_world, role_name
 
 Values = dict[str, dict[str, Any]]
 
@@ -44,6 +45,7 @@ def publish(
     or stale, or where two notebooks record the same key.
     """
     loaded, members = load_case(case), read_world(world)
+    check_members(members)
     scored = choose_rows(loaded, profile, data=data, labels=labels, rows=rows)
     files = {}
     for notebook in notebooks:
@@ -80,21 +82,23 @@ def collect_values(files: Iterable[RecordFile]) -> Values:
 
 def add_run_values(values: Values, files: Mapping[str, RecordFile], *, world: World) -> None:
     """Add where the numbers came from: device, versions, digests, times, the world's members."""
-    last = list(files.values())[-1].provenance
+    runs = [file.provenance for file in files.values()]
+    # A notebook that reads files alone has neither device nor dtype.
+    run = next((run for run in runs if run.device != NO_MODEL), runs[0])
     seconds = {name: float(file.provenance.aside["seconds"]) for name, file in files.items()}
     values["texts"] |= {
         "profile.name": world.profile,
         "profile.title": world.title,
         "profile.caveat": world.caveat,
-        "run.device": last.device,
-        "run.dtype": last.dtype,
-        "run.date": str(last.aside["started"]),
+        "run.device": run.device,
+        "run.dtype": run.dtype,
+        "run.date": min(str(run.aside["started"]) for run in runs),
     }
     values["measures"] |= {
         "run.seconds": _number(sum(seconds.values()), unit="s"),
         "run.records": _number(sum(len(file.records) for file in files.values())),
     }
-    add_table(values, "run.versions", ("package", "version"), list(last.versions.items()))
+    add_table(values, "run.versions", ("package", "version"), list(run.versions.items()))
     add_table(
         values,
         "run.notebooks",
@@ -110,7 +114,7 @@ def add_run_values(values: Values, files: Mapping[str, RecordFile], *, world: Wo
         ("role", "available", "steps", "reached"),
         [
             (
-                role.replace("_", " "),
+                role_name(role),
                 "yes" if member.path else f"no: {member.reason}",
                 int(member.training.get("steps", 0)) or None,
                 ", ".join(f"{k} {v:.3f}" for k, v in member.training.items() if k != "steps"),

@@ -19,6 +19,8 @@ from postmortem.case import Verdict as VerdictWord
 from postmortem.errors import RecordError
 
 Cell = str | int | float | bool | None
+# The device and dtype of a notebook that ran no model.
+NO_MODEL = "none"
 Format = TypeVar("Format", bound="Record")
 
 
@@ -233,13 +235,6 @@ def digest_file(path: str | Path) -> str:
     """Digest of a file's bytes."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-
-
-def digest_folder(path: str | Path) -> str:
-    """Digest of the names and bytes of the files directly in a folder."""
-    files = sorted(file for file in Path(path).iterdir() if file.is_file())
-    parts = [f"{file.name} {digest_file(file)}" for file in files]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def finite(record: Record) -> Record:

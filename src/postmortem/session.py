@@ -24,6 +24,7 @@ from postmortem.parsing import parse_as_written, parse_strict
 from postmortem.prompts import encode, lead_of
 from postmortem.provenance import package_versions
 from postmortem.records import (
+    NO_MODEL,
     Cell,
     Measure,
     Prediction,
@@ -148,6 +149,7 @@ class Session:
             key = (getattr(record, "kind", ""), getattr(record, "key", None))
             if key[1] is not None and key in taken:
                 raise RecordError(f"record {key[1]!r}", expected="one of its kind", found="two")
+            taken.add(key)
         self.records += records
 
     def measure(
@@ -178,7 +180,10 @@ class Session:
 
     def show(self, key: str) -> pd.DataFrame:
         """A recorded table, for the notebook's own page."""
-        table = next(r for r in self.records if isinstance(r, Table) and r.key == key)
+        found = [r for r in self.records if isinstance(r, Table) and r.key == key]
+        if not found:
+            raise RecordError(f"table {key!r}", expected="a record of it", found="none")
+        table = found[0]
         return pd.DataFrame(table.rows, columns=list(table.columns)).set_index(table.columns[0])
 
     def decided(self, prefix: str = "") -> pd.DataFrame:
@@ -214,8 +219,8 @@ class Session:
             parameters=self.parameters,
             digests=input_digests(self.notebook, self.case, world=self.world, rows=self.rows),
             versions=package_versions(),
-            device=base.device if base else "cpu",
-            dtype=base.dtype if base else "float32",
+            device=base.device if base else NO_MODEL,
+            dtype=base.dtype if base else NO_MODEL,
             seed=self.profile.seed,
             aside={
                 "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.started)),

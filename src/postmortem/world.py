@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import Field
@@ -148,6 +148,34 @@ def digest_model(folder: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def role_name(role: str) -> str:
+    """A role as it is written on a page."""
+    return "no-op adapter" if role == "no_op" else role.replace("_", " ")
+
+
+def folder_digests(profile: Profile, adapters: Iterable[str]) -> list[str]:
+    """Digests of the folders that a profile or its user names, whose files may change in place."""
+    sources = [profile.base, *profile.adapters.values(), *adapters]
+    return [digest_model(Path(name)) for name in sources if name and Path(name).is_dir()]
+
+
+def check_members(world: World) -> None:
+    """Raise `RecordError` where a member's files are not those that the world was described by."""
+    for member in world.members.values():
+        if member.path is None:
+            continue
+        folder = Path(member.path)
+        found = digest_model(folder) if folder.is_dir() else "no such folder"
+        if found != member.digest:
+            raise RecordError(
+                f"{folder}, role {member.role}",
+                expected=f"files with digest {member.digest}, as the records were made from",
+                found=found,
+                remedy="Run `make book` to make them again; after a change of the embedded world,"
+                " `make clean` first.",
+            )
+
+
 def write_world(world: World, path: str | Path) -> None:
     """Write the world's description."""
     write_text(path, world.model_dump_json(indent=1) + "\n")
@@ -163,8 +191,7 @@ def read_world(path: str | Path) -> World:
 
 def _member(role: str, folder: Path | None) -> Member:
     if folder is None:
-        name = "no-op adapter" if role == "no_op" else role.replace("_", " ")
-        reason = f"this profile has no {name}"
+        reason = f"this profile has no {role_name(role)}"
         return Member(role=role, path=None, digest=None, reason=reason)
     if not folder.is_dir():
         raise ModelError(folder, expected=f"the folder of role {role}", found="no such folder")
