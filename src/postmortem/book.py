@@ -45,6 +45,9 @@ def build_book(
             found=warnings_of(result.stdout + result.stderr, site=site),
             remedy="Mend these and run `make book` again.",
         )
+    # Sphinx leaves its copies alone where no page has changed.
+    for name, source in _files(site / "book" / "_static", "_static").items():
+        _copy(source, out / "_build" / "html" / name)
     return sum(1 for _ in (out / "_build" / "html" / "book").rglob("*.html"))
 
 
