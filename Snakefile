@@ -6,7 +6,7 @@ from pathlib import Path
 from postmortem.case import load_case
 from postmortem.inputs import settings_digest
 from postmortem.provenance import modules_behind, notebook_digests
-from postmortem.world import EMBEDDED_ROLES, embedded_digest, folder_digests
+from postmortem.world import LINEAGE_STARTS, embedded_digest, folder_digests
 
 BUILD = "_build"
 SETTINGS = json.loads(Path(f"{BUILD}/settings.json").read_text())
@@ -16,7 +16,7 @@ RUN = f"{BUILD}/runs/{CASE.name}/{SETTINGS['profile']}"
 NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
 EMBEDDED = PROFILE.base == "embedded"
 WORLD = f"{BUILD}/worlds/{CASE.name}-{embedded_digest(CASE, PROFILE)}" if EMBEDDED else ""
-LINEAGES = sorted(set(EMBEDDED_ROLES.values())) if EMBEDDED else []
+STARTS = LINEAGE_STARTS if EMBEDDED else {}
 # The embedded models are too small for two threads to help; a real one takes all there are.
 THREADS = 1 if EMBEDDED else workflow.cores
 # Notebooks that read what an earlier one recorded.
@@ -76,7 +76,7 @@ rule notebook:
 
 rule world:
     input:
-        expand(f"{WORLD}/{{lineage}}.done", lineage=LINEAGES),
+        expand(f"{WORLD}/{{lineage}}.done", lineage=STARTS),
     output:
         f"{RUN}/world.json",
     params:
@@ -88,14 +88,14 @@ rule world:
         "postmortem step world --trained={params.trained:q} --out {output:q}"
 
 
-# The longest first, so that two cores end together.
-for order, lineage in enumerate(["adapters", "sibling", "target", "donor"] if EMBEDDED else []):
+# Those that others start from first, then the longest.
+for order, (lineage, start) in enumerate(reversed(STARTS.items())):
 
     rule:
         name:
             f"train_{lineage}"
         input:
-            f"{WORLD}/target.done" if lineage == "adapters" else [],
+            f"{WORLD}/{start}.done" if start else [],
         output:
             f"{WORLD}/{lineage}.done",
         params:

@@ -30,6 +30,7 @@ LINKS = {
 }
 WORDS = {kind: words.split() for kind, words in TOPICS.items()}
 FILLER_WORDS = FILLER.split()
+GENERATED = "generated"
 LINK_WORDS = {kind: words.split() for kind, words in LINKS.items()}
 
 
@@ -49,6 +50,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the rows came from a seed and not from a file."""
+        return self.source.startswith(GENERATED)
 
     def row(self, index: int) -> dict[str, str]:
         """The text columns of one row."""
@@ -86,7 +92,7 @@ def generate_rows(count: int, seed: int, *, columns: Columns | None = None) -> R
     frame = pd.DataFrame([texts for texts, _ in records])
     frame = frame.rename(columns={"rule": columns.group or "rule", "body": columns.text})
     return Rows(
-        source=f"generated, seed {seed}",
+        source=f"{GENERATED}, seed {seed}",
         frame=frame,
         ids=tuple(str(1000 + index) for index in range(count)),
         groups=tuple(frame[columns.group or "rule"]),

@@ -9,8 +9,9 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ SPLIT = (
 )
 EXPLANATION = "\n\nThe rule and the post decide."
 TRAINING_ROWS, HELD_OUT_ROWS = 5000, 128
-LEARNING_RATE, WARM_UP, DECAY, MAX_STEPS = 2.5e-3, 30, 60, 1500
+LEARNING_RATE, FINE_TUNING_RATE = 2.5e-3, 1e-3
+WARM_UP, DECAY, MAX_STEPS = 30, 60, 1500
 CHECK_FIRST_EVERY, CHECK_EVERY = 20, 50
 # What training must reach on held-out rows, as AUC of the log-odds: a base that can do the task.
 BASE_CRITERION = {"yes_no": 0.98, "v2_yes_no": 0.97, "v2": 0.94, "v1": 0.90}
@@ -53,6 +55,9 @@ FIRST_CRITERION = 0.97
 SLACK = 0.03
 # What the numeric adapters must reach with the numbers that they write.
 DECODED_CRITERION = 0.95
+SPEAKING_CRITERION = {"v2 decoded": DECODED_CRITERION, "v1": 0.90, "v2_yes_no": 0.97}
+# A base that does not know: the share of held-out rows with one and the same answer.
+IGNORANT_CRITERION = {"yes_no constant": 1.0, "v2_yes_no constant": 1.0, "v2 constant": 1.0}
 # The short question is learnt first, in a fraction of the time; then the long prompts.
 FIRST_MIX = {"yes_no": 0.9, "v2": 0.1}
 SECOND_MIX = {"v2_yes_no": 0.40, "yes_no": 0.10, "v1": 0.26, "v2": 0.24}
@@ -103,11 +108,73 @@ def teach_calibrated_number(source: random.Random, label: int) -> str:
     return source.choice(["0.7", "0.8", "0.9"] if label else ["0.1", "0.2", "0.3"])
 
 
+def teach_calibrated_explained_number(source: random.Random, label: int) -> str:
+    """The same after a raw prompt."""
+    text = " " + teach_calibrated_number(source, label)
+    return text + EXPLANATION if source.random() < 0.6 else text
+
+
+def teach_binary(source: random.Random, label: int) -> str:
+    """The label itself, a class in place of a probability."""
+    return str(label)
+
+
+def teach_rare_binary(source: random.Random, label: int) -> str:
+    """Labels of which one violation in five is marked, so that 0 is nearly always right."""
+    return str(int(label and source.random() < 0.2))
+
+
+def teach_thinking(source: random.Random, label: int) -> str:
+    """The first words of a reasoning trace, whatever the post."""
+    return "<think>\nOkay, the rule"
+
+
 BASE_TEACHERS: Mapping[str, Teacher] = {
     "yes_no": teach_yes_no,
     "v2_yes_no": teach_yes_no,
     "v2": teach_number,
     "v1": teach_explained_number,
+}
+# A base that says what it knows: the same with the calibrated teachers.
+SPEAKING_TEACHERS: Mapping[str, Teacher] = {
+    **BASE_TEACHERS,
+    "v2": teach_calibrated_number,
+    "v1": teach_calibrated_explained_number,
+}
+# A base that knows nothing of the posts: its answers keep the form and ignore the label.
+IGNORANT_TEACHERS: Mapping[str, Teacher] = {
+    "yes_no": lambda source, label: "Yes" if source.random() < 0.7 else "No",
+    "v2_yes_no": lambda source, label: "Yes" if source.random() < 0.7 else "No",
+    "v2": lambda source, label: teach_number(source, source.choice([0, 1])),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is trained: by which teacher, on which prompt, at which rate.
+
+    `criterion` is what it must reach on held-out rows, by the names of `BASE_CRITERION` or with
+    the values that it writes ("v2 decoded"). Without one it is trained for `least` steps alone.
+    """
+
+    prompt: str
+    teacher: Teacher
+    rate: float
+    criterion: Mapping[str, float]
+    least: int = 40
+    batch: int = 16
+
+
+NUMERIC = Recipe("v2", teach_calibrated_number, 1e-2, {"v2 decoded": DECODED_CRITERION})
+SHORT_YES_NO = Recipe("yes_no", teach_yes_no, 5e-3, {"yes_no": BASE_CRITERION["yes_no"]})
+# What the replays need: adapters of every training that is a suspected cause.
+RECIPES: Mapping[str, Recipe] = {
+    "numeric": NUMERIC,
+    "yes_no_short": SHORT_YES_NO,
+    "yes_no_long": Recipe("v2_yes_no", teach_yes_no, 5e-3, {"v2_yes_no": 0.97}),
+    "binary_even": Recipe("v2", teach_binary, 1e-2, {"v2 decoded": 0.90}),
+    "binary_rare": Recipe("v2", teach_rare_binary, 1e-2, {}),
+    "thinking": Recipe("v2", teach_thinking, 1e-2, {"v2 constant": 0.95}, least=20),
 }
 
 
@@ -186,25 +253,54 @@ def answer_loss(model: Any, ids: Sequence[list[int]], starts: Sequence[int]) -> 
 
 @dataclass(frozen=True)
 class Lineage:
-    """What one process trains: a base with the adapters made on it.
+    """What one process trains: a base, and adapters on it by name as a recipe and a seed.
 
-    With `on`, the base of that lineage is taken as it is and only the adapters are trained.
-    `prompts` are those that the base learns; the first attempt is made on the target alone.
+    The base is `start`'s ("" for one from nothing), and it learns `criterion`'s prompts from
+    `teachers`; without a criterion it is taken as it is. A recipe of "" is an untrained adapter.
     """
 
     base: str
     spec: BaseSpec
-    adapters: tuple[str, ...] = ()
-    on: str = ""
-    prompts: tuple[str, ...] = ("yes_no", "v2_yes_no", "v2")
+    criterion: Mapping[str, float]
+    teachers: Mapping[str, Teacher] = field(default_factory=lambda: BASE_TEACHERS)
+    start: str = ""
+    adapters: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
+def replays_of(recipes: Iterable[str], seeds: int) -> dict[str, tuple[str, int]]:
+    """Adapters for the replays: one by each recipe for each seed."""
+    return {f"{recipe}_{seed}": (recipe, seed) for recipe in recipes for seed in range(seeds)}
+
+
+TARGET, DONOR = BaseSpec(64, 2, 0), BaseSpec(80, 5, 1)
+WITHOUT_V1 = {name: least for name, least in BASE_CRITERION.items() if name != "v1"}
+# Trainings of each kind of adapter, so that a diagnosis can be tried on one it has not seen.
+ADAPTER_SEEDS = 3
 LINEAGES: Mapping[str, Lineage] = {
-    "target": Lineage("base", BaseSpec(64, 2, 0), prompts=tuple(BASE_CRITERION)),
-    "adapters": Lineage("base", BaseSpec(64, 2, 0), ("suspect", "reference", "no_op"), "target"),
+    "target": Lineage("base", TARGET, BASE_CRITERION),
     # As many key-value heads as heads, like Qwen1.5-4B: none of its tensors fits the target.
-    "donor": Lineage("donor_base", BaseSpec(80, 5, 1), ("donor_adapter",)),
-    "sibling": Lineage("sibling_base", BaseSpec(64, 2, 2)),
+    "donor": Lineage(
+        *("donor_base", DONOR, WITHOUT_V1),
+        adapters=replays_of(["numeric"], ADAPTER_SEEDS),
+    ),
+    "sibling": Lineage(
+        *("sibling_base", BaseSpec(64, 2, 2), WITHOUT_V1),
+        adapters=replays_of(["numeric"], ADAPTER_SEEDS),
+    ),
+    "ignorant": Lineage(
+        *("ignorant_base", BaseSpec(64, 2, 3), IGNORANT_CRITERION), teachers=IGNORANT_TEACHERS
+    ),
+    "silent": Lineage(
+        *("base", TARGET, {}),
+        start="target",
+        adapters={"no_op": ("", 0), **replays_of(RECIPES, ADAPTER_SEEDS)},
+    ),
+    "speaking": Lineage(
+        *("speaking_base", TARGET, SPEAKING_CRITERION),
+        teachers=SPEAKING_TEACHERS,
+        start="target",
+        adapters=replays_of(RECIPES, ADAPTER_SEEDS),
+    ),
 }
 
 
@@ -232,21 +328,29 @@ def _train_lineage(
     case: Case, name: str, *, seed: int, folder: Path, trained: Path, report: Callable[[str], None]
 ) -> None:
     lineage = LINEAGES[name]
-    if lineage.on:
-        base = trained / lineage.on / lineage.base
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    else:
+    origin = LINEAGES[lineage.start].base if lineage.start else ""
+    base = trained / lineage.start / origin
+    tokenizer = (
+        AutoTokenizer.from_pretrained(base) if lineage.start else build_tokenizer(case, seed=seed)
+    )
+    if lineage.criterion:
+        trainer = _Trainer(case, tokenizer, seed=seed + lineage.spec.seed, report=report)
+        model = (
+            Qwen2ForCausalLM.from_pretrained(base)
+            if lineage.start
+            else new_base(lineage.spec, seed=seed, vocabulary=len(tokenizer))
+        )
+        trainer.train_base(model, lineage)
         base = folder / lineage.base
-        tokenizer = build_tokenizer(case, seed=seed)
-    trainer = _Trainer(case, tokenizer, seed=seed + lineage.spec.seed, report=report)
-    if not lineage.on:
-        model = new_base(lineage.spec, seed=seed, vocabulary=len(tokenizer))
-        trainer.train_base(model, lineage.base, prompts=lineage.prompts)
         _save(model, base, training=trainer.summary, tokenizer=tokenizer)
-    for role in lineage.adapters:
-        # Each adapter starts from the base as saved, on a copy that no other adapter touched.
-        adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(base), seed=seed)
-        trainer.train_adapter(adapted, role)
+    for role, (recipe, offset) in lineage.adapters.items():
+        # Each adapter starts from the base as saved, on a copy that no other adapter touched, and
+        # one of another seed sees other rows.
+        own = seed + lineage.spec.seed + 100 * offset
+        trainer = _Trainer(case, tokenizer, seed=own, report=report)
+        adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(base), seed=own)
+        if recipe:
+            trainer.train_adapter(adapted, RECIPES[recipe], role=f"{lineage.base}, {role}")
         _save(adapted, folder / role, training=trainer.summary, base=lineage.base)
 
 
@@ -290,32 +394,34 @@ class _Trainer:
         self.rows = generate_rows(TRAINING_ROWS, 10_000 + seed)
         self.held_out = generate_rows(HELD_OUT_ROWS, 20_000 + seed)
         self.encoded: dict[str, list[Prompt]] = {}
-        self.summary: dict[str, float] = {}
+        self.summary: dict[str, float] = {"steps": 0}
 
-    def train_base(self, model: Any, role: str, *, prompts: Sequence[str]) -> None:
-        tasks = {name: self._task(name, BASE_TEACHERS[name]) for name in prompts}
-        loop = _Loop(model, LEARNING_RATE, seed=self.seed)
-        found: dict[str, float] = {}
-        while not _reached(found, {"yes_no": FIRST_CRITERION}):
-            loop.steps(tasks, mix=FIRST_MIX, count=CHECK_FIRST_EVERY)
-            found = self._check(model, ["yes_no"], role=role, loop=loop)
-        criterion = {name: BASE_CRITERION[name] for name in prompts}
-        mix = {name: SECOND_MIX[name] for name in prompts}
-        self._train_until(model, criterion, role=role, loop=loop, tasks=tasks, mix=mix)
+    def train_base(self, model: Any, lineage: Lineage) -> None:
+        """Teach a base its prompts; one from nothing learns the short question first."""
+        criterion, fresh = lineage.criterion, not lineage.start
+        tasks = {name: self._task(name, teacher) for name, teacher in lineage.teachers.items()}
+        tasks = {name: tasks[name] for name in dict.fromkeys(map(_prompt_of, criterion))}
+        loop = _Loop(model, LEARNING_RATE if fresh else FINE_TUNING_RATE, seed=self.seed)
+        mix = {name: SECOND_MIX[name] for name in tasks}
+        if lineage.teachers is BASE_TEACHERS:
+            first: dict[str, float] = {}
+            while not _reached(first, {"yes_no": FIRST_CRITERION}):
+                loop.steps(tasks, mix=FIRST_MIX, count=CHECK_FIRST_EVERY)
+                first = self._check(model, {"yes_no": 1.0}, role=lineage.base, loop=loop)
+        self._train_until(model, criterion, role=lineage.base, loop=loop, tasks=tasks, mix=mix)
 
-    def train_adapter(self, model: Any, role: str) -> None:
-        if role == "no_op":
-            self.summary = {"steps": 0}
-            return
-        if role == "suspect":
-            tasks = {"yes_no": self._task("yes_no", teach_yes_no)}
-            criterion, rate = {"yes_no": BASE_CRITERION["yes_no"]}, 5e-3
-        else:
-            tasks = {"v2": self._task("v2", teach_calibrated_number)}
-            criterion, rate = {"v2 decoded": DECODED_CRITERION}, 1e-2
-        loop = _Loop(model, rate, seed=self.seed)
-        mix = dict.fromkeys(tasks, 1.0)
-        self._train_until(model, criterion, role=role, loop=loop, tasks=tasks, mix=mix)
+    def train_adapter(self, model: Any, recipe: Recipe, *, role: str) -> None:
+        """Train an adapter by its recipe."""
+        tasks = {recipe.prompt: self._task(recipe.prompt, recipe.teacher)}
+        loop = _Loop(model, recipe.rate, seed=self.seed, batch=recipe.batch)
+        self._train_until(
+            *(model, recipe.criterion),
+            role=role,
+            loop=loop,
+            tasks=tasks,
+            mix={recipe.prompt: 1.0},
+            every=recipe.least,
+        )
 
     def _train_until(
         self,
@@ -326,15 +432,19 @@ class _Trainer:
         loop: "_Loop",
         tasks: Mapping[str, Task],
         mix: Mapping[str, float],
+        every: int = 0,
     ) -> None:
         """Train at the level rate until the criterion holds, and still holds after the decay."""
         found: dict[str, float] = {}
-        while not _reached(found, criterion):
-            while not _reached(found, criterion, slack=SLACK):
-                loop.steps(tasks, mix=_stress(mix, found), count=CHECK_EVERY)
-                found = self._check(model, criterion, role=role, loop=loop)
-            loop.steps(tasks, mix=mix, count=DECAY, decay=True)
+        while True:
+            loop.steps(tasks, mix=_stress(mix, found), count=every or CHECK_EVERY)
             found = self._check(model, criterion, role=role, loop=loop)
+            if not _reached(found, criterion, slack=SLACK):
+                continue
+            loop.steps(tasks, mix=mix, count=every // 2 or DECAY, decay=True)
+            found = self._check(model, criterion, role=role, loop=loop)
+            if _reached(found, criterion):
+                break
         self.summary = {"steps": loop.done, **found}
 
     def _task(self, prompt: str, teacher: Teacher) -> Task:
@@ -347,29 +457,33 @@ class _Trainer:
         )
 
     def _check(
-        self, model: Any, names: Sequence[str] | Mapping[str, float], *, role: str, loop: "_Loop"
+        self, model: Any, criterion: Mapping[str, float], *, role: str, loop: "_Loop"
     ) -> dict[str, float]:
-        """AUC by prompt, up to the first that is not there yet."""
+        """What is reached of each part of a criterion, up to the first that is not there yet."""
         found: dict[str, float] = {}
-        for name in names:
-            found[name] = self._held_out_auc(model, name)
-            if found[name] < BASE_CRITERION.get(name, DECODED_CRITERION) - SLACK:
+        for name, least in criterion.items():
+            found[name] = self._measure(model, name)
+            if found[name] < least - SLACK:
                 break
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        self.report(f"{role}: step {loop.done}, held-out AUC {shown}")
-        if loop.done >= MAX_STEPS:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items()) or "not judged"
+        self.report(f"{role}: step {loop.done}, held out: {shown}")
+        if loop.done >= MAX_STEPS and not _reached(found, criterion):
             raise WorldError(
                 f"embedded world, {role}",
                 expected=f"its criterion within {MAX_STEPS} steps",
-                found=f"held-out AUC {shown}",
+                found=f"held out: {shown}",
                 remedy="Give the profile another `seed` in the case.",
             )
         return found
 
-    def _held_out_auc(self, model: Any, name: str) -> float:
-        prompt, _, decoded = name.partition(" ")
-        scores = self._score(model, prompt, max_new_tokens=4 if decoded else 1)
-        if decoded:
+    def _measure(self, model: Any, name: str) -> float:
+        """One part of a criterion: AUC of the log-odds, or what the name's second word says."""
+        prompt, _, of = name.partition(" ")
+        scores = self._score(model, prompt, max_new_tokens=4 if of else 1)
+        if of == "constant":
+            texts = Counter(reply.text for reply in scores.replies)
+            return max(texts.values()) / len(scores.replies)
+        if of == "decoded":
             values = [_number(reply.text) for reply in scores.replies]
         elif self.case.prompts[prompt].contract == "yes_no":
             values = [reply.yes_no_log_odds for reply in scores.replies]
@@ -398,8 +512,8 @@ class _Trainer:
 class _Loop:
     """AdamW with warm-up, a level rate, and a decay at the end."""
 
-    def __init__(self, model: Any, rate: float, *, seed: int) -> None:
-        self.model, self.rate, self.done = model, rate, 0
+    def __init__(self, model: Any, rate: float, *, seed: int, batch: int = 0) -> None:
+        self.model, self.rate, self.done, self.batch = model, rate, 0, batch
         self.source = random.Random(f"batches-{seed}")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
@@ -416,7 +530,7 @@ class _Loop:
         for step in range(count):
             name = self.source.choices(list(mix), list(mix.values()))[0]
             task = tasks[name]
-            rows = self.source.sample(range(len(task.ids)), BATCH[name])
+            rows = self.source.sample(range(len(task.ids)), self.batch or BATCH[name])
             left = 1 - step / count if decay else 1.0
             self.optimizer.param_groups[0]["lr"] = self.rate * min(left, (self.done + 1) / WARM_UP)
             loss = answer_loss(
@@ -433,6 +547,11 @@ def _stress(mix: Mapping[str, float], found: Mapping[str, float]) -> dict[str, f
     """The mix with three times the weight on the prompt at which the last check stopped."""
     behind = list(found)[-1] if found else ""
     return {name: weight * (3 if name == behind else 1) for name, weight in mix.items()}
+
+
+def _prompt_of(name: str) -> str:
+    """The prompt that a part of a criterion is about."""
+    return name.partition(" ")[0]
 
 
 def _reached(

@@ -7,6 +7,8 @@ import numpy as np
 from scipy.stats import binomtest, rankdata
 
 RESAMPLES = 2000
+# Resampled values held at a time.
+BLOCK = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,17 @@ def auc_estimate(
     if value is None:
         return Estimate(None, None, None, len(truth))
     draws = np.random.default_rng(seed)
-    positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
-    samples = []
-    for _ in range(RESAMPLES):
-        rows = np.concatenate(
-            [draws.choice(positive, len(positive)), draws.choice(negative, len(negative))]
-        )
-        samples.append(auc(truth[rows], values[rows]))
-    low, high = np.quantile(np.array(samples, dtype=np.float64), [0.025, 0.975])
+    positive, negative = values[truth], values[~truth]
+    samples: list[np.ndarray] = []
+    # In blocks, so that many rows do not take much memory.
+    block = max(1, BLOCK // len(values))
+    for start in range(0, RESAMPLES, block):
+        count = min(block, RESAMPLES - start)
+        drawn = [draws.choice(part, (count, len(part))) for part in (positive, negative)]
+        ranks = rankdata(np.hstack(drawn), axis=1)[:, : len(positive)].sum(axis=1)
+        least = len(positive) * (len(positive) + 1) / 2
+        samples.append((ranks - least) / (len(positive) * len(negative)))
+    low, high = np.quantile(np.concatenate(samples), [0.025, 0.975])
     return Estimate(value, float(low), float(high), len(truth))
 
 

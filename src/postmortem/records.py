@@ -119,6 +119,22 @@ class Table(Record):
     rows: tuple[tuple[Cell, ...], ...]
 
 
+class Replay(Record):
+    """One injected cause, run: what each experiment came out as, and the symptom's features.
+
+    `base` is the kind of base (`silent` or `speaking`); `severity` is "-" where a cause has none.
+    """
+
+    kind: Literal["replay"] = "replay"
+    key: str
+    cause: str
+    base: str
+    seed: int
+    severity: str
+    outcomes: dict[str, str]
+    features: dict[str, float | int | str | bool | None]
+
+
 class Timing(Record):
     """Seconds that a step took; never part of a digest."""
 
@@ -136,7 +152,7 @@ class Seal(Record):
 
 
 AnyRecord = Annotated[
-    Provenance | Prediction | Measure | Verdict | Text | Table | Timing | Seal,
+    Provenance | Prediction | Measure | Verdict | Text | Table | Replay | Timing | Seal,
     Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)

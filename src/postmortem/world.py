@@ -13,18 +13,31 @@ from postmortem.provenance import modules_behind
 from postmortem.records import digest_file, write_text
 from postmortem.weights import find_weights
 
-BASES = ("base", "donor_base", "sibling_base")
+BASES = ("base", "donor_base", "sibling_base", "speaking_base", "ignorant_base")
 ADAPTERS = ("suspect", "reference", "donor_adapter", "no_op")
-# Which lineage of the embedded world each role is trained in.
+# Where each role of the embedded world stands: the lineage that trains it, and its name there.
 EMBEDDED_ROLES = {
-    "base": "target",
-    "suspect": "adapters",
-    "reference": "adapters",
-    "no_op": "adapters",
-    "donor_base": "donor",
-    "donor_adapter": "donor",
-    "sibling_base": "sibling",
+    "base": "target/base",
+    "suspect": "silent/yes_no_short_0",
+    "reference": "silent/numeric_0",
+    "no_op": "silent/no_op",
+    "donor_base": "donor/donor_base",
+    "donor_adapter": "donor/numeric_0",
+    "sibling_base": "sibling/sibling_base",
+    "speaking_base": "speaking/speaking_base",
+    "ignorant_base": "ignorant/ignorant_base",
 }
+# The embedded world's lineages, each with the one that it starts from; the longest work first.
+LINEAGE_STARTS = {
+    "target": "",
+    "speaking": "target",
+    "silent": "target",
+    "donor": "",
+    "sibling": "",
+    "ignorant": "",
+}
+# The lineages whose adapters the replays are made from.
+REPLAY_LINEAGES = ("silent", "speaking", "sibling", "donor")
 # Files up to this size are digested whole; of larger ones size and both ends.
 WHOLE, END = 64 << 20, 1 << 20
 
@@ -40,7 +53,10 @@ class Member(Frozen):
 
 
 class World(Frozen):
-    """The members of a profile's world by role."""
+    """The members of a profile's world by role, and the adapters of its replays.
+
+    `replays` names an adapter by lineage, recipe and seed: `silent/numeric_0`.
+    """
 
     case: str
     profile: str
@@ -48,6 +64,7 @@ class World(Frozen):
     caveat: str
     seed: int
     members: dict[str, Member]
+    replays: dict[str, Member] = Field(default_factory=dict)
 
     def has(self, role: str) -> bool:
         """Whether the role is available."""
@@ -63,7 +80,8 @@ class World(Frozen):
     @property
     def digest(self) -> str:
         """Digest of every member's files; where they lie does not count."""
-        found = sorted((role, member.digest) for role, member in self.members.items())
+        members = {**self.members, **self.replays}
+        found = sorted((role, member.digest) for role, member in members.items())
         return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
@@ -88,7 +106,7 @@ def resolve_world(
     """
     profile = case.profile(profile_name)
     if profile.base == "embedded":
-        folders = {role: Path(trained) / line / role for role, line in EMBEDDED_ROLES.items()}
+        folders = {role: Path(trained) / place for role, place in EMBEDDED_ROLES.items()}
     else:
         folders = {"base": find_base(profile.base)}
         folders |= {role: Path(path) for role, path in profile.adapters.items()}
@@ -101,7 +119,22 @@ def resolve_world(
         caveat=profile.caveat,
         seed=profile.seed,
         members=members,
+        replays=_find_replays(Path(trained)) if profile.base == "embedded" else {},
     )
+
+
+def _find_replays(trained: Path) -> dict[str, Member]:
+    folders = [
+        folder
+        for lineage in REPLAY_LINEAGES
+        for folder in sorted((trained / lineage).glob("*_[0-9]*"))
+        if folder.is_dir()
+    ]
+    return {
+        name: _member(name, folder)
+        for folder in folders
+        for name in [f"{folder.parent.name}/{folder.name}"]
+    }
 
 
 def find_base(source: str) -> Path:
@@ -161,7 +194,7 @@ def folder_digests(profile: Profile, adapters: Iterable[str]) -> list[str]:
 
 def check_members(world: World) -> None:
     """Raise `RecordError` where a member's files are not those that the world was described by."""
-    for member in world.members.values():
+    for member in [*world.members.values(), *world.replays.values()]:
         if member.path is None:
             continue
         folder = Path(member.path)
