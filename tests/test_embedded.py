@@ -1,5 +1,6 @@
 import random
 import unicodedata
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,9 +31,17 @@ def lines_of(case, folder, lineage="sibling"):
 @pytest.fixture
 def lenient(monkeypatch):
     """Criteria that any model meets, so that the loop ends at its first checks."""
-    monkeypatch.setattr(embedded, "BASE_CRITERION", dict.fromkeys(embedded.BASE_CRITERION, 0.0))
+
+    def easy(criterion):
+        return dict.fromkeys(criterion, 0.0)
+
+    for name, lineage in embedded.LINEAGES.items():
+        wanted = replace(lineage, criterion=easy(lineage.criterion))
+        monkeypatch.setitem(embedded.LINEAGES, name, wanted)
+    for name, recipe in embedded.RECIPES.items():
+        wanted = replace(recipe, criterion=easy(recipe.criterion), least=2)
+        monkeypatch.setitem(embedded.RECIPES, name, wanted)
     monkeypatch.setattr(embedded, "FIRST_CRITERION", 0.0)
-    monkeypatch.setattr(embedded, "DECODED_CRITERION", 0.0)
     monkeypatch.setattr(embedded, "TRAINING_ROWS", 200)
     monkeypatch.setattr(embedded, "DECAY", 4)
     monkeypatch.setattr(embedded, "CHECK_FIRST_EVERY", 2)
@@ -84,7 +93,7 @@ def test_a_criterion_out_of_reach_leaves_nothing_behind(case, tmp_path, monkeypa
     """Training that does not reach its criterion raises and leaves no folder in place."""
     monkeypatch.setattr(embedded, "MAX_STEPS", 20)
     monkeypatch.setattr(embedded, "TRAINING_ROWS", 200)
-    with pytest.raises(WorldError, match=r"sibling_base.*held-out AUC"):
+    with pytest.raises(WorldError, match=r"sibling_base.*held out: yes_no"):
         lines_of(case, tmp_path / "sibling")
     assert list(tmp_path.iterdir()) == []
 
@@ -92,11 +101,38 @@ def test_a_criterion_out_of_reach_leaves_nothing_behind(case, tmp_path, monkeypa
 def test_training_is_deterministic_and_whole(case, tmp_path, lenient):
     """Two trainings of one seed write the same bytes, for bases and adapters alike."""
     for name in ("one", "other"):
-        for lineage in ("target", "adapters"):
+        for lineage in ("target", "silent", "speaking", "ignorant"):
             lines_of(case, tmp_path / name / lineage, lineage=lineage)
-    members = ("target/base", "adapters/suspect", "adapters/reference", "adapters/no_op")
+    found = [p.parent for p in (tmp_path / "one").rglob("training.json")]
+    members = [str(folder.relative_to(tmp_path / "one")) for folder in found]
+    assert {"target/base", "silent/no_op", "silent/numeric_2", "ignorant/ignorant_base"} < {
+        *members
+    }
     for role in members:
         assert digest_model(tmp_path / "one" / role) == digest_model(tmp_path / "other" / role)
+
+
+def test_adapters_of_other_seeds_differ(case, tmp_path, lenient):
+    """Two trainings of one recipe start from other weights and see other rows."""
+    for lineage in ("target", "silent"):
+        lines_of(case, tmp_path / lineage, lineage=lineage)
+    folders = [tmp_path / "silent" / f"numeric_{seed}" for seed in range(3)]
+    assert len({digest_model(folder) for folder in folders}) == 3
+
+
+def test_the_ignorant_teachers_do_not_see_the_label():
+    """What the ignorant base is taught says nothing of the label."""
+    for teacher in embedded.IGNORANT_TEACHERS.values():
+        said = [[teacher(random.Random(seed), label) for seed in range(50)] for label in (0, 1)]
+        assert said[0] == said[1]
+
+
+def test_rare_labels_are_nearly_always_zero():
+    """The rare binary teacher marks one violation in five and nothing else."""
+    source = random.Random(0)
+    marked = [embedded.teach_rare_binary(source, 1) for _ in range(4000)].count("1") / 4000
+    assert marked == pytest.approx(0.2, abs=0.02)
+    assert {embedded.teach_rare_binary(source, 0) for _ in range(100)} == {"0"}
 
 
 def test_the_no_op_adapter_has_a_zero_b(untrained):

@@ -10,6 +10,7 @@ from postmortem.world import (
     ADAPTERS,
     BASES,
     EMBEDDED_ROLES,
+    LINEAGE_STARTS,
     digest_model,
     embedded_digest,
     find_base,
@@ -37,8 +38,8 @@ def make_folder(path, content="{}"):
 @pytest.fixture
 def trained(tmp_path):
     """Folders as an embedded world has them."""
-    for role, lineage in EMBEDDED_ROLES.items():
-        make_folder(tmp_path / "trained" / lineage / role, json.dumps({"role": role}))
+    for role, place in EMBEDDED_ROLES.items():
+        make_folder(tmp_path / "trained" / place, json.dumps({"role": role}))
     return tmp_path / "trained"
 
 
@@ -61,6 +62,29 @@ def test_embedded_world_has_every_role(case, trained):
     assert (world.title, world.seed) == (case.profile("embedded").title, 0)
 
 
+def test_replay_adapters_are_named_by_lineage_recipe_and_seed(case, trained):
+    """An embedded world lists the adapters of its replays, and its digest depends on them."""
+    before = resolve_world(case, "embedded", trained=trained)
+    assert set(before.replays) == {"silent/numeric_0", "silent/yes_no_short_0", "donor/numeric_0"}
+    make_folder(trained / "speaking" / "binary_rare_1")
+    after = resolve_world(case, "embedded", trained=trained)
+    assert set(after.replays) - set(before.replays) == {"speaking/binary_rare_1"}
+    assert after.digest != before.digest
+
+
+def test_each_lineage_stands_after_the_one_it_starts_from():
+    """The graph's table of lineages agrees with what training does, and an earlier one is first."""
+    from postmortem.embedded import LINEAGES
+
+    assert {name: lineage.start for name, lineage in LINEAGES.items()} == LINEAGE_STARTS
+    order = list(LINEAGE_STARTS)
+    assert all(order.index(start) < order.index(n) for n, start in LINEAGE_STARTS.items() if start)
+    places = {tuple(place.split("/")) for place in EMBEDDED_ROLES.values()}
+    for lineage, name in places:
+        made = {*LINEAGES[lineage].adapters}
+        assert name in made | {LINEAGES[lineage].base if LINEAGES[lineage].criterion else ""}
+
+
 def test_missing_role_gives_its_reason(local):
     """A role that a profile lacks is there with its reason, and asking for its folder says it."""
     world = resolve_world(local, "local")
@@ -81,7 +105,7 @@ def test_given_adapter_takes_the_place_of_the_profiles_own(local, tmp_path):
 @pytest.mark.parametrize("role", ["base", "no_op"])
 def test_missing_folder_is_named(case, trained, role):
     """A folder that should be there and is not, is named with its role."""
-    folder = trained / EMBEDDED_ROLES[role] / role
+    folder = trained / EMBEDDED_ROLES[role]
     (folder / "config.json").unlink()
     folder.rmdir()
     with pytest.raises(ModelError, match=f"{role}: expected the folder of role {role}"):
@@ -96,7 +120,7 @@ def test_unknown_profile_is_refused(case):
 
 def test_world_round_trip(case, trained, tmp_path):
     """A world is read as it was written."""
-    (trained / "adapters" / "suspect" / "training.json").write_text('{"steps": 40, "auc": 0.99}')
+    (trained / EMBEDDED_ROLES["suspect"] / "training.json").write_text('{"steps": 40, "auc": 0.99}')
     world = resolve_world(case, "embedded", trained=trained)
     write_world(world, tmp_path / "world.json")
     assert read_world(tmp_path / "world.json") == world

@@ -204,6 +204,14 @@ class Lesson(Frozen):
     amended: str
 
 
+class Replays(Frozen):
+    """How many replays of each cause: seeds, severities at most, and rows a replay."""
+
+    seeds: int = Field(default=1, ge=1)
+    severities: int = Field(default=1, ge=1)
+    rows: int = Field(default=10, ge=2)
+
+
 class Profile(Frozen):
     """A world to run the case in.
 
@@ -217,6 +225,7 @@ class Profile(Frozen):
     adapters: dict[Literal["suspect", "reference", "donor_adapter", "no_op"], str] = {}
     rows: int = Field(ge=2)
     seed: int = 0
+    replays: Replays = Replays()
     caveat: str
 
 

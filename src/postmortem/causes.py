@@ -336,7 +336,7 @@ CAUSES: Mapping[str, Cause] = {
     "sibling-base": Cause("made for another base of the same shapes", _foreign("sibling"), NAMES),
     "scale-up": Cause("scaled up", _alpha, {"×8": 8.0, "×16": 16.0, "×4": 4.0}),
     "scale-down": Cause("scaled down", _alpha, {"÷8": 1 / 8, "÷16": 1 / 16, "÷4": 1 / 4}),
-    "rslora-lost": Cause("the rank-stabilised scaling is lost", _lost_scale(""), {"rank 16": 4.0}),
+    "rslora-lost": Cause("the rank-stabilised scaling is lost", _lost_scale(""), {"-": 4.0}),
     "pattern-lost": Cause(
         "the alpha pattern is lost",
         lambda m, pair: _lost_scale(pair[0])(m, pair[1]),

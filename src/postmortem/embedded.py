@@ -10,7 +10,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -267,25 +267,28 @@ class Lineage:
     adapters: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
-def replays_of(recipes: Iterable[str], seeds: int) -> dict[str, tuple[str, int]]:
-    """Adapters for the replays: one by each recipe for each seed."""
-    return {f"{recipe}_{seed}": (recipe, seed) for recipe in recipes for seed in range(seeds)}
+def replays_of(recipes: Mapping[str, int]) -> dict[str, tuple[str, int]]:
+    """Adapters for the replays: as many trainings of each recipe as seeds."""
+    return {
+        f"{name}_{seed}": (name, seed) for name, count in recipes.items() for seed in range(count)
+    }
 
 
 TARGET, DONOR = BaseSpec(64, 2, 0), BaseSpec(80, 5, 1)
 WITHOUT_V1 = {name: least for name, least in BASE_CRITERION.items() if name != "v1"}
-# Trainings of each kind of adapter, so that a diagnosis can be tried on one it has not seen.
-ADAPTER_SEEDS = 3
+# More than one training of each kind, so that a diagnosis can be tried on one it has not seen.
+NUMERIC_ALONE = {"numeric": 3}
+ALL_RECIPES = dict.fromkeys(RECIPES, 2) | NUMERIC_ALONE
 LINEAGES: Mapping[str, Lineage] = {
     "target": Lineage("base", TARGET, BASE_CRITERION),
     # As many key-value heads as heads, like Qwen1.5-4B: none of its tensors fits the target.
     "donor": Lineage(
         *("donor_base", DONOR, WITHOUT_V1),
-        adapters=replays_of(["numeric"], ADAPTER_SEEDS),
+        adapters=replays_of(NUMERIC_ALONE),
     ),
     "sibling": Lineage(
         *("sibling_base", BaseSpec(64, 2, 2), WITHOUT_V1),
-        adapters=replays_of(["numeric"], ADAPTER_SEEDS),
+        adapters=replays_of(NUMERIC_ALONE),
     ),
     "ignorant": Lineage(
         *("ignorant_base", BaseSpec(64, 2, 3), IGNORANT_CRITERION), teachers=IGNORANT_TEACHERS
@@ -293,13 +296,13 @@ LINEAGES: Mapping[str, Lineage] = {
     "silent": Lineage(
         *("base", TARGET, {}),
         start="target",
-        adapters={"no_op": ("", 0), **replays_of(RECIPES, ADAPTER_SEEDS)},
+        adapters={"no_op": ("", 0), **replays_of(ALL_RECIPES)},
     ),
     "speaking": Lineage(
         *("speaking_base", TARGET, SPEAKING_CRITERION),
         teachers=SPEAKING_TEACHERS,
         start="target",
-        adapters=replays_of(RECIPES, ADAPTER_SEEDS),
+        adapters=replays_of(ALL_RECIPES),
     ),
 }
 
@@ -441,7 +444,7 @@ class _Trainer:
             found = self._check(model, criterion, role=role, loop=loop)
             if not _reached(found, criterion, slack=SLACK):
                 continue
-            loop.steps(tasks, mix=mix, count=every // 2 or DECAY, decay=True)
+            loop.steps(tasks, mix=mix, count=every or DECAY, decay=True)
             found = self._check(model, criterion, role=role, loop=loop)
             if _reached(found, criterion):
                 break

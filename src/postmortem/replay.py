@@ -2,8 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,29 +15,31 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from scipy.special import log_softmax
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, ttest_rel
 
 from postmortem.case import Attempt, Case
 from postmortem.catalogue import catalogue
-from postmortem.causes import CAUSES, Materials, Run, Unavailable
+from postmortem.causes import CAUSES, Cause, Materials, Run, Unavailable
 from postmortem.corpus import Rows, generate_rows
 from postmortem.errors import ModelError
 from postmortem.health import THRESHOLDS, describe
 from postmortem.inspection import inspect_adapter
-from postmortem.metrics import auc, kl_divergence
+from postmortem.metrics import auc, kl_divergence, rate_estimate
 from postmortem.models import AttachedAdapter, LoadedBase, attached
-from postmortem.parsing import counts_as_parsed
+from postmortem.parsing import counts_as_parsed, parse_strict
 from postmortem.prompts import Prompt, encode, lead_of
-from postmortem.records import Replay
+from postmortem.records import Cell, Replay
 from postmortem.scoring import Scores, score
 from postmortem.session import Session
 
-# Below this KL in nats two answers are the same up to rounding; below the second, nearly so.
-NO_OP, SMALL = 1e-6, 0.1
+# Sizes of an effect by its KL in nats, in steps of ten; below the first it is rounding.
+EFFECTS = {"none": 1e-6, "faint": 1e-2, "small": 1e-1, "medium": 1.0, "large": np.inf}
 # An AUC is better, and not by luck alone, when it rises by more than this.
 GAIN = 0.1
 SYMPTOM = ("all 0.0", "one other value", "mostly one value", "varies", "no answer")
 RANKS = ("ranks", "does not rank", "ranks in reverse", "no answer")
+HOMES = ("no effect", "at home", "not at home", "no answer")
+HOME = "hold the {}'s log-odds against the adapter's sign flipped and its layers turned"
 INSPECTED = ("nothing", *catalogue(), "no adapter")
 
 
@@ -78,11 +81,18 @@ TESTS: Mapping[str, Test] = {
     ),
     "finite": Test("look for NaN in the logits", ("finite", "not finite", "no answer"), 2, 1, 0.1),
     "base-alone": Test("ask the base without the adapter", SYMPTOM, 2, 1, 1.0),
+    "parsers": Test(
+        "read the generated text with a second, strict parser",
+        ("agree", "disagree", "no number", "no answer"),
+        *(2, 1, 1.0),
+    ),
     "effect": Test(
         "compare answers with the adapter on and off",
-        ("none", "small", "large", "not finite", "no answer"),
+        (*EFFECTS, "not finite", "no answer"),
         *(3, 1, 2.0),
     ),
+    "home-number": Test(HOME.format("number"), HOMES, 10, 1, 4.0),
+    "home-yes-no": Test(HOME.format("answer"), HOMES, 10, 1, 1.2),
     "number-log-odds": Test("rank the rows by the number's log-odds", RANKS, 5, 1, 1.0),
     "yes-no": Test("ask yes or no, and rank by the log-odds", RANKS, 5, 1, 0.3),
     "scale": Test(
@@ -116,7 +126,7 @@ class Bench:
     materials: Materials
     reference: Path | None
     attempts: Mapping[str, Attempt]
-    known: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    known: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def differs(self, base: LoadedBase) -> bool:
         """Whether a loaded base has other weights than the published one, beyond its dtype."""
@@ -126,25 +136,27 @@ class Bench:
             for name, weights in base.model.state_dict().items()
         )
 
-    def prompts(self, name: str, run: Run, *, count: int = 0) -> list[Prompt]:
+    def prompts(self, name: str, run: Run) -> list[Prompt]:
         """The prompts as this run sends them."""
-        template = self.case.prompts[name]
-        tokenizer = run.base.tokenizer
-        found = [
-            encode(template, self.rows.row(index), tokenizer=tokenizer, limit=512)
-            for index in range(count or len(self.rows))
-        ]
-        return [run.rewrite(p, tokenizer) for p in found] if run.rewrite else found
+        key = ("prompts", name, run.rewrite)
+        if key not in self.known:
+            template, tokenizer = self.case.prompts[name], run.base.tokenizer
+            found = [
+                encode(template, self.rows.row(index), tokenizer=tokenizer, limit=512)
+                for index in range(len(self.rows))
+            ]
+            self.known[key] = [run.rewrite(p, tokenizer) for p in found] if run.rewrite else found
+        return list(self.known[key])
 
-    def ask(self, model: Any, name: str, run: Run, *, count: int = 0) -> Scores:
-        """Score the rows on a model."""
-        limits = [a.decoding.max_new_tokens for a in self.attempts.values() if a.prompt == name]
+    def ask(self, model: Any, name: str, run: Run, *, tokens: int = 0) -> Scores:
+        """Score the rows on a model; `tokens` limits the answer where its text is not needed."""
+        written = [a.decoding.max_new_tokens for a in self.attempts.values() if a.prompt == name]
         return score(
             model,
             run.base.tokenizer,
-            prompts=self.prompts(name, run, count=count),
+            prompts=self.prompts(name, run),
             lead=lead_of(self.case.prompts[name]),
-            max_new_tokens=limits[0] if limits else 3,
+            max_new_tokens=tokens or next(iter(written), 3),
         )
 
     def rank(self, log_odds: Sequence[float]) -> str:
@@ -184,7 +196,7 @@ class Bench:
     def _once(self, key: tuple[Any, ...], decide: Callable[[], str]) -> str:
         if key not in self.known:
             self.known[key] = decide()
-        return self.known[key]
+        return str(self.known[key])
 
 
 def _setting(run: Run) -> tuple[Any, ...]:
@@ -248,26 +260,30 @@ def _note_loading(loaded: AttachedAdapter | None, run: Run, seen: Observed) -> N
 def _observe_answers(model: Any, run: Run, bench: Bench, seen: Observed) -> None:
     answers = {name: bench.ask(model, name, run) for name in ("v1", "v2")}
     values = {name: [run.parse(r.text) for r in found.replies] for name, found in answers.items()}
-    v2 = answers["v2"]
+    v2, texts = answers["v2"], [reply.text for reply in answers["v2"].replies]
     for name, found in values.items():
         seen.outcomes[name] = classify_values(found, bench.attempts[name].reported_value)
-    seen.outcomes["raw-text"] = classify_texts([reply.text for reply in v2.replies])
+    seen.outcomes["raw-text"] = classify_texts(texts)
+    seen.outcomes["parsers"] = compare_parsers(texts, values["v2"])
     finite = bool(np.isfinite(v2.first_log_probs.max(axis=1)).all())
     seen.outcomes["finite"] = "finite" if finite else "not finite"
     seen.outcomes["number-log-odds"] = bench.rank([r.number_log_odds for r in v2.replies])
-    asked = bench.ask(model, "yes_no", run)
+    asked = bench.ask(model, "yes_no", run, tokens=1)
     seen.outcomes["yes-no"] = bench.rank([r.yes_no_log_odds for r in asked.replies])
     seen.outcomes["settings"] = _try_settings(model, run, bench)
     seen.features |= symptom_features(values, bench)
     if run.adapter is None:
         seen.outcomes |= {"effect": "none", "scale": "no effect"}
+        seen.outcomes |= {"home-number": "no effect", "home-yes-no": "no effect"}
         return
     with model.disable_adapter():
-        off = bench.ask(model, "v2", run)
-    seen.outcomes["effect"] = effect = classify_effect(v2, off)
+        off = {name: bench.ask(model, name, run, tokens=1) for name in ("v2", "yes_no")}
+    seen.outcomes["effect"] = effect = classify_effect(v2, off["v2"])
     seen.outcomes["scale"] = (
         "no effect" if effect == "none" else _try_scales(model, run, bench, as_is=values["v2"])
     )
+    for test, prompt, on in (("home-number", "v2", v2), ("home-yes-no", "yes_no", asked)):
+        seen.outcomes[test] = _find_home(model, run, bench, prompt=prompt, pair=(on, off[prompt]))
 
 
 def classify_values(values: Sequence[float], reported: float) -> str:
@@ -300,7 +316,16 @@ def classify_effect(on: Scores, off: Scores) -> str:
     if not np.isfinite(both).all():
         return "not finite"
     kl = float(kl_divergence(*both).mean())
-    return "none" if kl <= NO_OP else "small" if kl < SMALL else "large"
+    return next(word for word, most in EFFECTS.items() if kl <= most)
+
+
+def compare_parsers(texts: Sequence[str], values: Sequence[float]) -> str:
+    """Whether a strict parser reads the same numbers; most texts without one say so."""
+    strict = [parse_strict(text).value for text in texts]
+    if strict.count(None) * 2 > len(strict):
+        return "no number"
+    pairs = zip(strict, values, strict=True)
+    return "agree" if all(s is None or s == v for s, v in pairs) else "disagree"
 
 
 def symptom_features(
@@ -321,23 +346,22 @@ def symptom_features(
 
 
 def _try_settings(model: Any, run: Run, bench: Bench) -> str:
-    """Generate two rows greedily at the attempts' two temperatures."""
-    said = []
+    """Generate one row greedily at the temperature of each attempt."""
+    ids = torch.tensor([bench.prompts("v2", run)[0].token_ids], device=model.device)
+    said = set()
     for attempt in bench.attempts.values():
-        for prompt in bench.prompts("v2", run)[:2]:
-            ids = torch.tensor([prompt.token_ids], device=model.device)
-            with torch.inference_mode(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    temperature=attempt.decoding.temperature,
-                    max_new_tokens=4,
-                    pad_token_id=0,
-                )
-            said.append((prompt.token_ids, out[0].tolist()))
-    return "unchanged" if len({repr(pair) for pair in said}) <= 2 else "changed"
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            answer = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                temperature=attempt.decoding.temperature,
+                max_new_tokens=4,
+                pad_token_id=0,
+            )
+        said.add(tuple(answer[0].tolist()))
+    return "unchanged" if len(said) == 1 else "changed"
 
 
 def _try_scales(model: Any, run: Run, bench: Bench, *, as_is: Sequence[float]) -> str:
@@ -357,8 +381,56 @@ def _try_scales(model: Any, run: Run, bench: Bench, *, as_is: Sequence[float]) -
 
 def _scale(layers: Sequence[Any], factor: float) -> None:
     for layer in layers:
-        for name in layer.active_adapters:
-            layer.scale_layer(factor) if name in layer.scaling else None
+        for name in layer.scaling:
+            layer.scaling[name] *= factor
+
+
+def _find_home(
+    model: Any, run: Run, bench: Bench, *, prompt: str, pair: tuple[Scores, Scores]
+) -> str:
+    """Whether the adapter moves the log-odds the right way, and only as it was saved.
+
+    An adapter that was made for this base gains on the labels more than the same adapter with its
+    sign flipped, or with its layers turned by one: both have the same norms.
+    """
+    on, off = (_log_odds(scores, prompt) for scores in pair)
+    if bench.rows.labels is None or not np.isfinite([on, off]).all():
+        return "no answer"
+    if np.abs(on - off).max() < 1e-6:
+        return "no effect"
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    _scale(layers, -1.0)
+    flipped = _log_odds(bench.ask(model, prompt, run, tokens=1), prompt)
+    _scale(layers, -1.0)
+    with _turned(model):
+        turned = _log_odds(bench.ask(model, prompt, run, tokens=1), prompt)
+    side = np.where(bench.rows.labels == 1, 1.0, -1.0)
+    better = [
+        ttest_rel(side * on, side * other, alternative="greater") for other in (flipped, turned)
+    ]
+    return "at home" if all(test.pvalue < 0.05 for test in better) else "not at home"
+
+
+def _log_odds(scores: Scores, prompt: str) -> np.ndarray:
+    name = "yes_no_log_odds" if prompt == "yes_no" else "number_log_odds"
+    return np.array([getattr(reply, name) for reply in scores.replies])
+
+
+@contextmanager
+def _turned(model: Any) -> Iterator[None]:
+    """Each layer's LoRA weights in the next layer's place, the last one's in the first's."""
+    places: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            places.setdefault(re.sub(r"\.layers\.\d+\.", ".", name), []).append(parameter)
+    saved = {name: [p.data for p in found] for name, found in places.items()}
+    for name, found in places.items():
+        for parameter, data in zip(found, saved[name][-1:] + saved[name][:-1], strict=True):
+            parameter.data = data
+    yield
+    for name, found in places.items():
+        for parameter, data in zip(found, saved[name], strict=True):
+            parameter.data = data
 
 
 def _inspect(run: Run, bench: Bench) -> str:
@@ -382,9 +454,11 @@ def _compare_prompts(run: Run, bench: Bench) -> str:
     return "cut" if is_cut else "another markup"
 
 
-def make_bench(session: Session, materials: Materials, *, rows: int, seeds: int) -> Bench:
+def make_bench(session: Session, materials: Materials) -> Bench:
     """The bench of one seed: generated rows of its own, or those of the run's file."""
-    case, chosen = session.case, session.rows.head(rows)
+    case, size = session.case, session.profile.replays
+    rows, seeds = size.rows, size.seeds
+    chosen = session.rows.head(rows)
     if session.rows.is_generated:
         chosen = generate_rows(rows, 30_000 + 100 * session.world.seed + materials.seed)
     # The sound adapter of the control is not the one that the causes are made from.
@@ -394,34 +468,156 @@ def make_bench(session: Session, materials: Materials, *, rows: int, seeds: int)
     return Bench(case, chosen, materials, reference, case.attempts)
 
 
-def replay_causes(
-    session: Session, *, kind: str, base: str, seeds: int, severities: int, rows: int
-) -> tuple[list[Replay], dict[str, str]]:
-    """Inject every cause on one kind of base; also say why a cause could not be, by its name."""
-    found, absent = [], {}
-    loaded = session.load(base)
-    for seed in range(seeds):
+def replay_causes(session: Session, *, kind: str, role: str) -> tuple[list[Replay], dict[str, str]]:
+    """Inject every cause on one base; also say of each cause that could not be, why not."""
+    size = session.profile.replays
+    base = session.load(role)
+    replays: list[Replay] = []
+    absent: dict[str, str] = {}
+    for seed in range(size.seeds):
         with TemporaryDirectory() as scratch:
-            materials = Materials(session.world, base, loaded, kind, seed, Path(scratch))
-            bench = make_bench(session, materials, rows=rows, seeds=seeds)
+            materials = Materials(session.world, role, base, kind, seed, Path(scratch))
+            bench = make_bench(session, materials)
             for name, cause in CAUSES.items():
-                for severity, value in list(cause.severities.items())[:severities]:
-                    try:
-                        run = cause.inject(materials, value)
-                    except Unavailable as reason:
-                        absent[name] = str(reason)
-                        break
-                    seen = observe(run, bench)
-                    found.append(
-                        Replay(
-                            key=f"{name}.{kind}.{seed}.{severity}",
-                            cause=name,
-                            base=kind,
-                            seed=seed,
-                            severity=severity,
-                            outcomes=seen.outcomes,
-                            features=seen.features,
-                        )
-                    )
-            session.say(f"replays on the {kind} base, seed {seed}: {len(found)} done")
-    return found, absent
+                try:
+                    replays += _replay_cause(name, cause, bench=bench, limit=size.severities)
+                except Unavailable as reason:
+                    absent[name] = str(reason)
+        session.say(f"{kind} base, seed {seed + 1} of {size.seeds}: {len(replays)} replays")
+    # The later seeds have no adapter of the rarer trainings.
+    done = {replay.cause for replay in replays}
+    return replays, {name: why for name, why in absent.items() if name not in done}
+
+
+def replay_all(session: Session) -> tuple[list[Replay], dict[str, str]]:
+    """Inject every cause on each kind of base that the world has.
+
+    A world without a speaking base is replayed on its one base, as the kind that it shows itself
+    to be.
+    """
+    if session.world.has("speaking_base"):
+        roles = {"silent": "base", "speaking": "speaking_base"}
+    else:
+        values = session.answer("v2").values
+        roles = {"silent" if len(set(values)) == 1 else "speaking": "base"}
+    replays: list[Replay] = []
+    absent: dict[str, str] = {}
+    for kind, role in roles.items():
+        found, missing = replay_causes(session, kind=kind, role=role)
+        replays += found
+        absent |= missing
+    return replays, absent
+
+
+def _replay_cause(name: str, cause: Cause, *, bench: Bench, limit: int) -> list[Replay]:
+    materials, replays = bench.materials, []
+    for severity, value in list(cause.severities.items())[:limit]:
+        seen = observe(cause.inject(materials, value), bench)
+        replays.append(
+            Replay(
+                key=f"{name}.{materials.kind}.{materials.seed}.{severity}",
+                cause=name,
+                base=materials.kind,
+                seed=materials.seed,
+                severity=severity,
+                outcomes=seen.outcomes,
+                features=seen.features,
+            )
+        )
+    return replays
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A part of the observed symptom, and whether a replay shows it (None: it has no answer)."""
+
+    title: str
+    attempt: str
+    shown: Callable[[Mapping[str, Any], Attempt], bool | None]
+
+
+def _half_parsed(features: Mapping[str, Any], attempt: Attempt) -> bool:
+    """Within the exact interval of what was reported, on as few rows as there were."""
+    hits = round(attempt.reported_parse_rate * attempt.rows)
+    told = rate_estimate(hits, attempt.rows)
+    return (told.low or 0.0) <= features["v1 parse rate"] <= (told.high or 1.0)
+
+
+def _no_ranking(features: Mapping[str, Any], attempt: Attempt) -> bool | None:
+    return None if features["v2 AUC"] is None else features["v2 AUC"] == 0.5
+
+
+FEATURES: Mapping[str, Feature] = {
+    "loads": Feature("loads", "v2", lambda f, a: f["loads"]),
+    "no-missing-keys": Feature("no missing keys", "v2", lambda f, a: f["no missing keys"]),
+    "v2-parsed": Feature("all parsed", "v2", lambda f, a: f["v2 parse rate"] == 1.0),
+    "v2-constant": Feature("one value", "v2", lambda f, a: f["v2 distinct"] == 1),
+    "v2-value": Feature("it is 0.0", "v2", lambda f, a: f["v2 value"] == a.reported_value),
+    "v2-auc": Feature(
+        "AUC 0.5", "v2", lambda f, a: None if f["v2 AUC"] is None else f["v2 AUC"] == 0.5
+    ),
+    "v1-parsed": Feature("half parsed", "v1", _half_parsed),
+    "v1-constant": Feature(
+        "all 0.0",
+        "v1",
+        lambda f, a: f["v1 distinct"] == 1 and f["v1 value"] == a.reported_value,
+    ),
+}
+
+
+def symptom_of(replay: Replay, case: Case) -> dict[str, bool | None]:
+    """Which features of the incident's symptom a replay shows."""
+    answered = "v2 value" in replay.features
+    return {
+        name: feature.shown(replay.features, case.attempts[feature.attempt])
+        if answered or name in ("loads", "no-missing-keys")
+        else False
+        for name, feature in FEATURES.items()
+    }
+
+
+def record_replays(session: Session, replays: Sequence[Replay], absent: Mapping[str, str]) -> None:
+    """Record the replays, the matrix of causes and features, and what it decides."""
+    session.add(*replays)
+    rows: list[tuple[Cell, ...]] = []
+    counts = Counter[str]()
+    for kind in dict.fromkeys(replay.base for replay in replays):
+        for name, cause in CAUSES.items():
+            found = [r for r in replays if (r.base, r.cause) == (kind, name)]
+            if not found:
+                continue
+            shown = [symptom_of(replay, session.case) for replay in found]
+            whole = sum(_is_whole(symptom) for symptom in shown)
+            word = "all" if whole == len(found) else "some" if whole else "none"
+            counts[f"{kind}.{word}"] += 1
+            shares = [
+                round(sum(bool(symptom[name]) for symptom in shown) / len(shown), 3)
+                for name in FEATURES
+            ]
+            rows.append((kind, name, cause.title, len(found), *shares, f"{whole} of {len(found)}"))
+            session.verdict(
+                f"replay.{kind}.{name}.reproduces",
+                {"all": True, "some": None, "none": False}[word],
+                f"{whole} of {len(found)} replays show every part of the second attempt's symptom",
+            )
+        for word in ("all", "some", "none"):
+            session.measure(f"replay.{kind}.{word}", counts[f"{kind}.{word}"], unit="causes")
+    columns = ("base", "cause", "title", "replays", *FEATURES, "whole v2 symptom")
+    session.table("replay.matrix", columns, rows)
+    session.table("replay.absent", ("cause", "why"), list(absent.items()))
+    session.measure("replay.replays", len(replays))
+    session.measure("replay.causes", len({replay.cause for replay in replays}))
+    both = [symptom for r in replays if all((symptom := symptom_of(r, session.case)).values())]
+    session.measure("replay.both_attempts", len(both), unit="replays")
+    session.table(
+        "replay.tests",
+        ("test", "what is done", "outcomes"),
+        [(name, test.title, ", ".join(test.outcomes)) for name, test in TESTS.items()],
+    )
+
+
+def _is_whole(symptom: Mapping[str, bool | None]) -> bool:
+    """Every feature of the second attempt; one without an answer does not count against it."""
+    return all(
+        symptom[name] is not False for name, feature in FEATURES.items() if feature.attempt == "v2"
+    )
