@@ -54,9 +54,15 @@ def untrained(case, tmp_path_factory):
 @pytest.fixture(scope="session")
 def untrained_world(case, untrained):
     """The untrained folders as a world."""
+    from postmortem.embedded import RECIPES
     from postmortem.world import ADAPTERS, BASES, World, _member
 
     members = {role: _member(role, untrained / role) for role in (*BASES, *ADAPTERS)}
+    stand_ins = {"donor/numeric_0": "donor_adapter", "sibling/numeric_0": "suspect"}
+    for kind in ("silent", "speaking"):
+        stand_ins |= {f"{kind}/{recipe}_0": "reference" for recipe in RECIPES}
+        stand_ins[f"{kind}/numeric_1"] = "suspect"
+    replays = {name: _member(name, untrained / role) for name, role in stand_ins.items()}
     return World(
         case=case.name,
         profile="embedded",
@@ -64,4 +70,5 @@ def untrained_world(case, untrained):
         caveat="None.",
         seed=0,
         members=members,
+        replays=replays,
     )

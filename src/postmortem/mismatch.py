@@ -155,6 +155,7 @@ def refit_adapter(source: Path, target: Any, *, folder: Path) -> Path:
 
 
 def _shapes_on(model: Any, config: LoraConfig) -> Mapping[str, torch.Size]:
+    config.base_model_name_or_path = model.name_or_path
     adapted = get_peft_model(model, config)
     state = adapted.state_dict()
     adapted.unload()

@@ -427,10 +427,12 @@ def _turned(model: Any) -> Iterator[None]:
     for name, found in places.items():
         for parameter, data in zip(found, saved[name][-1:] + saved[name][:-1], strict=True):
             parameter.data = data
-    yield
-    for name, found in places.items():
-        for parameter, data in zip(found, saved[name], strict=True):
-            parameter.data = data
+    try:
+        yield
+    finally:
+        for name, found in places.items():
+            for parameter, data in zip(found, saved[name], strict=True):
+                parameter.data = data
 
 
 def _inspect(run: Run, bench: Bench) -> str:
@@ -471,7 +473,7 @@ def make_bench(session: Session, materials: Materials) -> Bench:
 def replay_causes(session: Session, *, kind: str, role: str) -> tuple[list[Replay], dict[str, str]]:
     """Inject every cause on one base; also say of each cause that could not be, why not."""
     size = session.profile.replays
-    base = session.load(role)
+    base = session.base if role == "base" else session.load(role)
     replays: list[Replay] = []
     absent: dict[str, str] = {}
     for seed in range(size.seeds):

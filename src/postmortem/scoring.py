@@ -99,10 +99,10 @@ def score(
 def number_read_outs(log_probs: np.ndarray) -> tuple[float, float]:
     """Expected value over the eleven answers and its log-odds, from their log-probabilities.
 
-    Both sums run in log space, so no probability saturates to 0 or 1.
+    Both sums run in log space, so no probability saturates to 0 or 1; NaN gives NaN.
     """
     values = np.array([float(text) for text in NUMBERS])
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         high = np.logaddexp.reduce(log_probs + np.log(values))
         low = np.logaddexp.reduce(log_probs + np.log1p(-values))
     log_odds = float(high - low)
