@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.special import logsumexp
 
 from postmortem.errors import DiagnosisError
 from postmortem.likelihoods import (
@@ -281,13 +280,12 @@ def sensitivity(ledger: Ledger, priors: Mapping[str, Prior]) -> dict[str, Span]:
 
 def normalise(logs: np.ndarray) -> np.ndarray:
     """Logarithms of weights, shifted so that the weights of the last axis sum to one."""
-    return logs - logsumexp(logs, axis=-1, keepdims=True)
+    return logs - np.logaddexp.reduce(logs, axis=-1, keepdims=True)
 
 
 def _within(logs: np.ndarray, members: np.ndarray) -> np.ndarray:
     """Log of the summed weights of each group of hypotheses; the groups become the last axis."""
-    groups = [np.where(own, logs, -np.inf) for own in members]
-    return np.stack([logsumexp(group, axis=-1) for group in groups], axis=-1)
+    return np.logaddexp.reduce(np.where(members, logs[..., None, :], -np.inf), axis=-1)
 
 
 def _log_odds(logs: np.ndarray, members: np.ndarray) -> np.ndarray:

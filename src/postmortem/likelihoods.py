@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
-from scipy.special import expit, logsumexp
+from scipy.special import expit
 
 from postmortem.errors import DiagnosisError
 from postmortem.records import Replay
@@ -206,8 +206,9 @@ def memberships(likelihoods: Likelihoods, labels: Labels) -> tuple[tuple[str, ..
         if hypothesis not in labels:
             raise DiagnosisError("the labels", expected=f"one for {hypothesis}", found="none")
     each = [labels[hypothesis] for hypothesis in likelihoods.hypotheses]
-    names = tuple(dict.fromkeys(each))
-    return names, np.array([[name == label for label in each] for name in names])
+    places = {name: place for place, name in enumerate(dict.fromkeys(each))}
+    codes = np.array([places[name] for name in each])
+    return tuple(places), codes == np.arange(len(places))[:, None]
 
 
 def separation(
@@ -232,7 +233,9 @@ def separation(
     logs = outcomes @ np.log(likelihoods.probabilities).T
     _, members = memberships(likelihoods, by_cause(likelihoods))
     shares = np.log(members.sum(axis=1))
-    by = np.stack([logsumexp(logs[:, :, own], axis=2) for own in members], axis=2) - shares
+    by = (
+        np.stack([np.logaddexp.reduce(logs[:, :, own], axis=2) for own in members], axis=2) - shares
+    )
     truth = members.argmax(axis=0)
     own = by[:, np.arange(len(truth)), truth]
     right = expit(own[:, :, None] - by).mean(axis=0)

@@ -124,17 +124,17 @@ def plan(
 
     `labels` says which answer each hypothesis is: the cause, its group, the kind of base, or any
     other. The information is about the answer, exact over the joint outcomes of the experiments
-    planned before. Candidates are the experiments not observed yet, or those named. An experiment
-    that does not fit in the `minutes` left is skipped; the plan ends where nothing gains more than
-    `SMALL_GAIN`. No step is dominated: no other candidate gains at least as much for no more
-    minutes. It is greedy: two experiments that say something only together are not found. The order
-    is fixed beforehand; with a new outcome, plan again.
+    planned before. Candidates are the experiments not observed yet, or those of them that are
+    named. An experiment that does not fit in the `minutes` left is skipped; the plan ends where
+    nothing gains more than `SMALL_GAIN`. No step is dominated: no other candidate gains at least as
+    much for no more minutes. It is greedy: two experiments that say something only together are not
+    found. The order is fixed beforehand; with a new outcome, plan again.
     """
     table = ledger.likelihoods
-    if candidates is not None:
-        _check_path(ledger, list(candidates))
-    names = table.blocks if candidates is None else candidates
-    open_ = [e for e in table.experiments if e.name in names and e.name not in ledger.observed]
+    named = set(table.blocks if candidates is None else candidates)
+    for name in named:
+        table.experiment(name)
+    open_ = [e for e in table.experiments if e.name in named - set(ledger.observed)]
     start = branches = _start(ledger, labels)
     steps: list[Step] = []
     spent = 0.0
