@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from replays import WORDS, experiment, ledgers, replay, table
+from replays import UNHURRIED, WORDS, experiment, ledgers, replay, table
 
 from postmortem.diagnosis import Ledger, Prior, sensitivity
 from postmortem.errors import DiagnosisError
@@ -37,12 +37,14 @@ def brute_force(ledger):
     return [weight / sum(weights) for weight in weights]
 
 
+@UNHURRIED
 @given(ledger=ledgers())
 def test_posterior_is_prior_times_likelihoods(ledger):
     """The posterior of each hypothesis is its prior times the likelihoods, normalised."""
     assert ledger.weights == pytest.approx(np.array(brute_force(ledger)), abs=1e-12)
 
 
+@UNHURRIED
 @given(ledger=ledgers())
 def test_marginals_sum(ledger):
     """Hypotheses, causes and kinds of base each sum to one, and a cause to its hypotheses."""
@@ -58,6 +60,7 @@ def test_marginals_sum(ledger):
         assert ledger.marginal(by_cause(ledger.likelihoods))[cause] == found.value
 
 
+@UNHURRIED
 @given(ledger=ledgers(), data=st.data())
 def test_order_of_evidence_does_not_matter(ledger, data):
     """Evidence in another order gives the same beliefs, intervals and groups."""
@@ -68,6 +71,7 @@ def test_order_of_evidence_does_not_matter(ledger, data):
     assert found.samples == pytest.approx(expected.samples)
 
 
+@UNHURRIED
 @given(ledger=ledgers(), words=st.integers(2, 3), data=st.data())
 def test_same_likelihood_for_all_changes_nothing(ledger, words, data):
     """An experiment that all hypotheses answer alike changes no belief and gives zero bits."""
@@ -84,6 +88,7 @@ def test_same_likelihood_for_all_changes_nothing(ledger, words, data):
     assert all(one is None or one == pytest.approx(0.0, abs=1e-9) for one in last.weights.values())
 
 
+@UNHURRIED
 @given(ledger=ledgers(causes=(2, 4), bases=(1, 1)))
 def test_removed_evidence_gives_back_its_likelihood_ratio(ledger):
     """Without one outcome the log odds of two causes differ by exactly its log likelihood ratio."""
@@ -98,6 +103,7 @@ def test_removed_evidence_gives_back_its_likelihood_ratio(ledger):
         assert change == pytest.approx(own[0] - own[1], abs=1e-9)
 
 
+@UNHURRIED
 @given(ledger=ledgers())
 def test_zero_prior_stays_zero(ledger):
     """A cause without prior has no posterior, whatever is observed, and no weight of evidence."""
@@ -109,6 +115,7 @@ def test_zero_prior_stays_zero(ledger):
             assert all(cause not in group for group in ledger.not_told_apart(draws=20))
 
 
+@UNHURRIED
 @given(ledger=ledgers())
 def test_names_do_not_matter(ledger):
     """Other names of the causes give the same results under those names."""
@@ -125,6 +132,7 @@ def test_names_do_not_matter(ledger):
     )
 
 
+@UNHURRIED
 @given(ledger=ledgers(causes=(2, 4)))
 def test_account_adds_up(ledger):
     """Weights of evidence sum to the change of each cause's log odds; bits are not negative."""
@@ -179,6 +187,14 @@ def test_interval_shrinks_with_replays():
         assert one.n == found.replays
         widths.append(one.high - one.low)
     assert widths[0] > 2 * widths[1] > 4 * widths[2]
+
+
+def test_interval_holds_its_value():
+    """A belief far into the tail of a skewed distribution is within its own interval."""
+    many = [experiment(f"e{n}") for n in range(30)]
+    found = table(many, {"a": [(1, 0)] * 30, "b": [(1, 2)] * 30})
+    one = Ledger(found, {e.name: "yes" for e in many}).posterior().causes["a"]
+    assert 0 < one.low <= one.value <= one.high
 
 
 def test_prior_of_a_cause_is_its_own():
@@ -283,6 +299,23 @@ def test_observed_evidence_tells_apart_or_does_not():
     assert Ledger(SEPARATED).not_told_apart() == (("no-op", "sibling", "healthy"),)
 
 
+def test_small_factor_is_not_apart_however_sure():
+    """Causes whose Bayes factor is surely 2 are not told apart; at 4 they are."""
+    rows = {"a": [(60_000, 40_000)], "b": [(80_000, 20_000)], "c": [(90_000, 10_000)]}
+    groups = Ledger(table([CONTROL], rows), {"control": "yes"}).not_told_apart()
+    assert groups == (("a",), ("b", "c"))
+
+
+def test_large_factor_of_few_replays_is_not_apart():
+    """Causes with a large Bayes factor are not told apart from one replay each; from 50 they are."""
+    two = [CONTROL, experiment("two")]
+    for times, groups in ((1, (("b", "a"),)), (50, (("b",), ("a",)))):
+        found = table(two, {"a": [(times, 0)] * 2, "b": [(0, times)] * 2})
+        ledger = Ledger(found, {"control": "yes", "two": "yes"})
+        assert ledger.account()[0].weights["b"] > 0.4
+        assert ledger.not_told_apart() == groups
+
+
 def test_chain_of_neighbours_is_not_one_group():
     """Causes whose likelihood falls step by step are not all one group."""
     rows = {f"c{n}": [(100 - 24 * n, 24 * n)] for n in range(5)}
@@ -293,6 +326,7 @@ def test_chain_of_neighbours_is_not_one_group():
     assert all("c0" not in group for group in groups[:-1])
 
 
+@UNHURRIED
 @given(ledger=ledgers())
 def test_groups_of_observed_part_the_causes(ledger):
     """Each cause with a prior is in exactly one group."""
