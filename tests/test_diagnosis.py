@@ -307,7 +307,7 @@ def test_small_factor_is_not_apart_however_sure():
 
 
 def test_large_factor_of_few_replays_is_not_apart():
-    """Causes with a large Bayes factor are not told apart from one replay each; from 50 they are."""
+    """A large Bayes factor from one replay each does not tell causes apart; from 50 it does."""
     two = [CONTROL, experiment("two")]
     for times, groups in ((1, (("b", "a"),)), (50, (("b",), ("a",)))):
         found = table(two, {"a": [(times, 0)] * 2, "b": [(0, times)] * 2})
