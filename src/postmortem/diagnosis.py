@@ -151,7 +151,7 @@ class Ledger:
         _ = self.log_prior, self.columns
 
     def observe(self, experiment: str, outcome: str) -> "Ledger":
-        """The ledger with one more outcome."""
+        """The ledger with one more outcome, or another one of an experiment seen before."""
         return replace(self, observed={**self.observed, experiment: outcome})
 
     @cached_property
