@@ -11,6 +11,7 @@ from postmortem.records import (
     Measure,
     Prediction,
     Provenance,
+    Replay,
     Seal,
     Table,
     Text,
@@ -54,6 +55,15 @@ PREDICTION = {
     "number_log_odds": -2.197,
     "yes_no_log_odds": -30.5,
 }
+REPLAY = Replay(
+    key="no-op/silent/0",
+    cause="no-op",
+    base="silent",
+    seed=0,
+    severity="-",
+    outcomes={"base alone": "same"},
+    features={"share": 1.0, "unique": 1, "text": "0.0", "parsed": True, "auc": None},
+)
 EACH = [
     Prediction(**PREDICTION),
     Measure(key="v1.auc", value=0.5, low=0.25, high=1e-07, n=10, unit="AUC"),
@@ -61,6 +71,7 @@ EACH = [
     Verdict(key="v1.parsed", verdict="holds", because="It does."),
     Text(key="v1.text", text="two\nlines, \x00, \u2028, \x85, 👍, {rule}, <|im_end|>, \\u001f"),
     Table(key="v1.table", columns=("a", "b"), rows=((1, 1.0), (True, None), ("x", ""))),
+    REPLAY,
     Timing(key="load base", seconds=1.25),
 ]
 # Each example overwrites the same file before it reads it.
@@ -74,6 +85,16 @@ RECORDS = st.one_of(
     st.builds(Timing, key=KEYS, seconds=NUMBERS),
     st.builds(Verdict, key=KEYS, verdict=st.just("refuted"), because=st.text()),
     st.builds(Table, key=KEYS, columns=st.tuples(st.text()), rows=st.lists(st.tuples(CELLS))),
+    st.builds(
+        Replay,
+        key=KEYS,
+        cause=KEYS,
+        base=KEYS,
+        seed=st.integers(0, 9),
+        severity=KEYS,
+        outcomes=st.dictionaries(st.text(), st.text(), max_size=3),
+        features=st.dictionaries(st.text(), CELLS, max_size=3),
+    ),
     st.builds(
         lambda text, value, ids: Prediction(
             **PREDICTION | {"text": text, "number_log_odds": value, "token_ids": ids}
@@ -183,7 +204,7 @@ def test_unfinished_run_is_told(sealed):
     """A file without its seal is told as a run that did not finish."""
     lines = sealed.read_text(encoding="utf-8").split("\n")
     sealed.write_text("\n".join(lines[:-2]) + "\n", encoding="utf-8")
-    refuse(sealed, "found 8 line.* the run did not finish")
+    refuse(sealed, "found 9 line.* the run did not finish")
 
 
 def test_moved_lines_are_refused(sealed):
@@ -247,9 +268,10 @@ def test_times_and_host_are_not_in_the_digest():
         lambda x: Prediction(**PREDICTION | {"number_log_odds": x}),
         lambda x: Prediction(**PREDICTION | {"strict_value": x}),
         lambda x: Table(key="k", columns=("a",), rows=((1,), (x,))),
+        lambda x: REPLAY.model_copy(update={"features": {"share": 1.0, "auc": x}}),
         lambda x: Timing(key="k", seconds=x),
     ],
-    ids=["value", "interval", "log-odds", "strict value", "table", "seconds"],
+    ids=["value", "interval", "log-odds", "strict value", "table", "features", "seconds"],
 )
 def test_what_is_not_finite_is_not_written(tmp_path, make, number):
     """A number that JSON cannot hold is refused before the file is written."""

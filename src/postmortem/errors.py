@@ -64,5 +64,9 @@ class RecordError(PostmortemError):
     """A record is missing, incomplete, altered or stale."""
 
 
+class DiagnosisError(PostmortemError):
+    """The replays, the prior or the observations cannot be reasoned from."""
+
+
 class BookError(PostmortemError):
     """The book could not be built from the records."""

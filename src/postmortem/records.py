@@ -120,9 +120,11 @@ class Table(Record):
 
 
 class Replay(Record):
-    """One injected cause, run: what each experiment came out as, and the symptom's features.
+    """One injected cause, run: how each experiment came out, and what the symptom looked like.
 
-    `base` is the kind of base (`silent` or `speaking`); `severity` is "-" where a cause has none.
+    `key` is unique. A hypothesis is the pair of `cause` and `base`, the kind of base, as the same
+    fault looks different on another kind. A cause without degrees has the severity "-". An
+    experiment that was not run is left out of `outcomes`.
     """
 
     kind: Literal["replay"] = "replay"
@@ -132,7 +134,7 @@ class Replay(Record):
     seed: int
     severity: str
     outcomes: dict[str, str]
-    features: dict[str, float | int | str | bool | None]
+    features: dict[str, Cell]
 
 
 class Timing(Record):
@@ -258,7 +260,11 @@ def finite(record: Record) -> Record:
 
     JSON has no NaN, and a page must not show one: what cannot be measured is None with a reason.
     """
-    cells = [cell for row in record.rows for cell in row] if isinstance(record, Table) else []
+    cells: list[Cell] = []
+    if isinstance(record, Table):
+        cells = [cell for row in record.rows for cell in row]
+    elif isinstance(record, Replay):
+        cells = list(record.features.values())
     numbers = [value for value in (*vars(record).values(), *cells) if isinstance(value, float)]
     if not all(map(math.isfinite, numbers)):
         name = getattr(record, "key", None) or getattr(record, "row_id", "")
