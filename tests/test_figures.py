@@ -103,7 +103,7 @@ def make_records(rows: int) -> dict[str, list[Record]]:
     swap = [record for system in systems for record in answers(system, "v2", rows=rows)]
     reads = ("v2.auc_decoded", "v2.auc_number", "yes_no.auc_yes_no")
     refits = ("healthy", "ignored", "truncated", "padded")
-    timing = ("row", "prompt tokens", "seconds")
+    timing = ("row", "tokens", "seconds")
     columns = ("tensor", "on the base", "in the adapter", "fits")
     return runs | {
         "03_shape_mismatch": [

@@ -158,6 +158,14 @@ class ClaimedDate(Frozen):
     releases_source: str = ""
 
 
+class GoodScore(Frozen):
+    """What a good model scores on this task."""
+
+    auc: float = Field(gt=0.5, lt=1)
+    grade: Grade
+    source: str
+
+
 class Contents(Frozen):
     """Usual forms of an adapter whose sizes are held against the sizes on record.
 
@@ -176,7 +184,7 @@ class Forensics(Frozen):
 
     attempt: Identifier
     row_ids: Series[str]
-    labels: Series[Literal[0, 1]]
+    labels: Series[Annotated[int, Field(ge=0, le=1)]]
     submitted: Series[Annotated[float, Field(ge=0, le=1)]]
     prompt_tokens: Series[Annotated[int, Field(ge=1)]]
     log: KernelLog
@@ -184,6 +192,7 @@ class Forensics(Frozen):
     faults: list[LoadFault] = []
     hardware: Hardware
     answer: AnswerLength
+    good_score: GoodScore
     claimed_date: ClaimedDate
     contents: Contents
 

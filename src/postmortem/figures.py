@@ -553,7 +553,7 @@ def _list_row_times(source: Source) -> list[tuple[float, float]]:
     found = next((t for t in tables if t.key == "forensics.row_table"), None)
     if found is None:
         return []
-    places = [found.columns.index(name) for name in ("prompt tokens", "seconds")]
+    places = [found.columns.index(name) for name in ("tokens", "seconds")]
     return [(float(row[places[0]] or 0), float(row[places[1]] or 0)) for row in found.rows]
 
 

@@ -25,6 +25,7 @@ from postmortem.metrics import (
     least_auc,
     mean_estimate,
     perfect_auc_estimate,
+    power_of_rows,
     rate_estimate,
 )
 from postmortem.records import Cell
@@ -38,8 +39,8 @@ CUT = 0.5
 ONE_CLASS = "the labels hold one class alone"
 NO_LINE = "fewer than four rows after the first, or no difference between them"
 LOG = ("seconds", "UTC", "what it says", "grade")
-ROWS = ("row", "label", "submitted", "prompt tokens", "head-room", "seconds")
-FAULTS = ("what could be wrong", "hypothesis", "PEFT at loading", "in the log", "on the record")
+ROWS = ("row", "label", "value", "tokens", "room", "seconds")
+FAULTS = ("what could be wrong", "on the record", "PEFT says", "in the log", "hypothesis")
 SIZES = ("base", "adapts", "rank", "parameters", "MB, 16 bits", "MB, 32 bits", "near the size of")
 
 
@@ -132,7 +133,8 @@ def record_score(session: Session) -> None:
         session,
         measures=[
             *("values_distinct", "auc", "tied_pairs", "accuracy"),
-            *("least_auc", "least_auc_p", "perfect_auc", "perfect_auc_p"),
+            *("least_auc", "least_auc_p", "perfect_auc", "perfect_auc_p", "good_auc", "power"),
+            "perfect_auc_pairs",
         ],
         verdicts=["values_rank"],
     )
@@ -151,8 +153,13 @@ def record_score(session: Session) -> None:
     too_few = "no score of so few rows separates from chance"
     session.measure("forensics.least_auc", least, reason=too_few)
     session.measure("forensics.least_auc_p", chance, reason=too_few)
+    good = facts.good_score.auc
+    power = None if least is None else power_of_rows(good, len(ups), len(downs), least=least)
+    session.measure("forensics.good_auc", good)
+    session.measure("forensics.power", power, reason=too_few)
     perfect = perfect_auc_estimate(len(ups), len(downs))
     session.measure("forensics.perfect_auc", perfect, reason=ONE_CLASS)
+    session.measure("forensics.perfect_auc_pairs", min(len(ups), len(downs)))
     top = 2 * float(chances_of_order(len(ups), len(downs))[-1]) if pairs else None
     session.measure("forensics.perfect_auc_p", top, reason=ONE_CLASS)
     session.verdict(
@@ -213,7 +220,7 @@ def _record_line(session: Session, line: Line | None) -> None:
         f"{key}.follows_prompt",
         line.p_value <= LEVEL and (line.correlation.value or 0) > 0,
         f"over {line.correlation.n} rows the correlation is {line.correlation.value:.3f}, "
-        f"with a p-value of {line.p_value:.2g}",
+        f"with a p-value {_say_chance(line.p_value)}",
     )
 
 
@@ -273,10 +280,10 @@ def record_messages(session: Session) -> None:
         rows.append(
             (
                 fault.fault,
-                fault.hypothesis,
-                message.says if message else "silent",
-                message.times if message else None,
                 {True: "holds", False: "refuted", None: "cannot tell"}[was],
+                message.says if message else "nothing",
+                message.times if message else None,
+                fault.hypothesis,
             )
         )
     session.table("forensics.faults", FAULTS, rows)
@@ -433,6 +440,10 @@ def _judge_size(
     if hits:
         told += f", such as {hits[0].base} with {hits[0].adapts} at rank {hits[0].rank}"
     session.verdict(key, bool(hits), told)
+
+
+def _say_chance(value: float) -> str:
+    return f"of {value:.3f}" if value >= 0.001 else "below 0.001"
 
 
 def _utc(seconds: float) -> datetime:

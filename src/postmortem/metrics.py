@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, linregress, pearsonr, permutation_test, rankdata, t
+from scipy.stats import binomtest, linregress, norm, pearsonr, permutation_test, rankdata, t
 
 RESAMPLES = 2000
 
@@ -87,6 +87,22 @@ def least_auc(
     if not passing:
         return None, None
     return passing[0] / pairs, float(tails[passing[0]])
+
+
+def power_of_rows(
+    true_auc: float, positives: int, negatives: int, *, least: float, seed: int = 0
+) -> Estimate:
+    """Chance that rows of a model of this AUC score at least `least`, by simulation.
+
+    The scores of either class are taken to be normal with equal spread.
+    """
+    draws = np.random.default_rng(seed)
+    shift = np.sqrt(2) * norm.ppf(true_auc)
+    hits = 0
+    for _ in range(RESAMPLES):
+        ups, downs = draws.normal(shift, size=positives), draws.normal(size=negatives)
+        hits += int((ups[:, None] > downs).sum()) >= round(least * positives * negatives)
+    return rate_estimate(hits, RESAMPLES)
 
 
 def perfect_auc_estimate(positives: int, negatives: int) -> Estimate:
