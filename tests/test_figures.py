@@ -330,7 +330,7 @@ def test_the_clock_is_drawn_only_where_a_line_was_fitted() -> None:
 def test_the_clock_keeps_the_first_row_and_the_limit(drawings: list[Drawing]) -> None:
     """The row that warms up is told apart, and the limit of the prompts stands in the figure."""
     shown = texts_of(pick(drawings, "row_time").wide)
-    assert "first row: 0.90 s, above the scale" in shown
+    assert "first row: 0.9 s, above the scale" in shown
     assert "limit 512" in shown
     assert "beside reading: 80 [72, 88] ms" in shown
 

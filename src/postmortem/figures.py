@@ -538,13 +538,13 @@ def draw_row_time(sheet: Sheet, source: Source) -> str:
     _draw_trend(sheet, place, slope=slope, rest=rest, end=max(tokens for tokens, _ in later))
     sheet.marks([place(*row) for row in later], "suspect", size=8.5)
     sheet.marks([place(warm, up.ticks[-1])], "truth", size=8.5)
-    note = f"first row: {slow:.2f} s, above the scale"
+    note = f"first row: {slow:.1f} s, above the scale"
     sheet.note((place(warm, 0)[0] - 10, foot[1] + 4), note, "right")
     sheet.height = foot[0] + 42
     told = "; ".join(f"{tokens:g} tokens {seconds:.2f} s" for tokens, seconds in later)
     return (
         f"Seconds a row against tokens in its prompt, limit {limit:g}. First row, {warm:g} tokens: "
-        f"{slow:.2f} s. Then {told}. Beside reading, {_say_rest(rest)} are left."
+        f"{slow:.1f} s. Then {told}. Beside reading, {_say_rest(rest)} are left."
     )
 
 

@@ -282,8 +282,8 @@ def record_messages(session: Session) -> None:
                 fault.fault,
                 {True: "holds", False: "refuted", None: "cannot tell"}[was],
                 message.says if message else "nothing",
-                message.times if message else None,
-                fault.hypothesis,
+                message.times if message else "",
+                fault.hypothesis or "",
             )
         )
     session.table("forensics.faults", FAULTS, rows)
@@ -353,7 +353,8 @@ def record_dates(session: Session) -> None:
         None if released is None else released <= claimed.day,
         "no one release is known to have loaded the adapter, or not when it came out"
         if released is None
-        else f"the log's warning was printed by PEFT {loader}, which came out on {released}",
+        else f"of released builds only PEFT {loader} prints the log's warning, "
+        f"and it came out on {released}",
     )
 
 

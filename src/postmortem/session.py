@@ -201,7 +201,8 @@ class Session:
         found = [r for r in self.records if isinstance(r, Measure) and r.key.startswith(prefix)]
         rows = [(r.key, r.value, r.low, r.high, r.unit, r.reason) for r in found]
         columns = ["number", "value", "low", "high", "unit", "why not"]
-        return pd.DataFrame(rows, columns=columns).set_index("number")
+        frame = pd.DataFrame(rows, columns=columns, dtype=object).set_index("number")
+        return frame.fillna("")
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
