@@ -1,4 +1,5 @@
 import copy
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ Examples: 0.95, 0.23, 0.78, 0.02
 Your answer (number only):"""
 )
 
+LOGGED = {"grade": "log", "source": "a log"}
 SMALL = {
     "case_version": 1,
     "name": "small",
@@ -91,6 +93,37 @@ SMALL = {
         }
     ],
     "profiles": {"tiny": {"title": "Tiny", "base": "embedded", "rows": 10, "caveat": "Tiny."}},
+    "forensics": {
+        "attempt": "first",
+        "row_ids": {"values": ["1", "2"], **LOGGED},
+        "labels": {"values": [0, 1], **LOGGED},
+        "submitted": {"values": [0.0, 0.5], **LOGGED},
+        "prompt_tokens": {"values": [30, 40], **LOGGED},
+        "log": {
+            "epoch": 1761125244.5,
+            "epoch_at": 1.5,
+            "lines": [{"seconds": 0.5, "says": "It begins."}],
+            "loading": [2.0, 3.0],
+            "ticks": [3.0, 4.0, 5.0],
+            "messages": {"mismatch": {"says": "mismatch", "times": 0}},
+            **LOGGED,
+        },
+        "ignored_flags": "mismatch",
+        "faults": [
+            {"id": "loud", "fault": "f", "hypothesis": "A", "message": "mismatch", **LOGGED},
+            {"id": "silent", "fault": "f", **LOGGED},
+        ],
+        "hardware": {
+            "device": "d",
+            "gigabytes_per_second": 700,
+            "bytes_per_parameter": 2,
+            **LOGGED,
+        },
+        "answer": {"text": "0.0", "tokens": 3, "claimed_tokens": 2, **LOGGED},
+        "good_score": {"auc": 0.9, **LOGGED},
+        "claimed_date": {"day": date(2024, 10, 22), **LOGGED},
+        "contents": {"other_bases": [], "ranks": [8], "target_modules": {"q": ["q_proj"]}},
+    },
 }
 
 
@@ -361,6 +394,57 @@ def test_digest_follows_the_prompt(shipped):
     assert case_digest(reworded) == case_digest(shipped) != case_digest(changed)
 
 
+def test_forensics_may_be_left_out(tmp_path):
+    """A case of which no log or file survives has no forensic section, and loads."""
+    others = {key: value for key, value in SMALL.items() if key != "forensics"}
+    assert load_case(write_text(tmp_path, yaml.safe_dump(others))).forensics is None
+
+
+def test_forensic_facts_count_in_the_digest(shipped):
+    """A changed fact makes the records stale."""
+    facts = shipped.forensics
+    changed = facts.model_copy(update={"ignored_flags": "size-mismatch"})
+    assert case_digest(shipped.model_copy(update={"forensics": changed})) != case_digest(shipped)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected", "found"),
+    [
+        ("labels.values", [0], "2 values, as many as row_ids", "1"),
+        ("labels.values", [0, 2], "less than or equal to 1", "2"),
+        ("labels.values", [0, True], "a valid integer", "True"),
+        ("submitted.values", [0.0, 0.5, 0.5], "2 values", "3"),
+        ("submitted.values", [0.0, 1.5], "less than or equal to 1", "1.5"),
+        ("prompt_tokens.values", [], "at least 1 item", "[]"),
+        ("prompt_tokens.values", [30, 0], "greater than or equal to 1", "0"),
+        ("row_ids.values", ["1", "1"], "distinct ids", "['1', '1']"),
+        ("row_ids.values", ["\u202e\n", "\u202e\n"], "distinct ids", r"'\u202e\n'"),
+        ("log.ticks", [3.0, 4.0], "3 times", "2"),
+        ("log.ticks", [3.0, 4.0, 4.0], "times that rise", "[3.0, 4.0, 4.0]"),
+        ("log.ticks", [-3.0, 4.0, 5.0], "greater than or equal to 0", "-3.0"),
+        ("log.ticks", [3.0, 4.0, float("nan")], "finite", "nan"),
+        ("log.loading", [3.0, 2.0], "times that rise", "[3.0, 2.0]"),
+        ("log.loading", [3.0], "at least 2 items", "[3.0]"),
+        ("log.epoch", 1e18, "less than or equal to", "1e+18"),
+        ("attempt", "second", "one of first", "'second'"),
+        ("ignored_flags", "flags", "one of mismatch", "'flags'"),
+        ("faults.0.message", "flags", "one of mismatch", "'flags'"),
+        ("faults.0.hypothesis", "B", "one of A", "'B'"),
+        ("faults.1.id", "loud", "distinct ids", "['loud', 'loud']"),
+        ("claimed_date.day", "2024-13-01", "date", "'2024-13-01'"),
+        ("good_score.auc", 1.0, "less than 1", "1.0"),
+    ],
+)
+def test_bad_forensic_fact_is_explained(tmp_path, key, value, expected, found):
+    """Lists of unlike lengths, times that do not rise and names of nothing are refused by key."""
+    parts = (int(part) if part.isdigit() else part for part in key.split("."))
+    error = refuse(write_with(tmp_path, ("forensics", *parts), value))
+    assert "key `forensics." in error.subject
+    assert key.split(".")[0] in error.subject
+    assert expected in error.expected
+    assert found in error.found
+
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates()
 VALUES = st.recursive(
     SCALARS,
@@ -377,6 +461,10 @@ PLACES = st.sampled_from(
         ("attempts", "first", "decoding"),
         ("hypotheses", 0),
         ("profiles", "tiny", "adapters"),
+        ("forensics",),
+        *(("forensics", key) for key in SMALL["forensics"]),
+        ("forensics", "log", "ticks"),
+        ("forensics", "faults", 0),
         ("unknown",),
     ]
 )

@@ -89,7 +89,7 @@ def interval(key: str, value: float) -> Measure:
 
 
 def make_records(rows: int) -> dict[str, list[Record]]:
-    """Records of the four notebooks, a few rows each."""
+    """Records of the notebooks that have figures, a few rows each."""
     runs = {
         stem: [
             *answers("suspect", prompt, rows=rows),
@@ -103,6 +103,7 @@ def make_records(rows: int) -> dict[str, list[Record]]:
     swap = [record for system in systems for record in answers(system, "v2", rows=rows)]
     reads = ("v2.auc_decoded", "v2.auc_number", "yes_no.auc_yes_no")
     refits = ("healthy", "ignored", "truncated", "padded")
+    timing = ("row", "tokens", "seconds")
     columns = ("tensor", "on the base", "in the adapter", "fits")
     return runs | {
         "03_shape_mismatch": [
@@ -112,6 +113,16 @@ def make_records(rows: int) -> dict[str, list[Record]]:
         "04_adapter_swap": [
             *swap,
             *(interval(f"swap.{system}.{read}", 0.7) for system in systems for read in reads),
+        ],
+        "08_forensics": [
+            Table(
+                key="forensics.row_table",
+                columns=timing,
+                rows=(("1", 370, 0.9), *((str(n), 280 + 30 * n, 0.2 + 0.01 * n) for n in range(8))),
+            ),
+            Measure(key="forensics.prompt_limit", value=512),
+            interval("forensics.timing.per_token", 0.5),
+            interval("forensics.timing.beside_reading", 0.08),
         ],
     }
 
@@ -295,7 +306,33 @@ def test_run_speaks_where_the_base_does_not() -> None:
     files = make_files()
     drawn, reasons = draw_all({stem: files[stem] for stem in STEMS[:3]}, make_case())
     assert "suspect, prompt v2" in pick(drawn, "says_and_knows").alt
-    assert reasons.keys() == {"hero", "swap_values", "swap_auc"}
+    assert reasons.keys() == {"hero", "swap_values", "swap_auc", "row_time"}
+
+
+def test_the_clock_is_drawn_only_where_a_line_was_fitted() -> None:
+    """Without times, or with too few of them for a line, the figure says so."""
+
+    def unfitted(record: Record) -> Record:
+        if isinstance(record, Measure) and record.key.startswith("forensics.timing"):
+            return record.model_copy(update={"value": None, "low": None, "high": None})
+        return record
+
+    def emptied(record: Record) -> Record:
+        found = isinstance(record, Table) and record.key == "forensics.row_table"
+        return record.model_copy(update={"rows": ()}) if found else record
+
+    for change in (unfitted, emptied):
+        _, reasons = draw_all(make_files(change=change), make_case())
+        assert reasons.keys() == {"row_time"}
+        assert "no log on record" in reasons["row_time"]
+
+
+def test_the_clock_keeps_the_first_row_and_the_limit(drawings: list[Drawing]) -> None:
+    """The row that warms up is told apart, and the limit of the prompts stands in the figure."""
+    shown = texts_of(pick(drawings, "row_time").wide)
+    assert "first row: 0.9 s, above the scale" in shown
+    assert "limit 512" in shown
+    assert "beside reading: 80 [72, 88] ms" in shown
 
 
 @pytest.mark.parametrize("rows", [1, 2, 1500])

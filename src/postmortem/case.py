@@ -4,8 +4,10 @@ import hashlib
 import re
 import reprlib
 from collections.abc import Hashable
+from datetime import date
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -16,6 +18,10 @@ from postmortem.errors import CaseError
 Grade = Literal["artefact", "log", "recollection", "measured"]
 Verdict = Literal["holds", "refuted", "cannot tell", "not available"]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
+Value = TypeVar("Value")
+# Of a run; and since 1970, up to the year 9999, the last that a date can name.
+Seconds = Annotated[float, Field(ge=0, le=10_000_000)]
+Epoch = Annotated[float, Field(ge=0, le=253_402_000_000)]
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # PyYAML's own constructors raise bare errors on a scalar such as 2025-13-45 or !!int "".
 SCALAR_ERRORS = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
@@ -66,6 +72,129 @@ class TrueSize(Frozen):
     donors: list[str]
     rank: int = Field(default=16, ge=1)
     target_modules: list[str]
+
+
+class Series(Frozen, Generic[Value]):
+    """Values on record, one a row of the attempt; exact tests bound how many there can be."""
+
+    values: list[Value] = Field(min_length=1, max_length=200)
+    grade: Grade
+    source: str
+
+
+class LogLine(Frozen):
+    """What a line of the log says, in our words, `seconds` after the kernel started."""
+
+    seconds: Seconds
+    says: str
+
+
+class Message(Frozen):
+    """A message that a library can print, and how many times the log shows it."""
+
+    says: str
+    times: int = Field(ge=0)
+
+
+class KernelLog(Frozen):
+    """A kernel's log; all `seconds` count from its start.
+
+    `epoch` is the clock that it shows, in seconds since 1970, and `epoch_at` when that line comes.
+    `loading` is when loading began and ended; `ticks` are the start of the first row and the end
+    of each. `messages` lists those that were looked for, the absent ones among them.
+    """
+
+    epoch: Epoch
+    epoch_at: Seconds
+    lines: list[LogLine]
+    loading: list[Seconds] = Field(min_length=2, max_length=2)
+    ticks: list[Seconds] = Field(min_length=2, max_length=201)
+    messages: dict[Identifier, Message]
+    grade: Grade
+    source: str
+
+
+class LoadFault(Frozen):
+    """Something that can be wrong with an adapter, and the message that loading it prints.
+
+    Without a `message` it loads silently. `hypothesis` is the explanation that it belongs to.
+    """
+
+    id: Identifier
+    fault: str
+    hypothesis: str | None = None
+    message: Identifier | None = None
+    grade: Grade
+    source: str
+
+
+class Hardware(Frozen):
+    """The device: no decoding step is faster than one reading of the weights from its memory."""
+
+    device: str
+    gigabytes_per_second: float = Field(gt=0)
+    bytes_per_parameter: int = Field(ge=1)
+    grade: Grade
+    source: str
+
+
+class AnswerLength(Frozen):
+    """Tokens of a text in the base's vocabulary, end of turn not counted, and the claimed ones."""
+
+    text: str
+    tokens: int = Field(ge=1)
+    claimed_tokens: int = Field(ge=1)
+    grade: Grade
+    source: str
+
+
+class ClaimedDate(Frozen):
+    """The day that the write-up gives, and the days on which releases of PEFT came out."""
+
+    day: date
+    grade: Grade
+    source: str
+    peft_releases: dict[str, date] = {}
+    releases_source: str = ""
+
+
+class GoodScore(Frozen):
+    """What a good model scores on this task."""
+
+    auc: float = Field(gt=0.5, lt=1)
+    grade: Grade
+    source: str
+
+
+class Contents(Frozen):
+    """Usual forms of an adapter whose sizes are held against the sizes on record.
+
+    Each set of `target_modules` is taken at each rank; `whole_modules` are saved entire, beside
+    the smallest of these.
+    """
+
+    other_bases: list[str]
+    ranks: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    target_modules: dict[str, list[str]] = Field(min_length=1)
+    whole_modules: list[str] = []
+
+
+class Forensics(Frozen):
+    """What survives of one attempt beside its prompt: its log, its file, and what they imply."""
+
+    attempt: Identifier
+    row_ids: Series[str]
+    labels: Series[Annotated[int, Field(ge=0, le=1)]]
+    submitted: Series[Annotated[float, Field(ge=0, le=1)]]
+    prompt_tokens: Series[Annotated[int, Field(ge=1)]]
+    log: KernelLog
+    ignored_flags: Identifier
+    faults: list[LoadFault] = []
+    hardware: Hardware
+    answer: AnswerLength
+    good_score: GoodScore
+    claimed_date: ClaimedDate
+    contents: Contents
 
 
 class Columns(Frozen):
@@ -240,6 +369,7 @@ class Case(Frozen):
     systems: Systems
     loading_warning: LoadingWarning | None = None
     true_size: TrueSize | None = None
+    forensics: Forensics | None = None
     columns: Columns = Columns()
     prompts: dict[Identifier, PromptTemplate]
     attempts: dict[Identifier, Attempt]
@@ -298,6 +428,7 @@ def load_case(path: str | Path) -> Case:
 def case_digest(case: Case) -> str:
     """Digest of what can change a number; prose and notes do not count."""
     names = {"name", "true_size", "loading_warning", "columns", "prompts", "attempts", "profiles"}
+    names.add("forensics")
     declared = {"name", "config", "declared_megabytes"}
     systems = dict.fromkeys(Systems.model_fields, declared)
     parts = case.model_dump_json(include={**dict.fromkeys(names, True), "systems": systems})
@@ -373,6 +504,8 @@ def _check_references(path: Path, case: Case) -> None:
                 expected=f"one of {', '.join(case.prompts)}",
                 found=repr(attempt.prompt),
             )
+    if case.forensics is not None:
+        _check_forensics(path, case, facts=case.forensics)
     for kind in ("observations", "evidence", "hypotheses", "claims", "lessons"):
         ids = [item.id for item in getattr(case, kind)]
         repeated = sorted({id_ for id_ in ids if ids.count(id_) > 1})
@@ -380,3 +513,40 @@ def _check_references(path: Path, case: Case) -> None:
             raise CaseError(
                 f"{path}, key `{kind}`", expected="distinct ids", found=f"{repeated[0]!r} twice"
             )
+
+
+def _check_forensics(path: Path, case: Case, *, facts: Forensics) -> None:
+    """Lists must agree in length, times must rise, and names must name something."""
+    rows, log = len(facts.row_ids.values), facts.log
+
+    def refuse(key: str, expected: str, found: object) -> CaseError:
+        subject = f"{path}, key `forensics.{key}`"
+        return CaseError(subject, expected=expected, found=_shorten(found))
+
+    for name in ("labels", "submitted", "prompt_tokens"):
+        count = len(getattr(facts, name).values)
+        if count != rows:
+            raise refuse(f"{name}.values", f"{rows} values, as many as row_ids", count)
+    if len(set(facts.row_ids.values)) != rows:
+        raise refuse("row_ids.values", "distinct ids", facts.row_ids.values)
+    if len(log.ticks) != rows + 1:
+        expected = f"{rows + 1} times: a start and the end of each of {rows} rows"
+        raise refuse("log.ticks", expected, len(log.ticks))
+    for name, times in (("ticks", log.ticks), ("loading", log.loading)):
+        if any(later <= earlier for earlier, later in pairwise(times)):
+            raise refuse(f"log.{name}", "times that rise", times)
+    if facts.attempt not in case.attempts:
+        raise refuse("attempt", f"one of {', '.join(case.attempts)}", facts.attempt)
+    named = {"ignored_flags": facts.ignored_flags}
+    named |= {f"faults.{n}.message": f.message for n, f in enumerate(facts.faults) if f.message}
+    for key, message in named.items():
+        if message not in log.messages:
+            raise refuse(key, f"one of {', '.join(log.messages)}", message)
+    hypotheses = [hypothesis.id for hypothesis in case.hypotheses]
+    for number, fault in enumerate(facts.faults):
+        if fault.hypothesis is not None and fault.hypothesis not in hypotheses:
+            expected = f"one of {', '.join(hypotheses)}"
+            raise refuse(f"faults.{number}.hypothesis", expected, fault.hypothesis)
+    ids = [fault.id for fault in facts.faults]
+    if len(set(ids)) != len(ids):
+        raise refuse("faults", "distinct ids", ids)

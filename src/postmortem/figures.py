@@ -24,11 +24,13 @@ from postmortem.sheet import (
     Sheet,
     Strip,
     clean,
+    draw_axis,
     dress_svg,
     say_auc,
     say_measure,
     say_nats,
     say_number,
+    say_tick,
     split_by_truth,
 )
 
@@ -37,6 +39,7 @@ SHOWN = 10  # the rows shown one by one: as many as the incident had
 V1, V2, MISMATCH, SWAP = "01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adapter_swap"
 SYSTEMS = {"base": "base alone", "suspect": "suspect", "reference": "reference"}
 ABSENT = "not available in this profile"
+FORENSICS = "08_forensics"
 NOT_CHANCES = "Chances of rivals sum to at most 100 %: these are not probabilities."
 LOG_ODDS = "number_log_odds"
 NO_LABELS = "the rows came without labels"
@@ -507,6 +510,77 @@ def _label_end(
     sheet.text((at, 254), f"sum {total:g} %", anchor, bold=True)
 
 
+def draw_row_time(sheet: Sheet, source: Source) -> str:
+    """Time of each row against its prompt's tokens, up to the limit, and what reading leaves."""
+    measures, rows = source.measures(FORENSICS), _list_row_times(source)
+    slope = measures.get("forensics.timing.per_token")
+    rest = measures.get("forensics.timing.beside_reading")
+    if not rows or slope is None or rest is None:
+        raise NotDrawable("no log on record that times at least five rows")
+    limit = float(measures["forensics.prompt_limit"].value or 0)
+    (warm, slow), *later = rows
+    across = Scale(_ticks(0, max(limit, *(tokens for tokens, _ in rows))), say_tick)
+    up = Scale(_ticks(0, max(seconds for _, seconds in later)), say_number)
+    left, foot = (36.0, sheet.width - 14.0), (282.0, 36.0)
+
+    def place(tokens: float, seconds: float) -> Point:
+        return across.place(tokens, left), up.place(seconds, foot)
+
+    sheet.text((0, BODY), "Seconds a row", bold=True)
+    for tick in up.ticks:
+        sheet.note((left[0] - 9, up.place(tick, foot) + 4), up.form(tick), "right")
+        sheet.line((left[0] - 4, up.place(tick, foot)), place(0, tick), ink="muted")
+    sheet.line(place(0, 0), place(0, up.ticks[-1]), ink="muted")
+    draw_axis(sheet, across, left, y=foot[0])
+    sheet.note((left[1], foot[0] + 36), "tokens in the prompt", "right")
+    sheet.line((place(limit, 0)[0], 30), place(limit, 0), ink="ink", width=1.4)
+    sheet.note((place(limit, 0)[0] - 6, 28), f"limit {limit:g}", "right", ink="ink")
+    _draw_trend(sheet, place, slope=slope, rest=rest, end=max(tokens for tokens, _ in later))
+    sheet.marks([place(*row) for row in later], "suspect", size=8.5)
+    sheet.marks([place(warm, up.ticks[-1])], "truth", size=8.5)
+    note = f"first row: {slow:.1f} s, above the scale"
+    sheet.note((place(warm, 0)[0] - 10, foot[1] + 4), note, "right")
+    sheet.height = foot[0] + 42
+    told = "; ".join(f"{tokens:g} tokens {seconds:.2f} s" for tokens, seconds in later)
+    return (
+        f"Seconds a row against tokens in its prompt, limit {limit:g}. First row, {warm:g} tokens: "
+        f"{slow:.1f} s. Then {told}. Beside reading, {_say_rest(rest)} are left."
+    )
+
+
+def _list_row_times(source: Source) -> list[tuple[float, float]]:
+    tables = source.files[FORENSICS].of(Table)
+    found = next((t for t in tables if t.key == "forensics.row_table"), None)
+    if found is None:
+        return []
+    places = [found.columns.index(name) for name in ("tokens", "seconds")]
+    return [(float(row[places[0]] or 0), float(row[places[1]] or 0)) for row in found.rows]
+
+
+def _draw_trend(
+    sheet: Sheet,
+    place: Callable[[float, float], Point],
+    *,
+    slope: Measure,
+    rest: Measure,
+    end: float,
+) -> None:
+    """Draw the fitted line from no tokens on, and the interval of where it starts."""
+    start = rest.value or 0.0
+    sheet.line(
+        place(0, start), place(end, start + end * (slope.value or 0.0) / 1000), ink="suspect"
+    )
+    x, y = place(0, start)
+    low, high = (place(0, edge or 0.0)[1] for edge in (rest.low, rest.high))
+    sheet.box((x - 4, high), (8, low - high), ink="suspect", alpha=0.4)
+    sheet.marks([(x, y)], "suspect", size=6)
+    sheet.note((x + 16, y + 22), f"beside reading: {_say_rest(rest)}", ink="ink")
+
+
+def _say_rest(rest: Measure) -> str:
+    return f"{say_measure(rest, lambda seconds: f'{1000 * seconds:.0f}')} ms"
+
+
 FIGURES: dict[str, Callable[[Sheet, Source], str]] = {
     "hero": draw_hero,
     "stages": draw_stages,
@@ -516,4 +590,5 @@ FIGURES: dict[str, Callable[[Sheet, Source], str]] = {
     "swap_values": draw_swap_values,
     "swap_auc": draw_swap_auc,
     "confidences": draw_confidences,
+    "row_time": draw_row_time,
 }

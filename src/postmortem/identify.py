@@ -22,6 +22,9 @@ _SPLITTERS = {
     "model_type": "biases or norms saved with the adapter",
 }
 
+# Bytes of a parameter in the dtypes that adapters are saved in; float16 takes as many as bfloat16.
+BYTES = {"float32": 4, "bfloat16": 2}
+
 Conflict = tuple[str, str, str]  # The tensor, what the base has, what the adapter has.
 
 

@@ -9,14 +9,13 @@ from postmortem.archaeology import date_config, date_warning, span
 from postmortem.case import System
 from postmortem.catalogue import SIZE_TOLERANCE, Entry, catalogue
 from postmortem.faults import reproduce
-from postmortem.identify import Identification, identify, measure
+from postmortem.identify import BYTES, Identification, identify, measure
 from postmortem.inspection import Inspection, inspect_adapter
 from postmortem.mismatch import write_adapter
 from postmortem.session import Session
 from postmortem.sources import open_source
 from postmortem.world import ADAPTERS, role_name
 
-BYTES = {"float32": 4, "bfloat16": 2}
 CATALOGUE_COLUMNS = (
     *("id", "title", "severity", "symptom", "cause", "what settles it", "remedy", "PEFT"),
     "seen in",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, rankdata
+from scipy.stats import binomtest, linregress, norm, pearsonr, permutation_test, rankdata, t
 
 RESAMPLES = 2000
 # Resampled values held at a time.
@@ -19,6 +19,12 @@ class Estimate:
     low: float | None
     high: float | None
     n: int
+
+    def scaled(self, factor: float) -> "Estimate":
+        """The same in another unit."""
+        ends = (self.value, self.low, self.high)
+        value, low, high = (None if end is None else factor * end for end in ends)
+        return Estimate(value, low, high, self.n)
 
 
 def auc(labels: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray) -> float | None:
@@ -52,6 +58,111 @@ def auc_estimate(
         samples.append((ranks - least) / (len(positive) * len(negative)))
     low, high = np.quantile(np.concatenate(samples), [0.025, 0.975])
     return Estimate(value, float(low), float(high), len(truth))
+
+
+def chances_of_order(positives: int, negatives: int) -> np.ndarray:
+    """Chance of each number of rightly ordered pairs, 0 to positives x negatives, without skill.
+
+    Exact, for scores without ties (the distribution of Mann and Whitney's U).
+    """
+    size = positives * negatives + 1
+    none = np.zeros(size)
+    none[0] = 1.0
+    chances = [none] * (negatives + 1)
+    for m in range(1, positives + 1):
+        row = [none]
+        for n in range(1, negatives + 1):
+            # The top row is a positive, and then ahead of n negatives, or it is a negative.
+            ahead = np.concatenate([np.zeros(n), chances[n][: size - n]])
+            row.append((m * ahead + n * row[n - 1]) / (m + n))
+        chances = row
+    return chances[negatives]
+
+
+def least_auc(
+    positives: int, negatives: int, *, level: float = 0.05
+) -> tuple[float, float] | tuple[None, None]:
+    """Smallest AUC above chance by the exact two-sided test without ties, and its p-value.
+
+    None where the rows are so few that not even a perfect score passes.
+    """
+    tails = 2 * np.cumsum(chances_of_order(positives, negatives)[::-1])[::-1]
+    pairs = positives * negatives
+    passing = [u for u in range(pairs + 1) if 2 * u > pairs and tails[u] <= level]
+    if not passing:
+        return None, None
+    return passing[0] / pairs, float(tails[passing[0]])
+
+
+def power_of_rows(
+    true_auc: float, positives: int, negatives: int, *, least: float, seed: int = 0
+) -> Estimate:
+    """Chance that rows of a model of this AUC score at least `least`, by simulation.
+
+    The scores of either class are taken to be normal with equal spread.
+    """
+    draws = np.random.default_rng(seed)
+    shift = np.sqrt(2) * norm.ppf(true_auc)
+    hits = 0
+    for _ in range(RESAMPLES):
+        ups, downs = draws.normal(shift, size=positives), draws.normal(size=negatives)
+        hits += int((ups[:, None] > downs).sum()) >= round(least * positives * negatives)
+    return rate_estimate(hits, RESAMPLES)
+
+
+def perfect_auc_estimate(positives: int, negatives: int) -> Estimate:
+    """A perfect AUC with its exact interval, whatever the distributions of the scores.
+
+    Rows of the two classes pair off into min(positives, negatives) independent pairs. Each is in
+    order with a chance of the true AUC, and all must be for a perfect score.
+    """
+    return rate_estimate(min(positives, negatives), min(positives, negatives))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line fitted by least squares, with the correlation and its two-sided p-value.
+
+    `residuals` are in units of y, one a point; `p_value` is that of a permutation test, exact up
+    to nine points.
+    """
+
+    correlation: Estimate
+    p_value: float
+    slope: Estimate
+    intercept: Estimate
+    residuals: tuple[float, ...]
+
+
+def fit_line(
+    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, *, seed: int = 0
+) -> Line | None:
+    """Fit a line through at least four points; None for fewer, or where x or y does not vary."""
+    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    n = len(xs)
+    if n < 4 or not np.ptp(xs) or not np.ptp(ys):
+        return None
+    found, limits = linregress(xs, ys), pearsonr(xs, ys).confidence_interval()
+    reach = t.ppf(0.975, n - 2)
+    shuffled = permutation_test(
+        (xs,),
+        lambda order, axis: (order * (ys - ys.mean())).sum(axis=axis),
+        permutation_type="pairings",
+        n_resamples=400_000,
+        batch=20_000,
+        rng=np.random.default_rng(seed),
+    )
+
+    def around(value: float, error: float) -> Estimate:
+        return Estimate(value, value - reach * error, value + reach * error, n)
+
+    return Line(
+        correlation=Estimate(float(found.rvalue), float(limits.low), float(limits.high), n),
+        p_value=float(shuffled.pvalue),
+        slope=around(float(found.slope), float(found.stderr)),
+        intercept=around(float(found.intercept), float(found.intercept_stderr)),
+        residuals=tuple(map(float, ys - found.intercept - found.slope * xs)),
+    )
 
 
 def grouped_auc(

@@ -196,6 +196,14 @@ class Session:
         frame = pd.DataFrame(rows, columns=["statement", "verdict", "because"])
         return frame.set_index("statement")
 
+    def measured(self, prefix: str = "") -> pd.DataFrame:
+        """The numbers so far whose key begins with `prefix`, for the notebook's own page."""
+        found = [r for r in self.records if isinstance(r, Measure) and r.key.startswith(prefix)]
+        rows = [(r.key, r.value, r.low, r.high, r.unit, r.reason) for r in found]
+        columns = ["number", "value", "low", "high", "unit", "why not"]
+        frame = pd.DataFrame(rows, columns=columns, dtype=object).set_index("number")
+        return frame.fillna("")
+
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
         """Record how long a step takes, and say so in the progress file."""
