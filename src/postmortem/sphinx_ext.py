@@ -1,6 +1,8 @@
 """Roles and directives that put recorded values on a page, as text and never as markup."""
 
 import json
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,11 +16,13 @@ from postmortem.errors import BookError
 
 LOGGER = logging.getLogger(__name__)
 VERDICTS = {"holds", "refuted", "cannot tell", "not available"}
-# The verdicts on a claim say how much of it stands; each takes the look of its nearest kin.
-CLAIM_VERDICTS = {
+# Verdicts on a claim and states of an action item take the look of their nearest kin.
+KIN = {
     "stands": "holds",
     "stands in part": "cannot tell",
     "cannot be checked": "cannot tell",
+    "closed": "holds",
+    "open": "cannot tell",
 }
 GRADES = {"artefact", "log", "recollection", "measured"}
 UNAVAILABLE = "not available"
@@ -209,6 +213,26 @@ class EntriesDirective(SphinxDirective):
         return [nodes.definition_list("", *entries, classes=["pm-entries"])]
 
 
+class LedgerDirective(SphinxDirective):
+    """The claims of the case as a list under their sections, each beside what this run found."""
+
+    def run(self) -> list[nodes.Node]:
+        table = values_of(self.env).find("tables", "case.claims")
+        if table is None:
+            LOGGER.warning("no recorded table 'case.claims'", location=self.get_location())
+            return []
+        claims = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+        sections = []
+        for name, group in groupby(claims, key=itemgetter("section")):
+            entries = nodes.definition_list("", *map(_claim, group))
+            entries["classes"] = ["pm-entries", "pm-ledger"]
+            section = nodes.section("", nodes.title(name, name), entries)
+            section["names"] = [nodes.fully_normalize_name(name)]
+            self.state.document.note_implicit_target(section, section)
+            sections.append(section)
+        return sections
+
+
 class WhenDirective(SphinxDirective):
     """Content that stands on the page only where a condition on the records is true."""
 
@@ -258,7 +282,7 @@ def format_number(value: float, style: str) -> str:
 
 def verdict_node(word: str) -> nodes.inline:
     """A verdict word, marked so that the style sheet gives it a shape."""
-    kin = CLAIM_VERDICTS.get(word, word)
+    kin = KIN.get(word, word)
     return _inline(word, "pm-verdict", f"pm-verdict-{kin.replace(' ', '-')}")
 
 
@@ -291,13 +315,34 @@ def _entry(name: str, fields: dict[str, Any]) -> nodes.definition_list_item:
     return nodes.definition_list_item("", term, nodes.definition("", *lines))
 
 
+def _claim(claim: dict[str, str]) -> nodes.definition_list_item:
+    name = nodes.inline(claim["claim"], claim["claim"])
+    grade = _inline(claim["grade"], "pm-grade", f"pm-grade-{claim['grade']}")
+    lines = [
+        _line("record", verdict_node(claim["verdict"]), nodes.Text(" "), grade),
+        _line("because", nodes.Text(claim["because"])),
+        _line("decided by", nodes.Text(claim["decided by"])),
+        _line("would change", nodes.Text(claim["would change"])),
+    ]
+    if claim["this run"]:
+        asked = nodes.Text(f" {claim['this run asks']}")
+        lines.append(_line("this run", verdict_node(claim["this run"]), asked))
+    term = nodes.term("", "", name, ids=[nodes.make_id(f"claim-{claim['id']}")])
+    return nodes.definition_list_item("", term, nodes.definition("", *lines))
+
+
+def _line(field: str, *content: nodes.Node) -> nodes.paragraph:
+    # One box for the content: the style sheet sets field and content as two columns.
+    return nodes.paragraph("", "", nodes.strong(field, field), nodes.inline("", "", *content))
+
+
 def _row(cells: list[Any]) -> nodes.row:
     return nodes.row("", *(nodes.entry("", _cell(cell)) for cell in cells))
 
 
 def _cell(cell: Any) -> nodes.paragraph:
     text = "" if cell is None else str(cell)
-    if text in VERDICTS or text in CLAIM_VERDICTS:
+    if text in VERDICTS or text in KIN:
         return nodes.paragraph("", "", verdict_node(text))
     if text in GRADES:
         return nodes.paragraph("", "", _inline(text, "pm-grade", f"pm-grade-{text}"))
@@ -332,5 +377,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("record-figure", FigureDirective)
     app.add_directive("record-table", TableDirective)
     app.add_directive("record-entries", EntriesDirective)
+    app.add_directive("record-ledger", LedgerDirective)
     app.add_directive("when", WhenDirective)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
