@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from postmortem.analysis import NO_LABELS, ONE_CLASS, ranks
-from postmortem.case import AdapterFilter, Attempt
+from postmortem.case import AdapterFilter, Attempt, Verdict
 from postmortem.health import THRESHOLDS
 from postmortem.metrics import Estimate, auc_estimate
 from postmortem.records import Cell
@@ -43,14 +43,15 @@ def record_plan(session: Session, answers: Mapping[str, Answers | None], *, atte
     else:
         outcomes = judge_outcomes(reference, asked)
     session.table("swap.outcomes", OUTCOMES, outcomes)
-    limits, key = session.case.adapter_filter, "swap.filter_follows_ranking"
-    if limits is None:
-        session.table("swap.filter", FILTERED, [])
-        session.verdict(key, "not available", "the case names no filter")
-        return
-    systems = apply_filter({name: a for name, a in answers.items() if a is not None}, limits)
-    session.table("swap.filter", FILTERED, [system.row for system in systems])
-    session.verdict(key, *judge_filter(systems))
+    limits = session.case.adapter_filter
+    rows: list[tuple[Cell, ...]] = []
+    follows: bool | Verdict | None = "not available"
+    because = "the case names no filter"
+    if limits is not None:
+        systems = apply_filter({n: a for n, a in answers.items() if a is not None}, limits)
+        rows, (follows, because) = [s.row for s in systems], judge_filter(systems)
+    session.table("swap.filter", FILTERED, rows)
+    session.verdict("swap.filter_follows_ranking", follows, because)
 
 
 def judge_outcomes(reference: Answers, attempt: Attempt) -> list[tuple[Cell, ...]]:

@@ -193,7 +193,7 @@ def _add_practice(
     add_table(
         values,
         "case.practice.detection",
-        ("when", "check", "would have shown", "grade"),
+        ("when", "check", "would show", "grade"),
         [(d.when, d.check, d.would_show, d.grade) for d in practice.detection],
     )
     lists = {
@@ -212,9 +212,9 @@ def _add_practice(
     add_table(
         values,
         "case.practice.actions",
-        ("id", "action", "closed by", "this run asks", "this run", "status"),
+        ("id", "action", "status", "closed by", "this run asks", "this run"),
         [
-            (a.id, a.action, a.closes, *answer, state)
+            (a.id, a.action, state, a.closes, *answer)
             for a, answer, state in zip(practice.actions, answers, states, strict=True)
         ],
     )

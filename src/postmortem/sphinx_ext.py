@@ -1,6 +1,7 @@
 """Roles and directives that put recorded values on a page, as text and never as markup."""
 
 import json
+import re
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -26,6 +27,11 @@ KIN = {
 }
 GRADES = {"artefact", "log", "recollection", "measured"}
 UNAVAILABLE = "not available"
+IDENTIFIER = re.compile(r"[a-z0-9_-]+")
+# A value with its interval, which is not broken across lines.
+ESTIMATE = re.compile(r"-?\d+\.\d+ \[.+\]")
+# What the ledger says of a claim after its reason.
+DECIDERS = ("decided by", "would change")
 # A cell of more characters keeps a width that can be read on a phone.
 LONG = 60
 
@@ -292,7 +298,7 @@ def table_node(
     """A docutils table of text cells; verdicts and grades keep their look."""
     group = nodes.tgroup("", cols=len(columns))
     group += [nodes.colspec(colwidth=1) for _ in columns]
-    head = _row(columns)
+    head = nodes.row("", *(nodes.entry("", nodes.paragraph("", name)) for name in columns))
     for entry, *cells in zip(head, *rows, strict=True):
         if cells and all(isinstance(cell, int | float) for cell in cells):
             entry[0]["classes"].append("pm-numeric")
@@ -306,29 +312,27 @@ def table_node(
 
 
 def _entry(name: str, fields: dict[str, Any]) -> nodes.definition_list_item:
-    term = nodes.term("", "", nodes.literal(name, name), ids=[nodes.make_id(name)])
-    lines = [
-        nodes.paragraph("", "", nodes.strong(field, field), nodes.Text(f" {value}"))
-        for field, value in fields.items()
-        if value
-    ]
+    kind = nodes.literal if IDENTIFIER.fullmatch(name) else nodes.inline
+    lines = [_line(field, _chip(str(value))) for field, value in fields.items() if value]
+    return _item(name, kind(name, name), lines)
+
+
+def _item(key: str, name: nodes.Node, lines: list[nodes.paragraph]) -> nodes.definition_list_item:
+    term = nodes.term("", "", name, ids=[nodes.make_id(key)])
     return nodes.definition_list_item("", term, nodes.definition("", *lines))
 
 
 def _claim(claim: dict[str, str]) -> nodes.definition_list_item:
-    name = nodes.inline(claim["claim"], claim["claim"])
-    grade = _inline(claim["grade"], "pm-grade", f"pm-grade-{claim['grade']}")
+    said = _chip(claim["verdict"]), nodes.Text(" "), _chip(claim["grade"])
     lines = [
-        _line("record", verdict_node(claim["verdict"]), nodes.Text(" "), grade),
-        _line("because", nodes.Text(claim["because"])),
-        _line("decided by", nodes.Text(claim["decided by"])),
-        _line("would change", nodes.Text(claim["would change"])),
+        _line("record", *said),
+        *(_line(name, nodes.Text(claim[name])) for name in ("because", *DECIDERS)),
     ]
     if claim["this run"]:
         asked = nodes.Text(f" {claim['this run asks']}")
-        lines.append(_line("this run", verdict_node(claim["this run"]), asked))
-    term = nodes.term("", "", name, ids=[nodes.make_id(f"claim-{claim['id']}")])
-    return nodes.definition_list_item("", term, nodes.definition("", *lines))
+        lines.append(_line("this run", _chip(claim["this run"]), asked))
+    name = nodes.inline(claim["claim"], claim["claim"])
+    return _item(f"claim-{claim['id']}", name, lines)
 
 
 def _line(field: str, *content: nodes.Node) -> nodes.paragraph:
@@ -342,15 +346,23 @@ def _row(cells: list[Any]) -> nodes.row:
 
 def _cell(cell: Any) -> nodes.paragraph:
     text = "" if cell is None else str(cell)
-    if text in VERDICTS or text in KIN:
-        return nodes.paragraph("", "", verdict_node(text))
-    if text in GRADES:
-        return nodes.paragraph("", "", _inline(text, "pm-grade", f"pm-grade-{text}"))
+    if text in VERDICTS or text in KIN or text in GRADES:
+        return nodes.paragraph("", "", _chip(text))
     if isinstance(cell, int | float):
         # str keeps the point of a float, which tells 0.0 from a count of none.
         shown = text.replace("-", "\N{MINUS SIGN}")
         return nodes.paragraph("", shown, classes=["pm-numeric"])
-    return nodes.paragraph("", text, classes=["pm-long"] if len(text) > LONG else [])
+    kind = "pm-estimate" if ESTIMATE.fullmatch(text) else "pm-long" if len(text) > LONG else ""
+    return nodes.paragraph("", text, classes=[kind] if kind else [])
+
+
+def _chip(text: str) -> nodes.Node:
+    """A verdict or a grade with its look; any other text as it is."""
+    if text in VERDICTS or text in KIN:
+        return verdict_node(text)
+    if text in GRADES:
+        return _inline(text, "pm-grade", f"pm-grade-{text}")
+    return nodes.Text(text)
 
 
 def _inline(text: str, *classes: str) -> nodes.inline:
