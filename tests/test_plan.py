@@ -20,9 +20,10 @@ def test_the_filter_sees_scale_and_the_metric_does_not():
     systems = {
         s.name: s for s in apply_filter({"reference": answers_of(RANKED, ODDS, LABELS)}, LIMITS)
     }
-    whole, shrunk = systems["reference"], systems[f"reference, divided by {SHRINK}"]
+    whole, shrunk = systems["reference"], systems[f"reference divided by {SHRINK}"]
     assert (whole.passes, shrunk.passes) == (True, False)
     assert whole.written == shrunk.written
+    assert (whole.row[-1], shrunk.row[-1]) == ("written and log-odds", "written")
 
 
 @given(st.lists(st.floats(0, 1), min_size=10, max_size=10))
@@ -40,7 +41,7 @@ def test_a_filter_that_loses_a_ranking_is_refuted():
     )
     follows, because = judge_filter(systems)
     assert follows is False
-    assert f"blocked although the values rank: reference, divided by {SHRINK}" in because
+    assert f"blocked although the values rank: reference divided by {SHRINK}" in because
     assert "blocked although the log-odds rank: base" in because
 
 

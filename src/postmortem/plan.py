@@ -24,7 +24,7 @@ EXPECTED = (
 OUTCOMES = ("expected of the reference", "here", "measured")
 FILTERED = (
     *("system", "standard deviation", "maximum", "filter"),
-    *("AUC, written", "AUC, log-odds", "written ranks", "log-odds rank"),
+    *("AUC, written", "AUC, log-odds", "what ranks"),
 )
 
 
@@ -90,14 +90,14 @@ class Filtered:
     @property
     def row(self) -> tuple[Cell, ...]:
         """The system as a row of the table."""
-        said = {True: "yes", False: "no", None: "unknown"}
-        odds = self.log_odds
+        scores = {"written": self.written, "log-odds": self.log_odds}
+        ranking = [name for name, auc in scores.items() if auc and ranks(auc)]
+        known = ranks(self.written) is not None
         return (
             *(self.name, round(self.std, 3), round(self.maximum, 3)),
             *("passed" if self.passes else "blocked", _interval(self.written)),
-            "none" if odds is None else _interval(odds),
-            said[ranks(self.written)],
-            "none" if odds is None else said[ranks(odds)],
+            "none" if self.log_odds is None else _interval(self.log_odds),
+            (" and ".join(ranking) or "nothing") if known else "unknown",
         )
 
 
@@ -122,7 +122,7 @@ def apply_filter(answers: Mapping[str, Answers], limits: AdapterFilter) -> list[
     odds = [np.asarray(a.number_log_odds) for a in answers.values()]
     return [
         *map(judge, values, values.values(), odds),
-        judge(f"{widest}, divided by {SHRINK}", values[widest] / SHRINK),
+        judge(f"{widest} divided by {SHRINK}", values[widest] / SHRINK),
         judge("random numbers", noise),
     ]
 
@@ -140,8 +140,8 @@ def judge_filter(systems: list[Filtered]) -> tuple[bool | None, str]:
         "blocked although the values rank": lost,
         "blocked although the log-odds rank": unread,
     }
-    told = [f"{what}: {'; '.join(names)}" for what, names in parts.items() if names]
-    return not (idle or lost), ". ".join(told) or "it passes the systems that rank and no other"
+    told = [f"{what}: {', '.join(names)}" for what, names in parts.items() if names]
+    return not (idle or lost), "; ".join(told) or "it passes the systems that rank and no other"
 
 
 def _rank(values: np.ndarray | list[float], labels: np.ndarray | None) -> tuple[Estimate, str]:
