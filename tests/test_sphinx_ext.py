@@ -98,6 +98,14 @@ def test_what_is_not_recorded_warns(tmp_path, page):
     assert "WARNING" in told
 
 
+def test_what_another_case_lacks_is_said_and_does_not_fail(tmp_path):
+    """A claim, hypothesis or piece of evidence that the case does not have is named as absent."""
+    page = "# T\n\n{verdict}`case.claim.x` {because}`case.hypothesis.X` {text}`case.evidence.x`\n"
+    html, told = build(tmp_path, page)
+    assert html.count("not in this case") == 3
+    assert told == ""
+
+
 def test_recorded_text_is_never_markup(tmp_path):
     """Hostile text in a text, a verdict's reason or a table stays text."""
     page = (

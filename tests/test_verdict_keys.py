@@ -3,8 +3,10 @@ import re
 from pathlib import Path
 
 import postmortem
+from postmortem.publish import add_case_values
 
 SOURCE = Path(postmortem.__file__).parent
+BOOK = Path(__file__).parents[1] / "book"
 
 
 def recorded_patterns():
@@ -46,3 +48,25 @@ def test_each_key_begins_with_what_a_notebook_records(case):
     families = {*case.attempts, "swap", "mismatch", "inventory", "catalogue"}
     families |= {"forensics", "controls", "replay", "diagnosis"}
     assert {key.split(".")[0] for key in keys_of(case)} <= families
+
+
+def test_every_part_of_the_case_that_a_page_quotes_is_there(case):
+    """A role or directive of a page that names a part of the shipped case finds it."""
+    verdicts = {key: {"verdict": "cannot tell"} for key in keys_of(case)}
+    values = {"measures": {}, "verdicts": verdicts, "texts": {}, "tables": {}}
+    add_case_values(values, case)
+    kinds = {
+        r"\{(?:num|est)\}`([^`:]+)": "measures",
+        r"\{(?:verdict|because)\}`([^`:]+)": "verdicts",
+        r"\{text\}`([^`:]+)": "texts",
+        r"\{record-(?:table|entries)\} (\S+)": "tables",
+        r"\{when\} (?:has|lacks) (\S+)": "measures",
+    }
+    missing = {
+        f"{page.name}: {key}"
+        for page in sorted(BOOK.glob("*.md"))
+        for pattern, kind in kinds.items()
+        for key in re.findall(pattern, page.read_text(encoding="utf-8"))
+        if key.startswith("case.") and key not in values[kind]
+    }
+    assert missing == set()

@@ -27,6 +27,8 @@ KIN = {
 }
 GRADES = {"artefact", "log", "recollection", "measured"}
 UNAVAILABLE = "not available"
+# What the prose quotes from the shipped case by id; another case need not have it.
+QUOTED = ("case.claim.", "case.hypothesis.", "case.evidence.", "case.practice.")
 IDENTIFIER = re.compile(r"[a-z0-9_-]+")
 # A value with its interval, which is not broken across lines.
 ESTIMATE = re.compile(r"-?\d+\.\d+ \[.+\]")
@@ -63,13 +65,19 @@ def values_of(env: Any) -> Values:
 
 
 class _ValueRole(SphinxRole):
-    """A role whose text is a key; a missing key warns, which fails the build."""
+    """A role whose text is a key; a missing key warns, which fails the build.
+
+    A part of the case that is quoted by its id may be missing: the prose is about one case, and
+    another one builds with it until it has prose of its own.
+    """
 
     kind: ClassVar[str]
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         key, _, style = self.text.partition(":")
         value = values_of(self.env).find(self.kind, key)
+        if value is None and key.startswith(QUOTED):
+            return [_inline("not in this case", "pm-unavailable")], []
         if value is None:
             LOGGER.warning("no recorded %s %r", self.kind, key, location=self.get_location())
             return [nodes.Text(f"??{key}??")], []
