@@ -72,3 +72,22 @@ def untrained_world(case, untrained):
         members=members,
         replays=replays,
     )
+
+
+@pytest.fixture
+def session(untrained_world, tmp_path, pytestconfig):
+    """A session on eight generated rows of the untrained world."""
+    from postmortem.session import open_session
+    from postmortem.world import write_world
+
+    write_world(untrained_world, tmp_path / "world.json")
+    root = pytestconfig.rootpath
+    return open_session(
+        str(root / "notebooks/01_v1_run.ipynb"),
+        case=str(root / "cases/qwen-lora.yml"),
+        profile="embedded",
+        world=str(tmp_path / "world.json"),
+        records=str(tmp_path / "records/01_v1_run.jsonl"),
+        rows=8,
+        device="cpu",
+    )

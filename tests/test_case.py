@@ -127,6 +127,29 @@ SMALL = {
 }
 
 
+CLAIM = {
+    "id": "a",
+    "section": "S",
+    "claim": "C",
+    "verdict": "stands",
+    "because": "B",
+    "grade": "log",
+    "decided_by": "A run.",
+    "would_change": "Another run.",
+}
+SAID = {"text": "It stopped.", "grade": "log"}
+PRACTICE = {
+    "impact": SAID,
+    "trigger": SAID,
+    "detection": [],
+    "contributing_factors": [SAID],
+    "went_well": [],
+    "lucky": [],
+    "actions": [],
+}
+ACTION = {"id": "a", "action": "Run it.", "closes": "A run.", "grade": "log"}
+
+
 def write_text(folder: Path, text: str) -> Path:
     """That text as a case file in that folder."""
     path = folder / "case.yml"
@@ -208,6 +231,75 @@ def test_shipped_confidences(shipped):
     """The write-up's confidences stand at the hypotheses that it considered, and nowhere else."""
     found = {h.id: (h.initial, h.final) for h in shipped.hypotheses if h.initial is not None}
     assert found == {"A1": (80, 85), "B": (60, 40), "P": (40, 15)}
+
+
+def test_every_claim_is_decided(shipped):
+    """Each claim has a verdict, a reason, a grade, what decides it and what would change it."""
+    words = {"stands", "stands in part", "refuted", "cannot be checked"}
+    assert {claim.verdict for claim in shipped.claims} == words
+    for claim in shipped.claims:
+        texts = (claim.claim, claim.because, claim.decided_by, claim.would_change)
+        assert all(text.endswith((".", "?")) for text in texts), claim.id
+
+
+def test_every_section_of_the_write_up_has_claims(shipped):
+    """The ledger goes through the write-up from its summary to its end, section by section."""
+    sections = [claim.section for claim in shipped.claims]
+    assert list(dict.fromkeys(sections)) == [
+        *("Executive summary", "Failure timeline", "First attempt", "Second attempt"),
+        *("Initial observations", "Hypotheses", "Evidence", "Root cause analysis"),
+        *("Validation plan", "Lessons", "Production parallels", "Conclusion"),
+    ]
+    # A section stands in one piece, since the ledger gives each its heading once.
+    assert sections == sorted(sections, key=list(dict.fromkeys(sections)).index)
+
+
+def test_no_claim_is_entered_twice(shipped):
+    """No two claims say the same thing in the same words."""
+    claims = [claim.claim for claim in shipped.claims]
+    assert len(set(claims)) == len(claims)
+
+
+def test_shipped_actions_have_what_closes_them(shipped):
+    """Some action items are decided by a run and some are open until someone acts."""
+    tests = [action.test is None for action in shipped.practice.actions]
+    assert any(tests)
+    assert not all(tests)
+
+
+@pytest.mark.parametrize("key", ["because", "decided_by", "would_change", "claim", "section"])
+@pytest.mark.parametrize("value", ["", "  ", None])
+def test_a_blank_in_a_claim_is_refused(tmp_path, key, value):
+    """A claim without its reason, decider or counter-finding is refused with that key."""
+    error = refuse(write_with(tmp_path, ("claims",), [{**CLAIM, key: value}]))
+    assert error.subject.endswith(f"key `claims.0.{key}`")
+    assert error.expected in ("a text that is not blank", "a valid string")
+
+
+@pytest.mark.parametrize("key", ["decided_by", "would_change", "grade"])
+def test_a_claim_that_lacks_a_part_is_refused(tmp_path, key):
+    """A part of a claim that is left out is named as missing."""
+    lacking = {name: value for name, value in CLAIM.items() if name != key}
+    error = refuse(write_with(tmp_path, ("claims",), [lacking]))
+    assert (error.expected, error.found) == ("this key to be given", "nothing")
+    assert error.subject.endswith(f"key `claims.0.{key}`")
+
+
+def test_practice_may_be_left_out_and_not_halved(tmp_path, shipped):
+    """A case has no practice, or a whole one with its graded impact."""
+    assert load_case(write_text(tmp_path, yaml.safe_dump(SMALL))).practice is None
+    assert load_case(write_with(tmp_path, ("practice",), PRACTICE)).practice is not None
+    halved = {key: value for key, value in PRACTICE.items() if key != "impact"}
+    error = refuse(write_with(tmp_path, ("practice",), halved))
+    assert error.subject.endswith("key `practice.impact`")
+
+
+def test_a_repeated_action_is_named(tmp_path):
+    """Two action items with the same id are refused."""
+    twice = {**PRACTICE, "actions": [ACTION, ACTION]}
+    error = refuse(write_with(tmp_path, ("practice",), twice))
+    assert error.subject.endswith("key `practice.actions`")
+    assert error.found == "'a' twice"
 
 
 def test_shipped_texts_are_plain():
@@ -297,8 +389,7 @@ def test_surrogate_key_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["hypotheses", "claims"])
 def test_repeated_id_is_named(tmp_path, kind):
     """Two items of one kind with the same id are refused."""
-    claim = {"id": "a", "section": "S", "claim": "C", "verdict": "stands", "because": "B"}
-    item = SMALL["hypotheses"][0] if kind == "hypotheses" else {**claim, "grade": "log"}
+    item = SMALL["hypotheses"][0] if kind == "hypotheses" else CLAIM
     error = refuse(write_with(tmp_path, (kind,), [item, item]))
     assert f"key `{kind}`" in error.subject
     assert error.found == f"{item['id']!r} twice"
@@ -386,9 +477,16 @@ def test_other_encoding_is_refused(tmp_path):
     assert "utf-8" in refuse(path).found
 
 
+def test_digest_follows_the_filter(shipped):
+    """The write-up's filter decides recorded verdicts, so a change of its limits counts."""
+    limits = shipped.adapter_filter.model_copy(update={"std_above": 0.01})
+    changed = shipped.model_copy(update={"adapter_filter": limits})
+    assert case_digest(changed) != case_digest(shipped)
+
+
 def test_digest_follows_the_prompt(shipped):
     """The digest changes with a prompt and not with a comment of ours on a claim."""
-    reworded = shipped.model_copy(update={"claims": []})
+    reworded = shipped.model_copy(update={"claims": [], "practice": None})
     v1 = shipped.prompts["v1"].model_copy(update={"template": V1 + " "})
     changed = shipped.model_copy(update={"prompts": {**shipped.prompts, "v1": v1}})
     assert case_digest(reworded) == case_digest(shipped) != case_digest(changed)

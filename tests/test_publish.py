@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from postmortem.case import load_case
+from postmortem.case import RunTest, load_case
 from postmortem.errors import RecordError
 from postmortem.inputs import choose_rows, input_digests
 from postmortem.publish import add_case_values, collect_values, publish
@@ -37,8 +37,9 @@ def run(untrained_world, tmp_path, pytestconfig, monkeypatch):
 
 
 def verdicts_of(case):
-    """A record of each verdict that a hypothesis of the case asks for."""
-    keys = [h.test.verdict for h in case.hypotheses if h.test]
+    """A record of each verdict that the case asks for."""
+    items = [*case.hypotheses, *case.claims, *case.practice.actions]
+    keys = dict.fromkeys(item.test.verdict for item in items if item.test)
     return [Verdict(key=key, verdict="cannot tell", because="not run") for key in keys]
 
 
@@ -117,11 +118,82 @@ def test_an_edited_record_is_refused(run, tmp_path):
         publish(**run)
 
 
-def test_a_hypothesis_without_its_verdict_is_refused(run, tmp_path):
-    """A verdict that the case asks for and no notebook recorded fails the build."""
-    case = load_case(CASE)
-    with pytest.raises(RecordError, match=r"mismatch\.qwen3-4b\.raises"):
-        add_case_values({"measures": {}, "verdicts": {}, "texts": {}, "tables": {}}, case)
+def values_with(case, **words):
+    """Values of the case over a run with `cannot tell` throughout, but for these words by key."""
+    verdicts = {
+        v.key: {"verdict": words.get(v.key.replace(".", "_"), v.verdict)} for v in verdicts_of(case)
+    }
+    values = {"measures": {}, "verdicts": verdicts, "texts": {}, "tables": {}}
+    add_case_values(values, case)
+    return values
+
+
+@pytest.mark.parametrize("kind", ["hypotheses", "claims", "actions"])
+def test_a_test_without_its_verdict_is_refused(case, kind):
+    """A verdict that the case asks for and no notebook recorded fails the build by its owner."""
+    none = {"hypotheses": [], "claims": [], "practice": None}
+    if kind == "actions":
+        alone = case.model_copy(update=none | {"practice": case.practice})
+        owner = f"action {case.practice.actions[0].id}"
+    else:
+        alone = case.model_copy(update=none | {kind: getattr(case, kind)})
+        owner = next(item.id for item in getattr(case, kind) if item.test)
+    with pytest.raises(RecordError, match=rf"verdict .*{owner} of the case names"):
+        add_case_values({"measures": {}, "verdicts": {}, "texts": {}, "tables": {}}, alone)
+
+
+def test_a_test_is_not_answered_by_the_case_itself(case):
+    """A claim that names the verdict of a claim is refused: only a run can answer."""
+    first, second = case.claims[:2]
+    test = RunTest(asks="it stands", verdict=f"case.claim.{second.id}")
+    claims = [first.model_copy(update={"test": test}), second]
+    circular = case.model_copy(update={"hypotheses": [], "claims": claims, "practice": None})
+    with pytest.raises(RecordError, match=rf"case\.claim\.{second.id}"):
+        add_case_values({**values_with(case), "verdicts": {}}, circular)
+
+
+def test_the_ledger_shows_the_run_beside_the_record(case):
+    """Each claim stands with its decider, and with this run's answer where it asks for one."""
+    values = values_with(case, v2_constant="holds")
+    table = values["tables"]["case.claims"]
+    rows = {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
+    for claim in case.claims:
+        row = rows[claim.id]
+        assert (row["decided by"], row["would change"]) == (claim.decided_by, claim.would_change)
+        assert bool(row["this run"]) == bool(claim.test)
+    assert rows["both-attempts-degenerate"]["this run"] == "holds"
+    counted = [sum(row[1:]) for row in values["tables"]["case.sections"]["rows"]]
+    assert sum(counted) == len(case.claims)
+
+
+def test_an_action_is_closed_by_its_verdict_alone(case):
+    """An item is closed where its verdict holds, and open on any other word or without one."""
+    values = values_with(case, swap_control_run="holds", v2_flagged="refuted")
+    table = values["tables"]["case.practice.actions"]
+    status = {row[0]: row[table["columns"].index("status")] for row in table["rows"]}
+    assert status["control-first"] == "closed"
+    assert (status["alarm-on-ties"], status["find-the-file"]) == ("open", "open")
+    assert values["measures"]["case.actions_closed"]["value"] == 1
+    assert values["measures"]["case.actions_open"]["value"] == len(case.practice.actions) - 1
+
+
+def test_a_case_without_practice_or_filter_says_so(case):
+    """What the case leaves out is a measure without a value and with the reason."""
+    values = values_with(case)
+    add_case_values(values, case.model_copy(update={"practice": None, "adapter_filter": None}))
+    for key in ("case.actions", "case.filter_std", "case.filter_maximum"):
+        assert values["measures"][key]["value"] is None
+        assert values["measures"][key]["reason"].startswith("the case")
+
+
+def test_the_case_speaks_through_roles(case):
+    """A page can show the verdict, the reason and the decider of any claim or hypothesis."""
+    values = values_with(case)
+    claim = case.claims[0]
+    found = values["verdicts"][f"case.claim.{claim.id}"]
+    assert (found["verdict"], found["because"]) == (claim.verdict, claim.because)
+    assert values["texts"][f"case.claim.{claim.id}.would_change"] == claim.would_change
+    assert values["verdicts"]["case.hypothesis.A1"]["verdict"] == "refuted"
 
 
 def test_two_notebooks_may_not_record_one_key(tmp_path):

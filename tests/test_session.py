@@ -1,4 +1,5 @@
 import pytest
+from answers import answers_of
 
 from postmortem.analysis import (
     _judge_cases,
@@ -12,50 +13,7 @@ from postmortem.analysis import (
 from postmortem.errors import RecordError
 from postmortem.metrics import Estimate
 from postmortem.records import Measure, Prediction, Timing, Verdict, read_records
-from postmortem.session import Answers, open_session
-from postmortem.world import Member, write_world
-
-
-@pytest.fixture
-def session(untrained_world, tmp_path, pytestconfig):
-    """A session on eight generated rows of the untrained world."""
-    write_world(untrained_world, tmp_path / "world.json")
-    root = pytestconfig.rootpath
-    return open_session(
-        str(root / "notebooks/01_v1_run.ipynb"),
-        case=str(root / "cases/qwen-lora.yml"),
-        profile="embedded",
-        world=str(tmp_path / "world.json"),
-        records=str(tmp_path / "records/01_v1_run.jsonl"),
-        rows=8,
-        device="cpu",
-    )
-
-
-def answers_of(values, log_odds, labels):
-    """Answers that wrote these values and had these log-odds."""
-    predictions = tuple(
-        Prediction(
-            system="base",
-            prompt="v2",
-            row_id=str(i),
-            group="g",
-            label=labels and labels[i],
-            text=str(value),
-            token_ids=(1,),
-            prompt_tokens=1,
-            full_prompt_tokens=1,
-            finished=True,
-            value=value,
-            stage="float",
-            strict_value=value,
-            expected_value=0.5,
-            number_log_odds=log_odds[i],
-            yes_no_log_odds=0.0,
-        )
-        for i, value in enumerate(values)
-    )
-    return Answers("base", "v2", "number", predictions, None, None)
+from postmortem.world import Member
 
 
 def test_a_finished_session_leaves_sealed_records_with_their_provenance(session):

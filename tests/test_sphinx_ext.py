@@ -14,7 +14,21 @@ VALUES = {
     },
     "verdicts": {"v": {"verdict": "cannot tell", "because": HOSTILE}},
     "texts": {"profile.name": "embedded", "t": HOSTILE, "case.title": HOSTILE},
-    "tables": {"t": {"columns": ["row", "text", "verdict"], "rows": [[1, HOSTILE, "holds"]]}},
+    "tables": {
+        "t": {"columns": ["row", "text", "verdict"], "rows": [[1, HOSTILE, "holds"]]},
+        "e": {"columns": ["id", "what", "status"], "rows": [["a-b", HOSTILE, "open"]]},
+        "case.claims": {
+            "columns": [
+                *("id", "section", "claim", "verdict", "because", "grade"),
+                *("decided by", "would change", "this run asks", "this run"),
+            ],
+            "rows": [
+                ["one", "First", HOSTILE, "stands", "so", "log", "a", "b", "it holds", "refuted"],
+                ["two", "First", "Two.", "refuted", "so", "log", "a", "b", "", ""],
+                ["three", "Second", "Three.", "stands", "so", "log", "a", "b", "", ""],
+            ],
+        },
+    },
 }
 
 
@@ -71,6 +85,7 @@ def test_numbers_take_their_format(tmp_path):
         "{num}`a.b:.2q`",
         "{grade}`hearsay`",
         ":::{record-table} u\n:::",
+        ":::{record-entries} u\n:::",
         ":::{record-table} t\n:columns: nope\n:::",
         ":::{record-figure} nope\n:::",
         "::::{when} has nothing\nx\n::::",
@@ -81,6 +96,14 @@ def test_what_is_not_recorded_warns(tmp_path, page):
     """A key, column, figure or condition that no record has is a warning, so -W fails."""
     _, told = build(tmp_path, f"# T\n\n{page}\n")
     assert "WARNING" in told
+
+
+def test_what_another_case_lacks_is_said_and_does_not_fail(tmp_path):
+    """A claim, hypothesis or piece of evidence that the case does not have is named as absent."""
+    page = "# T\n\n{verdict}`case.claim.x` {because}`case.hypothesis.X` {text}`case.evidence.x`\n"
+    html, told = build(tmp_path, page)
+    assert html.count("not in this case") == 3
+    assert told == ""
 
 
 def test_recorded_text_is_never_markup(tmp_path):
@@ -124,6 +147,27 @@ def test_a_figure_is_inline_in_two_widths_or_says_why_not(tmp_path):
     assert "<svg id='wide'>" in html
     assert "<svg id='narrow'>" in html
     assert "No figure here: no labels." in html
+    assert told == ""
+
+
+def test_the_ledger_stands_under_its_sections(tmp_path):
+    """Each section is a heading once, each claim an entry with an anchor; text is never markup."""
+    html, told = build(tmp_path, "# T\n\n## Ledger\n\n:::{record-ledger}\n:::\n\n## After\n\nx\n")
+    assert [html.count(f"<h3>{name}<") for name in ("First", "Second")] == [1, 1]
+    assert html.index("<h3>Second<") < html.index("<h2>After<")
+    assert all(f'id="claim-{name}"' in html for name in ("one", "two", "three"))
+    assert html.count("this run") == 1
+    assert "it holds" in html
+    assert "<script>alert" not in html
+    assert told == ""
+
+
+def test_entries_name_describe_and_mark(tmp_path):
+    """An entry has its id as code, one line for each field, and a status with its look."""
+    html, told = build(tmp_path, "# T\n\n:::{record-entries} e\n:::\n")
+    assert ">a-b<" in html
+    assert "pm-verdict-cannot-tell" in html
+    assert "<script>alert" not in html
     assert told == ""
 
 

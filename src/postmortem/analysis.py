@@ -149,6 +149,7 @@ def record_attempt(session: Session, name: str, *, answers: Answers) -> SystemSu
     cut = sum(p.full_prompt_tokens > p.prompt_tokens for p in predictions)
     session.measure(f"{name}.cut", cut, unit="rows")
     _judge_inputs(session, name, answers=answers, cut=cut)
+    _judge_keeping(session, name, answers=answers)
     tokens = float(np.mean([len(prediction.token_ids) for prediction in predictions]))
     session.measure(f"{name}.answer_tokens", tokens, unit="tokens")
     session.measure(f"{name}.distinct_texts", len({p.text for p in predictions}))
@@ -241,6 +242,8 @@ def _judge_attempt(
         f"{counted:.0%} of the rows count as parsed; {told:.0%} was reported",
     )
     failed = [check.name for check in health.checks() if check.passed is False]
+    flagged = f"{len(failed)} check(s) failed on {health.distinct} distinct value(s)"
+    session.verdict(f"{name}.flagged", bool(failed) if health.constant else None, flagged)
     session.verdict(
         f"{name}.healthy",
         not failed,
@@ -258,6 +261,16 @@ def _judge_inputs(session: Session, name: str, *, answers: Answers, cut: int) ->
     )
 
 
+def _judge_keeping(session: Session, name: str, *, answers: Answers) -> None:
+    total = len(answers.predictions)
+    kept = sum(bool(p.text or p.token_ids) for p in answers.predictions)
+    session.verdict(
+        f"{name}.answers_kept",
+        kept == total,
+        f"text, token ids and log-odds of {kept} of {total} answers are on record",
+    )
+
+
 def knows_and_does_not_say(summary: SystemSummary) -> tuple[bool | None, str]:
     """Whether the log-odds rank the rows although the written values do not."""
     hidden, said = summary.auc_number, summary.auc_decoded
@@ -271,6 +284,11 @@ def knows_and_does_not_say(summary: SystemSummary) -> tuple[bool | None, str]:
         return said.low <= THRESHOLDS.chance, because
     # An interval that holds chance does not show that the model does not know.
     return None, because
+
+
+def ranks(auc: Estimate) -> bool | None:
+    """Whether an AUC's interval lies above chance; None where there is no AUC."""
+    return None if auc.low is None else auc.low > THRESHOLDS.chance
 
 
 def reproduces_symptom(answers: Answers, attempt: Attempt) -> tuple[bool, str]:
@@ -326,7 +344,22 @@ def judge_swap(session: Session, answers: dict[str, Answers | None], *, attempt:
         session.verdict(f"swap.{system}.knows", *knows_and_does_not_say(summary))
         if system != "base":
             judge_move(session, f"swap.{system}", summary=summary)
+    _judge_control(session, answers)
     _judge_cases(session, answers["reference"], suspect=answers["suspect"], attempt=asked)
+
+
+def _judge_control(session: Session, answers: dict[str, Answers | None]) -> None:
+    base = answers["base"]
+    assert base is not None
+    rows = [p.row_id for p in base.predictions]
+    others = [found for name, found in answers.items() if found is not None and name != "base"]
+    same = sum([p.row_id for p in found.predictions] == rows for found in others)
+    session.verdict(
+        "swap.control_run",
+        same == len(others),
+        f"the base alone answered {len(rows)} rows, and {same} of {len(others)} other systems "
+        f"the same ones",
+    )
 
 
 def _judge_cases(
@@ -339,9 +372,8 @@ def _judge_cases(
         return
     summary = summarise(reference)
     health, ranked = summary.health, summary.auc_decoded
-    ranks = None if ranked.low is None else ranked.low > THRESHOLDS.chance
     # Values that do not vary cannot rank; whether those that vary do takes labels.
-    works = ranks if health.distinct > 1 else False
+    works = ranks(ranked) if health.distinct > 1 else False
     varied = f"{health.distinct} distinct values, standard deviation {health.std:.2f}"
     told = summary.unranked if ranked.value is None else f"AUC {ranked.value:.2f}"
     session.verdict("swap.case_a", works, f"{varied}, {told}")

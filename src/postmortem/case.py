@@ -17,6 +17,9 @@ from postmortem.errors import CaseError
 
 Grade = Literal["artefact", "log", "recollection", "measured"]
 Verdict = Literal["holds", "refuted", "cannot tell", "not available"]
+ClaimVerdict = Literal["stands", "stands in part", "refuted", "cannot be checked"]
+# A sentence that may not be left blank.
+Sentence = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
 Value = TypeVar("Value")
 # Of a run; and since 1970, up to the year 9999, the last that a date can name.
@@ -286,11 +289,11 @@ class Evidence(Frozen):
     source: str
 
 
-class HypothesisTest(Frozen):
-    """What a run asks of a hypothesis, and the key of the verdict that answers."""
+class RunTest(Frozen):
+    """What a run asks, as a statement, and the key of the recorded verdict that answers."""
 
-    asks: str
-    verdict: str
+    asks: Sentence
+    verdict: Sentence
 
 
 class Hypothesis(Frozen):
@@ -309,18 +312,75 @@ class Hypothesis(Frozen):
     because: str
     grade: Grade
     decided_by: str
-    test: HypothesisTest | None = None
+    test: RunTest | None = None
 
 
 class Claim(Frozen):
-    """One claim of the write-up, in our words, with what the record says of it."""
+    """One claim of the write-up, in our words, with what the record says of it.
+
+    `decided_by` is the experiment or artefact that decides it, `would_change` the finding that
+    would change the verdict. `test` names a verdict of a run that decides or illustrates it.
+    """
 
     id: Identifier
-    section: str
-    claim: str
-    verdict: Literal["stands", "stands in part", "refuted", "cannot be checked"]
-    because: str
+    section: Sentence
+    claim: Sentence
+    verdict: ClaimVerdict
+    because: Sentence
     grade: Grade
+    decided_by: Sentence
+    would_change: Sentence
+    test: RunTest | None = None
+
+
+class AdapterFilter(Frozen):
+    """The limits by which the write-up meant to keep adapters: exceed both, load, and it works."""
+
+    std_above: float = Field(ge=0)
+    maximum_above: float = Field(ge=0)
+    grade: Grade
+    source: str
+
+
+class Graded(Frozen):
+    """A sentence with the grade of its source."""
+
+    text: Sentence
+    grade: Grade
+
+
+class Detection(Frozen):
+    """A moment at which the incident could have been noticed, and the check that shows it."""
+
+    when: Sentence
+    check: Sentence
+    would_show: Sentence
+    grade: Grade
+
+
+class Action(Frozen):
+    """An action item and what closes it.
+
+    It is closed in a run whose verdict under `test` holds, and open otherwise.
+    """
+
+    id: Identifier
+    action: Sentence
+    closes: Sentence
+    grade: Grade
+    test: RunTest | None = None
+
+
+class Practice(Frozen):
+    """The incident as a post-mortem of a service would put it: blameless, with action items."""
+
+    impact: Graded
+    trigger: Graded
+    detection: list[Detection]
+    contributing_factors: list[Graded]
+    went_well: list[Graded]
+    lucky: list[Graded]
+    actions: list[Action]
 
 
 class Lesson(Frozen):
@@ -359,7 +419,10 @@ class Profile(Frozen):
 
 
 class Case(Frozen):
-    """One incident: systems, prompts, attempts, evidence, hypotheses, claims, profiles."""
+    """One incident: systems, prompts, attempts, evidence, hypotheses, claims, profiles.
+
+    Without `practice` the chapter on post-mortem practice says that the case has none.
+    """
 
     case_version: Literal[1]
     name: Identifier
@@ -370,6 +433,7 @@ class Case(Frozen):
     loading_warning: LoadingWarning | None = None
     true_size: TrueSize | None = None
     forensics: Forensics | None = None
+    adapter_filter: AdapterFilter | None = None
     columns: Columns = Columns()
     prompts: dict[Identifier, PromptTemplate]
     attempts: dict[Identifier, Attempt]
@@ -379,6 +443,7 @@ class Case(Frozen):
     hypotheses: list[Hypothesis] = []
     claims: list[Claim] = []
     lessons: list[Lesson] = []
+    practice: Practice | None = None
     profiles: dict[Identifier, Profile]
 
     def profile(self, name: str) -> Profile:
@@ -427,8 +492,8 @@ def load_case(path: str | Path) -> Case:
 
 def case_digest(case: Case) -> str:
     """Digest of what can change a number; prose and notes do not count."""
-    names = {"name", "true_size", "loading_warning", "columns", "prompts", "attempts", "profiles"}
-    names.add("forensics")
+    names = {"name", "true_size", "loading_warning", "forensics", "adapter_filter", "columns"}
+    names |= {"prompts", "attempts", "profiles"}
     declared = {"name", "config", "declared_megabytes"}
     systems = dict.fromkeys(Systems.model_fields, declared)
     parts = case.model_dump_json(include={**dict.fromkeys(names, True), "systems": systems})
@@ -470,6 +535,7 @@ def _explain(path: Path, errors: list[ErrorDetails]) -> CaseError:
         "invalid_key": "keys that are strings",
         "missing": "this key to be given",
         "model_type": "a mapping of keys to values",
+        "string_too_short": "a text that is not blank",
         "string_pattern_mismatch": f"text matching {first.get('ctx', {}).get('pattern')}",
     }.get(first["type"], first["msg"].removeprefix("Input should be "))
     found = {"missing": "nothing", "extra_forbidden": "an unknown key"}.get(
@@ -506,8 +572,13 @@ def _check_references(path: Path, case: Case) -> None:
             )
     if case.forensics is not None:
         _check_forensics(path, case, facts=case.forensics)
-    for kind in ("observations", "evidence", "hypotheses", "claims", "lessons"):
-        ids = [item.id for item in getattr(case, kind)]
+    items = {
+        kind: getattr(case, kind)
+        for kind in ("observations", "evidence", "hypotheses", "claims", "lessons")
+    }
+    items["practice.actions"] = case.practice.actions if case.practice else []
+    for kind, listed in items.items():
+        ids = [item.id for item in listed]
         repeated = sorted({id_ for id_ in ids if ids.count(id_) > 1})
         if repeated:
             raise CaseError(

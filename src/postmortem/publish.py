@@ -4,9 +4,9 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from postmortem.case import Case, load_case
+from postmortem.case import Case, ClaimVerdict, Practice, RunTest, load_case
 from postmortem.errors import RecordError
 from postmortem.figures import draw_all, save_drawings
 from postmortem.inputs import choose_rows, input_digests
@@ -125,26 +125,101 @@ def add_run_values(values: Values, files: Mapping[str, RecordFile], *, world: Wo
 
 
 def add_case_values(values: Values, case: Case) -> None:
-    """Add the case's own texts, counts and tables."""
-    values["texts"] |= {
-        "case.title": case.title,
-        "case.symptom": case.symptom,
-        "case.context": case.context,
-    }
-    found = Counter(claim.verdict for claim in case.claims)
-    counts = {
-        "case.claims": len(case.claims),
-        "case.claims_stand": found["stands"],
-        "case.claims_part": found["stands in part"],
-        "case.claims_refuted": found["refuted"],
-        "case.claims_unchecked": found["cannot be checked"],
-        "case.hypotheses": len(case.hypotheses),
-        "case.initial_sum": sum(h.initial or 0 for h in case.hypotheses),
-        "case.final_sum": sum(h.final or 0 for h in case.hypotheses),
-    }
-    values["measures"] |= {key: _number(value) for key, value in counts.items()}
-    for key, columns, rows in _case_tables(case, values["verdicts"]):
+    """Add the case's own texts, counts, verdicts and tables.
+
+    Raises `RecordError` where the case asks for a verdict that no notebook recorded.
+    """
+    verdicts = dict(values["verdicts"])
+    values["texts"] |= {f"case.{key}": text for key, text in _case_texts(case)}
+    values["measures"] |= {f"case.{key}": number for key, number in _case_measures(case)}
+    for key, columns, rows in _case_tables(case, verdicts):
         add_table(values, f"case.{key}", columns, rows)
+    if case.practice is not None:
+        _add_practice(values, case.practice, verdicts=verdicts)
+    # Added last: a test of the case must be answered by a run, not by the case itself.
+    for kind, items in (("claim", case.claims), ("hypothesis", case.hypotheses)):
+        values["verdicts"] |= {
+            f"case.{kind}.{item.id}": {"verdict": item.verdict, "because": item.because}
+            for item in items
+        }
+
+
+def _case_texts(case: Case) -> Iterable[tuple[str, str]]:
+    yield from (("title", case.title), ("symptom", case.symptom), ("context", case.context))
+    for piece in case.evidence:
+        yield f"evidence.{piece.id}", piece.statement
+        yield f"evidence.{piece.id}.bears", piece.what_it_bears
+    for hypothesis in case.hypotheses:
+        yield f"hypothesis.{hypothesis.id}.decided_by", hypothesis.decided_by
+    for claim in case.claims:
+        yield f"claim.{claim.id}", claim.claim
+        yield f"claim.{claim.id}.decided_by", claim.decided_by
+        yield f"claim.{claim.id}.would_change", claim.would_change
+    if case.practice is not None:
+        yield "practice.impact", case.practice.impact.text
+        yield "practice.trigger", case.practice.trigger.text
+
+
+def _case_measures(case: Case) -> Iterable[tuple[str, dict[str, Any]]]:
+    said = Counter(claim.verdict for claim in case.claims)
+    held = Counter(hypothesis.verdict for hypothesis in case.hypotheses)
+    counts = {
+        "claims": len(case.claims),
+        "claims_stand": said["stands"],
+        "claims_part": said["stands in part"],
+        "claims_refuted": said["refuted"],
+        "claims_unchecked": said["cannot be checked"],
+        "claims_tested": sum(claim.test is not None for claim in case.claims),
+        "hypotheses": len(case.hypotheses),
+        "hypotheses_weighed": sum(h.initial is not None for h in case.hypotheses),
+        "hypotheses_refuted": held["refuted"],
+        "hypotheses_open": held["cannot tell"],
+        "initial_sum": sum(h.initial or 0 for h in case.hypotheses),
+        "final_sum": sum(h.final or 0 for h in case.hypotheses),
+        "favourite_initial": max((h.initial or 0 for h in case.hypotheses), default=0),
+        "favourite_final": max((h.final or 0 for h in case.hypotheses), default=0),
+    }
+    yield from ((key, _number(value)) for key, value in counts.items())
+    limits, lack = case.adapter_filter, "the case names no filter"
+    yield "filter_std", _number(limits.std_above if limits else None, reason=lack)
+    yield "filter_maximum", _number(limits.maximum_above if limits else None, reason=lack)
+    actions = len(case.practice.actions) if case.practice else None
+    yield "actions", _number(actions, reason="the case has no section `practice`")
+
+
+def _add_practice(
+    values: Values, practice: Practice, *, verdicts: Mapping[str, Mapping[str, str]]
+) -> None:
+    add_table(
+        values,
+        "case.practice.detection",
+        ("when", "check", "would show", "grade"),
+        [(d.when, d.check, d.would_show, d.grade) for d in practice.detection],
+    )
+    lists = {
+        "factors": practice.contributing_factors,
+        "went_well": practice.went_well,
+        "lucky": practice.lucky,
+    }
+    for name, listed in lists.items():
+        key = f"case.practice.{name}"
+        add_table(values, key, ("what", "grade"), [(item.text, item.grade) for item in listed])
+    for name in ("impact", "trigger"):
+        part = getattr(practice, name)
+        add_table(values, f"case.practice.{name}", ("what", "grade"), [(part.text, part.grade)])
+    answers = [_answer(f"action {a.id}", a.test, verdicts) for a in practice.actions]
+    states = ["closed" if word == "holds" else "open" for _, word in answers]
+    add_table(
+        values,
+        "case.practice.actions",
+        ("id", "action", "status", "closed by", "this run asks", "this run"),
+        [
+            (a.id, a.action, state, a.closes, *answer)
+            for a, answer, state in zip(practice.actions, answers, states, strict=True)
+        ],
+    )
+    values["measures"]["case.actions_closed"] = _number(states.count("closed"))
+    values["measures"]["case.actions_open"] = _number(states.count("open"))
 
 
 def add_table(
@@ -189,21 +264,33 @@ def _case_tables(
         "verdicts",
         ("id", "hypothesis", "on the record", "grade", "this run asks", "this run"),
         [
-            (
-                h.id,
-                h.title,
-                h.verdict,
-                h.grade,
-                h.test.asks if h.test else "",
-                _decided(h.test.verdict, verdicts) if h.test else "",
-            )
+            (h.id, h.title, h.verdict, h.grade, *_answer(f"hypothesis {h.id}", h.test, verdicts))
             for h in case.hypotheses
         ],
     )
     yield (
         "claims",
-        ("section", "claim", "verdict", "because", "grade"),
-        [(c.section, c.claim, c.verdict, c.because, c.grade) for c in case.claims],
+        (
+            *("id", "section", "claim", "verdict", "because", "grade"),
+            *("decided by", "would change", "this run asks", "this run"),
+        ),
+        [
+            (
+                *(c.id, c.section, c.claim, c.verdict, c.because, c.grade),
+                *(c.decided_by, c.would_change, *_answer(f"claim {c.id}", c.test, verdicts)),
+            )
+            for c in case.claims
+        ],
+    )
+    words = get_args(ClaimVerdict)
+    said = Counter((claim.section, claim.verdict) for claim in case.claims)
+    yield (
+        "sections",
+        ("section", *words),
+        [
+            (section, *(said[section, word] for word in words))
+            for section in dict.fromkeys(claim.section for claim in case.claims)
+        ],
     )
     yield (
         "lessons",
@@ -218,14 +305,19 @@ def _case_tables(
     )
 
 
-def _decided(key: str, verdicts: Mapping[str, Mapping[str, str]]) -> str:
-    if key not in verdicts:
+def _answer(
+    subject: str, test: RunTest | None, verdicts: Mapping[str, Mapping[str, str]]
+) -> tuple[str, str]:
+    """What a test asks and the verdict of this run; both empty where there is no test."""
+    if test is None:
+        return "", ""
+    if test.verdict not in verdicts:
         raise RecordError(
-            f"verdict {key!r}, which a hypothesis of the case names",
+            f"verdict {test.verdict!r}, which {subject} of the case names",
             expected="a record of it",
             found="none in any notebook",
         )
-    return verdicts[key]["verdict"]
+    return test.asks, verdicts[test.verdict]["verdict"]
 
 
 def _percent(confidence: float | None) -> Cell:
@@ -244,8 +336,9 @@ def _declared(system: Mapping[str, Any]) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _number(value: float, unit: str = "") -> dict[str, Any]:
-    return Measure(key="-", value=value, unit=unit).model_dump()
+def _number(value: float | None, *, unit: str = "", reason: str = "") -> dict[str, Any]:
+    why = reason if value is None else ""
+    return Measure(key="-", value=value, unit=unit, reason=why).model_dump()
 
 
 def _place(values: dict[str, Any], key: str, file: RecordFile, value: Any) -> None:

@@ -1,6 +1,9 @@
 """Roles and directives that put recorded values on a page, as text and never as markup."""
 
 import json
+import re
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,14 +17,23 @@ from postmortem.errors import BookError
 
 LOGGER = logging.getLogger(__name__)
 VERDICTS = {"holds", "refuted", "cannot tell", "not available"}
-# The verdicts on a claim say how much of it stands; each takes the look of its nearest kin.
-CLAIM_VERDICTS = {
+# Verdicts on a claim and states of an action item take the look of their nearest kin.
+KIN = {
     "stands": "holds",
     "stands in part": "cannot tell",
     "cannot be checked": "cannot tell",
+    "closed": "holds",
+    "open": "cannot tell",
 }
 GRADES = {"artefact", "log", "recollection", "measured"}
 UNAVAILABLE = "not available"
+# What the prose quotes from the shipped case by id; another case need not have it.
+QUOTED = ("case.claim.", "case.hypothesis.", "case.evidence.", "case.practice.")
+IDENTIFIER = re.compile(r"[a-z0-9_-]+")
+# A value with its interval, which is not broken across lines.
+ESTIMATE = re.compile(r"-?\d+\.\d+ \[.+\]")
+# What the ledger says of a claim after its reason.
+DECIDERS = ("decided by", "would change")
 # A cell of more characters keeps a width that can be read on a phone.
 LONG = 60
 
@@ -53,13 +65,19 @@ def values_of(env: Any) -> Values:
 
 
 class _ValueRole(SphinxRole):
-    """A role whose text is a key; a missing key warns, which fails the build."""
+    """A role whose text is a key; a missing key warns, which fails the build.
+
+    A part of the case that is quoted by its id may be missing: the prose is about one case, and
+    another one builds with it until it has prose of its own.
+    """
 
     kind: ClassVar[str]
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         key, _, style = self.text.partition(":")
         value = values_of(self.env).find(self.kind, key)
+        if value is None and key.startswith(QUOTED):
+            return [_inline("not in this case", "pm-unavailable")], []
         if value is None:
             LOGGER.warning("no recorded %s %r", self.kind, key, location=self.get_location())
             return [nodes.Text(f"??{key}??")], []
@@ -209,6 +227,26 @@ class EntriesDirective(SphinxDirective):
         return [nodes.definition_list("", *entries, classes=["pm-entries"])]
 
 
+class LedgerDirective(SphinxDirective):
+    """The claims of the case as a list under their sections, each beside what this run found."""
+
+    def run(self) -> list[nodes.Node]:
+        table = values_of(self.env).find("tables", "case.claims")
+        if table is None:
+            LOGGER.warning("no recorded table 'case.claims'", location=self.get_location())
+            return []
+        claims = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+        sections = []
+        for name, group in groupby(claims, key=itemgetter("section")):
+            entries = nodes.definition_list("", *map(_claim, group))
+            entries["classes"] = ["pm-entries", "pm-ledger"]
+            section = nodes.section("", nodes.title(name, name), entries)
+            section["names"] = [nodes.fully_normalize_name(name)]
+            self.state.document.note_implicit_target(section, section)
+            sections.append(section)
+        return sections
+
+
 class WhenDirective(SphinxDirective):
     """Content that stands on the page only where a condition on the records is true."""
 
@@ -258,7 +296,7 @@ def format_number(value: float, style: str) -> str:
 
 def verdict_node(word: str) -> nodes.inline:
     """A verdict word, marked so that the style sheet gives it a shape."""
-    kin = CLAIM_VERDICTS.get(word, word)
+    kin = KIN.get(word, word)
     return _inline(word, "pm-verdict", f"pm-verdict-{kin.replace(' ', '-')}")
 
 
@@ -268,7 +306,7 @@ def table_node(
     """A docutils table of text cells; verdicts and grades keep their look."""
     group = nodes.tgroup("", cols=len(columns))
     group += [nodes.colspec(colwidth=1) for _ in columns]
-    head = _row(columns)
+    head = nodes.row("", *(nodes.entry("", nodes.paragraph("", name)) for name in columns))
     for entry, *cells in zip(head, *rows, strict=True):
         if cells and all(isinstance(cell, int | float) for cell in cells):
             entry[0]["classes"].append("pm-numeric")
@@ -282,13 +320,32 @@ def table_node(
 
 
 def _entry(name: str, fields: dict[str, Any]) -> nodes.definition_list_item:
-    term = nodes.term("", "", nodes.literal(name, name), ids=[nodes.make_id(name)])
-    lines = [
-        nodes.paragraph("", "", nodes.strong(field, field), nodes.Text(f" {value}"))
-        for field, value in fields.items()
-        if value
-    ]
+    kind = nodes.literal if IDENTIFIER.fullmatch(name) else nodes.inline
+    lines = [_line(field, _chip(str(value))) for field, value in fields.items() if value]
+    return _item(name, kind(name, name), lines)
+
+
+def _item(key: str, name: nodes.Node, lines: list[nodes.paragraph]) -> nodes.definition_list_item:
+    term = nodes.term("", "", name, ids=[nodes.make_id(key)])
     return nodes.definition_list_item("", term, nodes.definition("", *lines))
+
+
+def _claim(claim: dict[str, str]) -> nodes.definition_list_item:
+    said = _chip(claim["verdict"]), nodes.Text(" "), _chip(claim["grade"])
+    lines = [
+        _line("record", *said),
+        *(_line(name, nodes.Text(claim[name])) for name in ("because", *DECIDERS)),
+    ]
+    if claim["this run"]:
+        asked = nodes.Text(f" {claim['this run asks']}")
+        lines.append(_line("this run", _chip(claim["this run"]), asked))
+    name = nodes.inline(claim["claim"], claim["claim"])
+    return _item(f"claim-{claim['id']}", name, lines)
+
+
+def _line(field: str, *content: nodes.Node) -> nodes.paragraph:
+    # One box for the content: the style sheet sets field and content as two columns.
+    return nodes.paragraph("", "", nodes.strong(field, field), nodes.inline("", "", *content))
 
 
 def _row(cells: list[Any]) -> nodes.row:
@@ -297,15 +354,23 @@ def _row(cells: list[Any]) -> nodes.row:
 
 def _cell(cell: Any) -> nodes.paragraph:
     text = "" if cell is None else str(cell)
-    if text in VERDICTS or text in CLAIM_VERDICTS:
-        return nodes.paragraph("", "", verdict_node(text))
-    if text in GRADES:
-        return nodes.paragraph("", "", _inline(text, "pm-grade", f"pm-grade-{text}"))
+    if text in VERDICTS or text in KIN or text in GRADES:
+        return nodes.paragraph("", "", _chip(text))
     if isinstance(cell, int | float):
         # str keeps the point of a float, which tells 0.0 from a count of none.
         shown = text.replace("-", "\N{MINUS SIGN}")
         return nodes.paragraph("", shown, classes=["pm-numeric"])
-    return nodes.paragraph("", text, classes=["pm-long"] if len(text) > LONG else [])
+    kind = "pm-estimate" if ESTIMATE.fullmatch(text) else "pm-long" if len(text) > LONG else ""
+    return nodes.paragraph("", text, classes=[kind] if kind else [])
+
+
+def _chip(text: str) -> nodes.Node:
+    """A verdict or a grade with its look; any other text as it is."""
+    if text in VERDICTS or text in KIN:
+        return verdict_node(text)
+    if text in GRADES:
+        return _inline(text, "pm-grade", f"pm-grade-{text}")
+    return nodes.Text(text)
 
 
 def _inline(text: str, *classes: str) -> nodes.inline:
@@ -332,5 +397,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("record-figure", FigureDirective)
     app.add_directive("record-table", TableDirective)
     app.add_directive("record-entries", EntriesDirective)
+    app.add_directive("record-ledger", LedgerDirective)
     app.add_directive("when", WhenDirective)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+from answers import answers_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postmortem.case import AdapterFilter
+from postmortem.plan import SHRINK, apply_filter, judge_filter, judge_outcomes, record_plan
+from postmortem.records import Table, Verdict
+
+LIMITS = AdapterFilter(std_above=0.05, maximum_above=0.5, grade="artefact", source="write-up")
+LABELS = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+RANKED = [0.1, 0.1, 0.2, 0.2, 0.3, 0.7, 0.8, 0.8, 0.9, 0.9]
+FLAT = [0.0] * 10
+ODDS = [-9.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, -0.5]
+
+
+def test_the_filter_sees_scale_and_the_metric_does_not():
+    """The same ranking passes, and is blocked once it is divided; its AUC stays."""
+    systems = {
+        s.name: s for s in apply_filter({"reference": answers_of(RANKED, ODDS, LABELS)}, LIMITS)
+    }
+    whole, shrunk = systems["reference"], systems[f"reference divided by {SHRINK}"]
+    assert (whole.passes, shrunk.passes) == (True, False)
+    assert whole.written == shrunk.written
+    assert (whole.row[-1], shrunk.row[-1]) == ("written and log-odds", "written")
+
+
+@given(st.lists(st.floats(0, 1), min_size=10, max_size=10))
+def test_passing_is_both_limits_and_nothing_else(values):
+    """A system passes exactly when spread and maximum exceed their limits, without any labels."""
+    found = apply_filter({"base": answers_of(values, ODDS, None)}, LIMITS)[0]
+    assert found.passes == (np.std(values) > 0.05 and max(values) > 0.5)
+
+
+def test_a_filter_that_loses_a_ranking_is_refuted():
+    """A blocked system whose values or log-odds rank is named with the reason."""
+    systems = apply_filter(
+        {"base": answers_of(FLAT, ODDS, LABELS), "reference": answers_of(RANKED, ODDS, LABELS)},
+        LIMITS,
+    )
+    follows, because = judge_filter(systems)
+    assert follows is False
+    assert f"blocked although the values rank: reference divided by {SHRINK}" in because
+    assert "blocked although the log-odds rank: base" in because
+
+
+def test_without_labels_the_filter_is_not_judged():
+    """Where nothing can be said to rank, the filter is neither right nor wrong."""
+    assert judge_filter(apply_filter({"base": answers_of(RANKED, ODDS, None)}, LIMITS))[0] is None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (RANKED, ["holds", "holds", "holds", "refuted", "refuted"]),
+        (FLAT, ["refuted", "refuted", "refuted", "refuted", "holds"]),
+        ([0.0, 1.0] * 5, ["holds", "refuted", "refuted", "holds", "refuted"]),
+    ],
+)
+def test_expected_outcomes_are_measured(case, values, words):
+    """Each outcome that the plan names is decided by what the reference wrote."""
+    outcomes = judge_outcomes(answers_of(values, ODDS, LABELS), case.attempts["v2"])
+    assert [row[1] for row in outcomes] == words
+
+
+def test_a_missing_reference_leaves_the_outcomes_open(session):
+    """Without a reference each outcome is not available, and the filter still runs on the rest."""
+    answers = {"base": answers_of(FLAT, ODDS, LABELS), "suspect": None, "reference": None}
+    record_plan(session, answers, attempt="v2")
+    tables = {r.key: r for r in session.records if isinstance(r, Table)}
+    assert {row[1] for row in tables["swap.outcomes"].rows} == {"not available"}
+    assert tables["swap.filter"].rows[0][0] == "base"
+
+
+def test_a_case_without_a_filter_says_so(session):
+    """Without limits in the case the table is empty and the verdict not available."""
+    session.case = session.case.model_copy(update={"adapter_filter": None})
+    answers = {"base": answers_of(FLAT, ODDS, LABELS), "reference": None}
+    record_plan(session, answers, attempt="v2")
+    found = {r.key: r for r in session.records if isinstance(r, Table | Verdict)}
+    assert found["swap.filter"].rows == ()
+    assert found["swap.filter_follows_ranking"].verdict == "not available"
