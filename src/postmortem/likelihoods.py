@@ -42,12 +42,17 @@ Labels = Mapping[Hypothesis, str]
 
 @dataclass(frozen=True)
 class Experiment:
-    """Something one can do, the words for how it can come out, and what it costs in minutes."""
+    """Something one can do, the words for how it can come out, and what it costs in minutes.
+
+    A `pooled` experiment looks at files, prompts or settings alone: what it finds follows from the
+    cause, so replays on every kind of base count together.
+    """
 
     name: str
     title: str
     outcomes: tuple[str, ...]
     minutes: float
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         if len(set(self.outcomes)) != len(self.outcomes) or len(self.outcomes) < 2:
@@ -91,10 +96,18 @@ class Likelihoods:
         return dict(zip(names, map(slice, starts, ends), strict=True))
 
     @cached_property
+    def same_cause(self) -> np.ndarray:
+        """Which hypotheses share their cause: (hypotheses, hypotheses) of bool."""
+        causes = np.array([hypothesis.cause for hypothesis in self.hypotheses])
+        return np.equal(causes[:, None], causes)
+
+    @cached_property
     def concentrations(self) -> np.ndarray:
         """Parameters of the Dirichlet posterior of each row, shaped as `counts`."""
         sizes = [len(experiment.outcomes) for experiment in self.experiments]
-        return self.counts + PSEUDO_COUNT / np.repeat(sizes, sizes)
+        pooled = np.repeat([experiment.pooled for experiment in self.experiments], sizes)
+        counts = np.where(pooled, self.same_cause @ self.counts, self.counts)
+        return counts + PSEUDO_COUNT / np.repeat(sizes, sizes)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -131,11 +144,14 @@ class Likelihoods:
         One entry of a Dirichlet row has a beta distribution. Each experiment has its own stream of
         random numbers, so that neither the order of the evidence nor other evidence matters.
         """
+        asked = self.experiment(experiment)
         block, column = self.blocks[experiment], self.column(experiment, outcome)
         hits = self.concentrations[:, column]
         others = self.concentrations[:, block].sum(axis=1) - hits
         stream = np.random.default_rng([seed, block.start])
-        return stream.beta(hits, others, size=(draws, len(hits)))
+        drawn = stream.beta(hits, others, size=(draws, len(hits)))
+        # What is pooled is one quantity, and is drawn once.
+        return drawn[:, self.same_cause.argmax(axis=0)] if asked.pooled else drawn
 
 
 def measure_likelihoods(

@@ -1,5 +1,6 @@
 """Replays: every suspected cause injected, run, and met with every experiment."""
 
+import json
 import re
 import warnings
 from collections import Counter
@@ -24,6 +25,7 @@ from postmortem.corpus import Rows, generate_rows
 from postmortem.errors import ModelError
 from postmortem.health import THRESHOLDS, describe
 from postmortem.inspection import inspect_adapter
+from postmortem.likelihoods import Experiment
 from postmortem.metrics import auc, kl_divergence, rate_estimate
 from postmortem.models import AttachedAdapter, LoadedBase, attached
 from postmortem.parsing import counts_as_parsed, parse_strict
@@ -45,11 +47,11 @@ INSPECTED = ("nothing", *catalogue(), "no adapter")
 
 @dataclass(frozen=True)
 class Test:
-    """An experiment: what it asks, and the outcomes that it can have.
+    """An experiment: what is done, the outcomes that it can have, and what it costs.
 
-    The cost is in `hands`, a person's minutes (a judgement of ours), in models loaded, and in
-    `passes`: runs over the incident's rows as long as the second attempt's. A test that rides
-    `on` another looks at what that one has produced already.
+    `hands` are a person's minutes, a judgement of ours; `loads` counts models loaded, and `passes`
+    runs over the incident's rows as long as the second attempt's. What a `pooled` test finds
+    follows from files, prompts or settings alone, whatever the base.
     """
 
     title: str
@@ -57,42 +59,63 @@ class Test:
     hands: float
     loads: int = 0
     passes: float = 0.0
-    on: str = ""
+    pooled: bool = False
 
 
 TESTS: Mapping[str, Test] = {
-    "load": Test("load the adapter and read what PEFT says", ("silent", "warns", "raises"), 1, 1),
+    "load": Test(
+        "load the adapter and read what PEFT says of the weights",
+        ("silent", "warns", "raises"),
+        *(1, 1, 0.0, True),
+    ),
+    # Fifty new tokens where the second prompt's answer took about four steps.
     "v1": Test("ask the first prompt", SYMPTOM, 5, 1, 12.0),
     "v2": Test("ask the second prompt", SYMPTOM, 5, 1, 1.0),
+    "names": Test(
+        "compare the name of the base in the config with the base",
+        ("the same", "another", "no adapter"),
+        *(5, 0, 0.0, True),
+    ),
+    "settings": Test(
+        "change the temperature and generate again",
+        ("unchanged", "changed", "no answer"),
+        *(1, 1, 2.0, True),
+    ),
+    "inspect": Test("check the adapter's files against the base", INSPECTED, 1, pooled=True),
+    "status": Test(
+        "ask PEFT which adapter answers",
+        ("active", "disabled", "another", "none"),
+        *(1, 1, 0.0, True),
+    ),
+    "prompt": Test(
+        "print the tokens that the model receives",
+        ("whole", "cut", "another markup"),
+        *(2, 0, 0.0, True),
+    ),
+    "fingerprint": Test(
+        "compare the base's weights with the published ones, before and after loading",
+        ("as published", "differs", "differs after loading"),
+        *(5, 1, 0.0, True),
+    ),
+    "finite": Test(
+        "look for NaN in the logits", ("finite", "not finite", "no answer"), 2, 1, 0.1, True
+    ),
     "raw-text": Test(
         "print what is generated, before any parser",
         ("a decimal", "a bare digit", "a word", "a tag", "nothing", "no answer"),
         *(1, 1, 0.3),
     ),
-    "settings": Test(
-        "change temperature and generate again", ("unchanged", "changed", "no answer"), 1, 1, 1.0
-    ),
-    "inspect": Test("check the adapter's files against the base", INSPECTED, 1),
-    "prompt": Test(
-        "print the tokens that the model receives", ("whole", "cut", "another markup"), 2
-    ),
-    "status": Test(
-        "ask PEFT which adapter answers", ("active", "disabled", "another", "none"), 1, 1
-    ),
-    "finite": Test("look for NaN in the logits", ("finite", "not finite", "no answer"), 2, 1, 0.1),
-    "base-alone": Test("ask the base without the adapter", SYMPTOM, 2, 1, 1.0),
     "parsers": Test(
         "read the generated text with a second, strict parser",
         ("agree", "disagree", "no number", "no answer"),
         *(2, 1, 1.0),
     ),
+    "base-alone": Test("ask the base without the adapter", SYMPTOM, 2, 1, 1.0),
     "effect": Test(
         "compare answers with the adapter on and off",
         (*EFFECTS, "not finite", "no answer"),
         *(3, 1, 2.0),
     ),
-    "home-number": Test(HOME.format("number"), HOMES, 10, 1, 4.0),
-    "home-yes-no": Test(HOME.format("answer"), HOMES, 10, 1, 1.2),
     "number-log-odds": Test("rank the rows by the number's log-odds", RANKS, 5, 1, 1.0),
     "yes-no": Test("ask yes or no, and rank by the log-odds", RANKS, 5, 1, 0.3),
     "scale": Test(
@@ -100,15 +123,32 @@ TESTS: Mapping[str, Test] = {
         ("no effect", "no better", "better at 1/8", "better at 8", "no answer"),
         *(4, 1, 2.0),
     ),
-    "fingerprint": Test(
-        "compare the base with the published one, before and after loading",
-        ("as published", "differs", "differs after loading"),
-        *(5, 2, 0.2),
-    ),
+    "home-number": Test(HOME.format("number"), HOMES, 10, 1, 4.0),
+    "home-yes-no": Test(HOME.format("answer"), HOMES, 10, 1, 1.2),
     "reference": Test(
         "put a sound adapter through the same steps", ("works", "does not work"), 10, 1, 1.0
     ),
 }
+
+
+def experiments_of(case: Case) -> tuple[Experiment, ...]:
+    """The tests with their cost in minutes, at the speed that the incident's log shows.
+
+    Without a log only a person's minutes count.
+    """
+    facts = case.forensics
+    load = rows = 0.0
+    if facts is not None:
+        load = facts.log.loading[1] - facts.log.loading[0]
+        rows = facts.log.ticks[-1] - facts.log.ticks[0]
+    return tuple(
+        Experiment(
+            *(name, test.title, test.outcomes),
+            minutes=test.hands + (test.loads * load + test.passes * rows) / 60,
+            pooled=test.pooled,
+        )
+        for name, test in TESTS.items()
+    )
 
 
 # What an adapter that does not load leaves without an answer.
@@ -180,12 +220,11 @@ class Bench:
 
         return self._once(("base", *_setting(run)), decide)
 
-    def reference_works(self, run: Run) -> str:
+    def reference_works(self, run: Run, reference: Path) -> str:
         """Whether a sound adapter, put through this run's steps, writes values that rank."""
 
         def decide() -> str:
-            assert self.reference is not None
-            with attached(run.base, self.reference) as loaded:
+            with attached(run.base, reference) as loaded:
                 loaded.model.to(run.base.model.dtype)
                 scores = self.ask(loaded.model, "v2", run)
             values = [run.parse(reply.text) for reply in scores.replies]
@@ -216,7 +255,9 @@ def observe(run: Run, bench: Bench) -> Observed:
     """Meet one run with every experiment."""
     seen = Observed({"inspect": _inspect(run, bench), "prompt": _compare_prompts(run, bench)})
     seen.outcomes["base-alone"] = bench.base_alone(run)
-    seen.outcomes["reference"] = bench.reference_works(run)
+    seen.outcomes["names"] = _compare_names(run, bench)
+    if bench.reference is not None:
+        seen.outcomes["reference"] = bench.reference_works(run, bench.reference)
     changed = bench.differs(run.base)
     with ExitStack() as stack:
         loaded = None
@@ -443,6 +484,14 @@ def _inspect(run: Run, bench: Bench) -> str:
     findings = inspect_adapter(str(run.adapter), str(base)).report.findings
     told = [finding.id for finding in findings if finding.severity != "info"]
     return told[0] if told else "nothing"
+
+
+def _compare_names(run: Run, bench: Bench) -> str:
+    if run.adapter is None:
+        return "no adapter"
+    config = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    same = config["base_model_name_or_path"] == bench.materials.role
+    return "the same" if same else "another"
 
 
 def _compare_prompts(run: Run, bench: Bench) -> str:
