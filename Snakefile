@@ -20,7 +20,7 @@ STARTS = LINEAGE_STARTS if EMBEDDED else {}
 # The embedded models are too small for two threads to help; a real one takes all there are.
 THREADS = 1 if EMBEDDED else workflow.cores
 # Notebooks that read what an earlier one recorded.
-EARLIER = {"02_v2_run": "01_v1_run"}
+EARLIER = {"02_v2_run": "01_v1_run", "09_diagnosis": "07_replay"}
 
 
 rule book:

@@ -56,7 +56,7 @@ def test_every_cause_meets_every_test(bench, name):
         ("healthy", {"load": "silent", "inspect": "nothing", "prompt": "whole"}),
         ("no-adapter", {"status": "none", "effect": "none", "inspect": "no adapter"}),
         ("disabled", {"status": "disabled", "effect": "none", "load": "silent"}),
-        ("zero-b", {"inspect": "untrained", "effect": "none", "home-number": "no effect"}),
+        ("zero-b", {"inspect": "untrained", "effect": "none", "home": "no effect"}),
         ("alpha-zero", {"inspect": "scale-zero", "effect": "none", "scale": "no effect"}),
         ("key-prefix", {"inspect": "key-prefix", "load": "warns", "effect": "none"}),
         ("other-shapes", {"inspect": "shape-mismatch", "load": "raises", "v2": "no answer"}),

@@ -296,11 +296,21 @@ class RunTest(Frozen):
     verdict: Sentence
 
 
+class Observed(Frozen):
+    """The outcome of a test that the incident's record holds, in the words of the replays."""
+
+    test: Identifier
+    outcome: Sentence
+    grade: Grade
+    source: str
+
+
 class Hypothesis(Frozen):
     """An explanation of the symptom.
 
-    `initial` and `final` are the write-up's confidences in per cent (absent where it never
-    considered the hypothesis). `verdict` is what the surviving artefacts alone decide.
+    `causes` are those of the replays that it comes down to. `initial` and `final` are the
+    write-up's confidences in per cent (absent where it never considered the hypothesis). `verdict`
+    is what the surviving artefacts alone decide.
     """
 
     id: Annotated[str, StringConstraints(pattern=r"^[A-Z][0-9]?$")]
@@ -312,6 +322,7 @@ class Hypothesis(Frozen):
     because: str
     grade: Grade
     decided_by: str
+    causes: list[Identifier] = []
     test: RunTest | None = None
 
 
@@ -440,6 +451,8 @@ class Case(Frozen):
     timeline: list[Event] = []
     observations: list[Observation] = []
     evidence: list[Evidence] = []
+    observed: list[Observed] = []
+    path: list[Identifier] = []
     hypotheses: list[Hypothesis] = []
     claims: list[Claim] = []
     lessons: list[Lesson] = []
@@ -493,10 +506,13 @@ def load_case(path: str | Path) -> Case:
 def case_digest(case: Case) -> str:
     """Digest of what can change a number; prose and notes do not count."""
     names = {"name", "true_size", "loading_warning", "forensics", "adapter_filter", "columns"}
-    names |= {"prompts", "attempts", "profiles"}
+    names |= {"prompts", "attempts", "profiles", "observed", "path"}
+    beliefs = {"__all__": {"id", "initial", "final", "causes"}}
     declared = {"name", "config", "declared_megabytes"}
     systems = dict.fromkeys(Systems.model_fields, declared)
-    parts = case.model_dump_json(include={**dict.fromkeys(names, True), "systems": systems})
+    parts = case.model_dump_json(
+        include={**dict.fromkeys(names, True), "systems": systems, "hypotheses": beliefs}
+    )
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
@@ -576,6 +592,15 @@ def _check_references(path: Path, case: Case) -> None:
         kind: getattr(case, kind)
         for kind in ("observations", "evidence", "hypotheses", "claims", "lessons")
     }
+    shared = [cause for h in case.hypotheses for cause in h.causes]
+    for kind, names in (("observed", [o.test for o in case.observed]), ("hypotheses", shared)):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise CaseError(
+                f"{path}, key `{kind}`",
+                expected="each test observed once, each cause under one hypothesis",
+                found=f"{repeated[0]!r} twice",
+            )
     items["practice.actions"] = case.practice.actions if case.practice else []
     for kind, listed in items.items():
         ids = [item.id for item in listed]

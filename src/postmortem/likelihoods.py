@@ -18,9 +18,9 @@ from scipy.special import expit
 from postmortem.errors import DiagnosisError
 from postmortem.records import Replay
 
-# The weight of the prior on each row of the table, in replays, spread evenly over the outcomes. In
-# total, not for each outcome: otherwise an experiment with many outcomes would need more replays to
-# say as much. One replay's worth keeps an outcome that was never seen possible.
+# The weight of the prior on each row of the table, in replays. It is spread as the outcomes of all
+# causes are on that kind of base: what most causes do is the best guess for one that was replayed
+# too little to tell, and an outcome that none of its replays showed stays possible.
 PSEUDO_COUNT = 1.0
 # Two causes are told apart by the battery where it is expected to give the true one this much.
 SEPARATION = 0.9
@@ -107,7 +107,13 @@ class Likelihoods:
         sizes = [len(experiment.outcomes) for experiment in self.experiments]
         pooled = np.repeat([experiment.pooled for experiment in self.experiments], sizes)
         counts = np.where(pooled, self.same_cause @ self.counts, self.counts)
-        return counts + PSEUDO_COUNT / np.repeat(sizes, sizes)
+        bases = np.array([hypothesis.base for hypothesis in self.hypotheses])
+        same_base = np.equal(bases[:, None], bases)
+        usual = np.where(pooled, self.counts.sum(axis=0), same_base @ self.counts)
+        usual += PSEUDO_COUNT / np.repeat(sizes, sizes)
+        blocks = [usual[:, block] for block in self.blocks.values()]
+        shares = np.hstack([block / block.sum(axis=1, keepdims=True) for block in blocks])
+        return counts + PSEUDO_COUNT * shares
 
     @cached_property
     def probabilities(self) -> np.ndarray:

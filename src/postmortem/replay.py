@@ -40,8 +40,6 @@ EFFECTS = {"none": 1e-6, "faint": 1e-2, "small": 1e-1, "medium": 1.0, "large": n
 GAIN = 0.1
 SYMPTOM = ("all 0.0", "one other value", "mostly one value", "varies", "no answer")
 RANKS = ("ranks", "does not rank", "ranks in reverse", "no answer")
-HOMES = ("no effect", "at home", "not at home", "no answer")
-HOME = "hold the {}'s log-odds against the adapter's sign flipped and its layers turned"
 INSPECTED = ("nothing", *catalogue(), "no adapter")
 
 
@@ -123,8 +121,11 @@ TESTS: Mapping[str, Test] = {
         ("no effect", "no better", "better at 1/8", "better at 8", "no answer"),
         *(4, 1, 2.0),
     ),
-    "home-number": Test(HOME.format("number"), HOMES, 10, 1, 4.0),
-    "home-yes-no": Test(HOME.format("answer"), HOMES, 10, 1, 1.2),
+    "home": Test(
+        "hold the log-odds against the adapter's sign flipped and its layers turned",
+        ("no effect", "at home", "not at home", "no answer"),
+        *(10, 1, 4.0),
+    ),
     "reference": Test(
         "put a sound adapter through the same steps", ("works", "does not work"), 10, 1, 1.0
     ),
@@ -315,16 +316,15 @@ def _observe_answers(model: Any, run: Run, bench: Bench, seen: Observed) -> None
     seen.features |= symptom_features(values, bench)
     if run.adapter is None:
         seen.outcomes |= {"effect": "none", "scale": "no effect"}
-        seen.outcomes |= {"home-number": "no effect", "home-yes-no": "no effect"}
+        seen.outcomes["home"] = "no effect"
         return
     with model.disable_adapter():
-        off = {name: bench.ask(model, name, run, tokens=1) for name in ("v2", "yes_no")}
-    seen.outcomes["effect"] = effect = classify_effect(v2, off["v2"])
+        off = bench.ask(model, "v2", run, tokens=1)
+    seen.outcomes["effect"] = effect = classify_effect(v2, off)
     seen.outcomes["scale"] = (
         "no effect" if effect == "none" else _try_scales(model, run, bench, as_is=values["v2"])
     )
-    for test, prompt, on in (("home-number", "v2", v2), ("home-yes-no", "yes_no", asked)):
-        seen.outcomes[test] = _find_home(model, run, bench, prompt=prompt, pair=(on, off[prompt]))
+    seen.outcomes["home"] = _find_home(model, run, bench, on=v2, off=off)
 
 
 def classify_values(values: Sequence[float], reported: float) -> str:
@@ -426,35 +426,33 @@ def _scale(layers: Sequence[Any], factor: float) -> None:
             layer.scaling[name] *= factor
 
 
-def _find_home(
-    model: Any, run: Run, bench: Bench, *, prompt: str, pair: tuple[Scores, Scores]
-) -> str:
+def _find_home(model: Any, run: Run, bench: Bench, *, on: Scores, off: Scores) -> str:
     """Whether the adapter moves the log-odds the right way, and only as it was saved.
 
     An adapter that was made for this base gains on the labels more than the same adapter with its
     sign flipped, or with its layers turned by one: both have the same norms.
     """
-    on, off = (_log_odds(scores, prompt) for scores in pair)
-    if bench.rows.labels is None or not np.isfinite([on, off]).all():
+    as_saved, without = _log_odds(on), _log_odds(off)
+    if bench.rows.labels is None or not np.isfinite([as_saved, without]).all():
         return "no answer"
-    if np.abs(on - off).max() < 1e-6:
+    if np.abs(as_saved - without).max() < EFFECTS["none"]:
         return "no effect"
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     _scale(layers, -1.0)
-    flipped = _log_odds(bench.ask(model, prompt, run, tokens=1), prompt)
+    flipped = _log_odds(bench.ask(model, "v2", run, tokens=1))
     _scale(layers, -1.0)
     with _turned(model):
-        turned = _log_odds(bench.ask(model, prompt, run, tokens=1), prompt)
+        turned = _log_odds(bench.ask(model, "v2", run, tokens=1))
     side = np.where(bench.rows.labels == 1, 1.0, -1.0)
     better = [
-        ttest_rel(side * on, side * other, alternative="greater") for other in (flipped, turned)
+        ttest_rel(side * as_saved, side * other, alternative="greater")
+        for other in (flipped, turned)
     ]
     return "at home" if all(test.pvalue < 0.05 for test in better) else "not at home"
 
 
-def _log_odds(scores: Scores, prompt: str) -> np.ndarray:
-    name = "yes_no_log_odds" if prompt == "yes_no" else "number_log_odds"
-    return np.array([getattr(reply, name) for reply in scores.replies])
+def _log_odds(scores: Scores) -> np.ndarray:
+    return np.array([reply.number_log_odds for reply in scores.replies])
 
 
 @contextmanager

@@ -1,0 +1,346 @@
+"""What the replays make of the incident: beliefs, their sensitivity, and what to run next."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from postmortem.calibration import NO_SEVERITY, Evaluation, leave_out, leave_out_without_each
+from postmortem.case import Case
+from postmortem.causes import CAUSES
+from postmortem.diagnosis import Ledger, Prior, sensitivity
+from postmortem.errors import DiagnosisError
+from postmortem.likelihoods import (
+    Experiment,
+    Group,
+    Hypothesis,
+    Likelihoods,
+    by_group,
+    group_name,
+    measure_likelihoods,
+    separable_groups,
+)
+from postmortem.metrics import Estimate
+from postmortem.planner import Plan, plan, price
+from postmortem.records import Cell, Replay
+from postmortem.replay import TESTS, experiments_of
+from postmortem.session import Session
+
+FLAT = "flat"
+# What the write-up leaves to explanations that it does not list; it leaves none, and then a cause
+# that it did not think of could never win.
+ROOM = 0.1
+# The rest of the causes, in a table of hypotheses.
+UNLISTED = "none of these"
+# What the first minutes should have been spent on.
+TIME_BOX = 10
+# What a diagnosis is to reach on replays that it has not seen.
+ACCURACY, FALSE_ALARMS = 0.90, 0.02
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """A case's evidence met with the replays of a run."""
+
+    case: Case
+    replays: Sequence[Replay]
+
+    @cached_property
+    def experiments(self) -> tuple[Experiment, ...]:
+        """The tests, with their cost."""
+        return experiments_of(self.case)
+
+    @cached_property
+    def table(self) -> Likelihoods:
+        """How often each outcome came up for each cause on each kind of base."""
+        return measure_likelihoods(self.replays, self.experiments)
+
+    @cached_property
+    def trials(self) -> tuple[Replay, ...]:
+        """The replays with each severity by its place in the cause's list.
+
+        Left out together are then the first severities of all causes, the second ones, and so on.
+        """
+        trials = []
+        for replay in self.replays:
+            known = list(CAUSES[replay.cause].severities)
+            place = str(known.index(replay.severity)) if len(known) > 1 else NO_SEVERITY
+            trials.append(replay.model_copy(update={"severity": place}))
+        return tuple(trials)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Causes that the whole battery of tests tells apart."""
+        return separable_groups(self.table)
+
+    @cached_property
+    def answers(self) -> dict[Hypothesis, str]:
+        """What one wants to know: the group of the cause, and the kind of base."""
+        return by_group(self.table, self.groups, with_base=True)
+
+    @cached_property
+    def observed(self) -> dict[str, str]:
+        """The outcomes on the incident's record, by test."""
+        return {seen.test: seen.outcome for seen in self.case.observed}
+
+    @cached_property
+    def priors(self) -> dict[str, Prior]:
+        """The priors by name: flat, and the write-up's confidences made to sum to one."""
+        found = {FLAT: Prior()}
+        for name in ("initial", "final"):
+            weights = self._write_up(name)
+            if weights:
+                found[f"write-up, {name}"] = Prior(weights)
+        return found
+
+    def _write_up(self, name: str) -> dict[str, float]:
+        """A cause's share of its hypothesis' confidence; the causes without one share `ROOM`."""
+        weights: dict[str, float] = {}
+        for hypothesis in self.case.hypotheses:
+            confidence = getattr(hypothesis, name)
+            known = [cause for cause in hypothesis.causes if cause in self.table.causes]
+            if confidence and known:
+                weights |= dict.fromkeys(known, confidence / len(known))
+        others = [cause for cause in self.table.causes if cause not in weights]
+        total = sum(weights.values())
+        if weights and others:
+            weights |= dict.fromkeys(others, total * ROOM / (1 - ROOM) / len(others))
+        return weights
+
+    def ledger(self, prior: str = FLAT, extra: Mapping[str, str] | None = None) -> Ledger:
+        """Beliefs after the evidence on record, and `extra` outcomes beside it."""
+        return Ledger(self.table, {**self.observed, **(extra or {})}, self.priors[prior])
+
+    @cached_property
+    def hypotheses(self) -> dict[Hypothesis, str]:
+        """The case's own hypothesis that each cause comes under."""
+        names = {cause: h.id for h in self.case.hypotheses for cause in h.causes}
+        return {h: names.get(h.cause, UNLISTED) for h in self.table.hypotheses}
+
+    def next_steps(self, ledger: Ledger, *, minutes: float | None = None) -> Plan:
+        """What to run next, among the tests not observed yet."""
+        return plan(ledger, self.answers, minutes=minutes)
+
+
+def open_inquiry(case: Case, replays: Sequence[Replay]) -> Inquiry:
+    """An inquiry; `DiagnosisError` where the case names a test or cause that no replay has."""
+    known_tests, known_causes = set(TESTS), set(CAUSES)
+    named = [(seen.test, known_tests) for seen in case.observed]
+    named += [(name, known_tests) for name in case.path]
+    named += [(cause, known_causes) for h in case.hypotheses for cause in h.causes]
+    for name, known in named:
+        if name not in known:
+            raise DiagnosisError(
+                f"case {case.name}", expected=f"one of {', '.join(sorted(known))}", found=repr(name)
+            )
+    return Inquiry(case, replays)
+
+
+def record_trust(session: Session, inquiry: Inquiry) -> None:
+    """Record how well replays are diagnosed from others: what the diagnosis may be trusted with."""
+    if len({replay.seed for replay in inquiry.replays}) < 2:
+        reason = "one seed of replays alone: nothing to learn from when it is left out"
+        for name in ("top1", "base_top1", "false_alarms", "brier", "symptom_top1"):
+            session.measure(f"diagnosis.{name}", None, reason=reason)
+        session.verdict("diagnosis.trusted", "not available", reason)
+        return
+    found = leave_out(inquiry.trials, inquiry.experiments)
+    symptom = leave_out(inquiry.trials, inquiry.experiments, subset=[*inquiry.observed])
+    session.measure("diagnosis.top1", found.accuracy)
+    session.measure("diagnosis.base_top1", found.base_accuracy)
+    session.measure("diagnosis.false_alarms", found.false_alarms)
+    session.measure("diagnosis.brier", found.brier)
+    session.measure("diagnosis.symptom_top1", symptom.accuracy)
+    told = found.accuracy
+    assert told.low is not None
+    assert told.high is not None
+    trusted = True if told.low >= ACCURACY else False if told.high < ACCURACY else None
+    session.verdict("diagnosis.trusted", trusted, describe_trust(found))
+    misses = Counter((miss.cause, miss.predicted) for miss in found.misses)
+    rows = [(cause, wrong, times) for (cause, wrong), times in misses.most_common()]
+    session.table("diagnosis.misses", ("cause", "taken for", "times"), rows)
+    bins = [
+        (
+            f"{b.low:g} to {b.high:g}",
+            b.predicted,
+            b.right.value,
+            b.right.low,
+            b.right.high,
+            b.right.n,
+        )
+        for b in found.bins
+        if b.right.n
+    ]
+    columns = ("said", "mean", "right", "low", "high", "replays")
+    session.table("diagnosis.reliability", columns, bins)
+    without = leave_out_without_each(inquiry.trials, inquiry.experiments)
+    session.table(
+        "diagnosis.without",
+        ("test left out", "top-1", "low", "high"),
+        [(name, *_numbers(e.accuracy)) for name, e in without.items()],
+    )
+
+
+def describe_trust(found: Evaluation) -> str:
+    """An evaluation in one line."""
+    right, alarms, brier = found.accuracy, found.false_alarms, found.brier
+    return (
+        f"top-1 {right.value:.2f} [{right.low:.2f}, {right.high:.2f}] over {len(found.groups)} "
+        f"groups, healthy false alarms {found.false_alarm_count}/{alarms.n}, "
+        f"brier {brier.value:.2f}"
+    )
+
+
+def record_beliefs(session: Session, inquiry: Inquiry) -> None:
+    """Record what the evidence on record makes of each cause, and what it cannot tell apart."""
+    ledger = inquiry.ledger()
+    posterior = ledger.posterior()
+    causes, spans = posterior.causes, sensitivity(ledger, inquiry.priors)
+    owner = {h.cause: name for h, name in inquiry.hypotheses.items()}
+    priors = {n: inquiry.ledger(n).prior.causes or {} for n in inquiry.priors if n != FLAT}
+    rows: list[tuple[Cell, ...]] = []
+    for cause in sorted(causes, key=lambda name: -(causes[name].value or 0.0)):
+        after = [round(span, 4) for span in spans[cause].by_prior.values()]
+        before = [round(_share(weights, cause), 4) for weights in priors.values()]
+        name = CAUSES[cause].title
+        rows.append((cause, name, owner[cause], *before, *_numbers(causes[cause]), *after[1:]))
+    written = [f"prior, {name}" for name in priors] + [f"after, {name}" for name in priors]
+    cut = len(priors)
+    columns = ("cause", "title", "hypothesis", *written[:cut], *("after, flat", "low", "high"))
+    session.table("diagnosis.causes", (*columns, *written[cut:]), rows)
+    for name, told in posterior.marginal(inquiry.hypotheses).items():
+        key = "unlisted" if name == UNLISTED else name
+        session.measure(f"diagnosis.hypothesis.{key}", told)
+    for kind, told in posterior.bases.items():
+        session.measure(f"diagnosis.base.{kind}", told)
+    _record_account(session, inquiry, ledger)
+    _record_standing(session, inquiry, ledger)
+    _judge_beliefs(session, inquiry, ledger)
+
+
+def _record_account(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
+    grades = {seen.test: seen.grade for seen in inquiry.case.observed}
+    steps = ledger.account()
+    session.table(
+        "diagnosis.account",
+        ("test", "what was done", "outcome", "grade", "bits"),
+        [
+            (
+                e.experiment,
+                TESTS[e.experiment].title,
+                e.outcome,
+                grades[e.experiment],
+                round(e.bits, 3),
+            )
+            for e in steps
+        ],
+    )
+    weights = {
+        cause: {e.experiment: e.weights[cause] or 0.0 for e in steps}
+        for cause in CAUSES
+        if cause in inquiry.table.causes
+    }
+    session.table(
+        "diagnosis.weights",
+        ("cause", *(e.experiment for e in steps), "together"),
+        [
+            (cause, *(round(w, 2) for w in told.values()), round(sum(told.values()), 2))
+            for cause, told in weights.items()
+        ],
+    )
+
+
+def _record_standing(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
+    session.table(
+        "diagnosis.standing",
+        ("cause", "best on", "inconsistent", "with", "log10 likelihood"),
+        [
+            (
+                s.cause,
+                s.base,
+                len(s.inconsistent),
+                ", ".join(s.inconsistent) or "nothing",
+                round(s.log10_likelihood, 2),
+            )
+            for s in ledger.least_disconfirmed()
+        ],
+    )
+    apart = ledger.not_told_apart()
+    session.table(
+        "diagnosis.apart", ("not told apart by the record",), [(group_name(g),) for g in apart]
+    )
+    session.table(
+        "diagnosis.groups",
+        ("told apart by all tests", "causes"),
+        [(group_name(group), len(group)) for group in inquiry.groups],
+    )
+    session.measure("diagnosis.groups", len(inquiry.groups), unit="groups")
+    session.measure("diagnosis.apart", len(apart), unit="groups")
+
+
+def _judge_beliefs(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
+    marginal = ledger.posterior().marginal(by_group(inquiry.table, inquiry.groups))
+    best, told = max(marginal.items(), key=lambda item: item[1].value or 0.0)
+    session.verdict(
+        "diagnosis.settled",
+        True if (told.low or 0.0) > ACCURACY else None,
+        f"the leading group ({best}) has {told.value:.0%} [{told.low:.0%}, {told.high:.0%}]",
+    )
+    silent = ledger.posterior().bases.get("silent")
+    if silent is None:
+        session.verdict("diagnosis.base_answers", "not available", "no silent base was replayed")
+    else:
+        held = True if (silent.low or 0.0) > 0.5 else False if (silent.high or 0.0) < 0.5 else None
+        session.verdict(
+            "diagnosis.base_answers",
+            held,
+            f"a base that writes the value by itself has {silent.value:.0%} "
+            f"[{silent.low:.0%}, {silent.high:.0%}] after the evidence, from 50% before",
+        )
+    gains = {e.experiment: e.bits for e in ledger.account()}
+    for name, bits in gains.items():
+        session.measure(f"diagnosis.bits.{name}", bits, unit="bits")
+
+
+def record_next_steps(session: Session, inquiry: Inquiry) -> None:
+    """Record what to run next, what the author's path was worth, and what ten minutes could be."""
+    fresh = Ledger(inquiry.table)
+    _record_plan(session, "next", inquiry.next_steps(inquiry.ledger()))
+    _record_plan(session, "first", inquiry.next_steps(fresh, minutes=TIME_BOX))
+    path = [name for name in inquiry.case.path if name in inquiry.table.blocks]
+    _record_plan(session, "path", price(fresh, path, labels=inquiry.answers))
+    session.measure("diagnosis.time_box", TIME_BOX, unit="min")
+
+
+def _record_plan(session: Session, name: str, found: Plan) -> None:
+    key = f"diagnosis.{name}"
+    session.measure(f"{key}.bits", found.bits, unit="bits")
+    session.measure(f"{key}.minutes", found.minutes, unit="min")
+    session.measure(f"{key}.entropy", found.entropy, unit="bits")
+    leading = found.steps[-1].leading if found.steps else found.leading
+    session.measure(f"{key}.leading", leading)
+    first = found.steps[0].experiment if found.steps else ""
+    session.text(f"{key}.test", TESTS[first].title if first else "nothing: no test left says more")
+    session.table(
+        f"{key}.steps",
+        ("test", "what is done", "bits", "minutes", "in all", "leading answer right"),
+        [
+            (
+                *(s.experiment, TESTS[s.experiment].title, round(s.bits, 3)),
+                *(round(s.minutes, 1), round(s.total_minutes, 1), round(s.leading, 3)),
+            )
+            for s in found.steps
+        ],
+    )
+
+
+def _numbers(told: Estimate) -> tuple[float | None, float | None, float | None]:
+    return _rounded(told.value), _rounded(told.low), _rounded(told.high)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _share(weights: Mapping[str, float], cause: str) -> float:
+    return weights.get(cause, 0.0) / sum(weights.values())
