@@ -151,8 +151,8 @@ def test_account_adds_up(ledger):
 
 def test_weight_of_evidence_speaks_for_and_against():
     """An outcome speaks for the causes that give it often and against those that seldom do."""
-    step = Ledger(SEPARATED, {"control": "yes"}).account()[0]
-    assert step.weights["no-op"] == pytest.approx(math.log10((9.5 / 11) / (1.5 / 11)))
+    step, yes = Ledger(SEPARATED, {"control": "yes"}).account()[0], SEPARATED.of("control")[:, 1]
+    assert step.weights["no-op"] == pytest.approx(math.log10(yes[0] / yes[1]))
     assert step.weights["healthy"] < 0
 
 
@@ -272,7 +272,7 @@ def test_least_disconfirmed_counts_inconsistencies():
     found = Ledger(SEPARATED, {"control": "no", "scan": "c"}).least_disconfirmed()
     assert [one.cause for one in found] == ["healthy", "sibling", "no-op"]
     assert found[-1].inconsistent == ("scan",)
-    expected = math.log10(9.5 / 11) + math.log10((9 + 1 / 3) / 11)
+    expected = math.log10(SEPARATED.of("control")[2, 0] * SEPARATED.of("scan")[2, 2])
     assert found[0].log10_likelihood == pytest.approx(expected)
 
 

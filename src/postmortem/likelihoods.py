@@ -109,7 +109,8 @@ class Likelihoods:
         counts = np.where(pooled, self.same_cause @ self.counts, self.counts)
         bases = np.array([hypothesis.base for hypothesis in self.hypotheses])
         same_base = np.equal(bases[:, None], bases)
-        usual = np.where(pooled, self.counts.sum(axis=0), same_base @ self.counts)
+        on_base = same_base / same_base.sum(axis=1, keepdims=True) @ self.counts
+        usual = np.where(pooled, self.counts.mean(axis=0), on_base)
         usual += PSEUDO_COUNT / np.repeat(sizes, sizes)
         blocks = [usual[:, block] for block in self.blocks.values()]
         shares = np.hstack([block / block.sum(axis=1, keepdims=True) for block in blocks])
