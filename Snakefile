@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from postmortem.case import load_case
+from postmortem.case import case_digest, load_case
 from postmortem.inputs import settings_digest
 from postmortem.provenance import modules_behind, notebook_digests
 from postmortem.world import LINEAGE_STARTS, embedded_digest, folder_digests
@@ -15,12 +15,25 @@ PROFILE = CASE.profile(SETTINGS["profile"])
 RUN = f"{BUILD}/runs/{CASE.name}/{SETTINGS['profile']}"
 NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
 EMBEDDED = PROFILE.base == "embedded"
-WORLD = f"{BUILD}/worlds/{CASE.name}-{embedded_digest(CASE, PROFILE)}" if EMBEDDED else ""
+# An embedded world for each seed: the book takes the first, `make replay` as many as asked for.
+WORLDS = {
+    embedded_digest(CASE, seed): seed
+    for seed in range(PROFILE.seed, PROFILE.seed + SETTINGS["worlds"])
+    if EMBEDDED
+}
+TRAINED = {seed: f"{BUILD}/worlds/{CASE.name}-{digest}" for digest, seed in WORLDS.items()}
+WORLD = TRAINED.get(PROFILE.seed, "")
+REPLAYS = f"{BUILD}/replays/{CASE.name}/{SETTINGS['profile']}"
 STARTS = LINEAGE_STARTS if EMBEDDED else {}
 # The embedded models are too small for two threads to help; a real one takes all there are.
 THREADS = 1 if EMBEDDED else workflow.cores
 # Notebooks that read what an earlier one recorded.
 EARLIER = {"02_v2_run": "01_v1_run", "09_diagnosis": "07_replay"}
+
+
+def lineages_of(seed):
+    """What the world of a seed is put together from."""
+    return expand(f"{TRAINED[seed]}/{{lineage}}.done", lineage=STARTS) if EMBEDDED else []
 
 
 rule book:
@@ -76,7 +89,7 @@ rule notebook:
 
 rule world:
     input:
-        expand(f"{WORLD}/{{lineage}}.done", lineage=STARTS),
+        lineages_of(PROFILE.seed),
     output:
         f"{RUN}/world.json",
     params:
@@ -88,6 +101,47 @@ rule world:
         "postmortem step world --trained={params.trained:q} --out {output:q}"
 
 
+rule replay:
+    input:
+        expand(f"{REPLAYS}/{{seed}}.jsonl", seed=TRAINED or [PROFILE.seed]),
+    output:
+        f"{BUILD}/replays.json",
+    params:
+        code=modules_behind(["import postmortem.beliefs"]),
+        case=case_digest(CASE),
+    shell:
+        "postmortem step evaluate {input:q} --out {output:q}"
+
+
+rule replay_notebook:
+    input:
+        notebook="notebooks/07_replay.ipynb",
+        world=f"{REPLAYS}/{{seed}}.world.json",
+    output:
+        records=f"{REPLAYS}/{{seed}}.jsonl",
+        executed=f"{REPLAYS}/{{seed}}.ipynb",
+    params:
+        depends=notebook_digests("notebooks/07_replay.ipynb"),
+        settings=settings_digest(CASE, SETTINGS),
+    threads: THREADS
+    shell:
+        "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
+        " --records {output.records:q} --executed {output.executed:q}"
+        " --world {input.world:q} --severities 99"
+
+
+rule replay_world:
+    input:
+        lambda wildcards: lineages_of(int(wildcards.seed)),
+    output:
+        f"{REPLAYS}/{{seed}}.world.json",
+    params:
+        trained=lambda wildcards: TRAINED.get(int(wildcards.seed), ""),
+    shell:
+        "postmortem step world --trained={params.trained:q} --out {output:q}"
+        " --seed {wildcards.seed}"
+
+
 # Those that others start from first, then the longest.
 for order, (lineage, start) in enumerate(reversed(STARTS.items())):
 
@@ -95,13 +149,14 @@ for order, (lineage, start) in enumerate(reversed(STARTS.items())):
         name:
             f"train_{lineage}"
         input:
-            f"{WORLD}/{start}.done" if start else [],
+            f"{BUILD}/worlds/{CASE.name}-{{digest}}/{start}.done" if start else [],
         output:
-            f"{WORLD}/{lineage}.done",
+            f"{BUILD}/worlds/{CASE.name}-{{digest}}/{lineage}.done",
         params:
             lineage=lineage,
-            folder=f"{WORLD}/{lineage}",
+            folder=f"{BUILD}/worlds/{CASE.name}-{{digest}}/{lineage}",
+            seed=lambda wildcards: WORLDS[wildcards.digest],
         priority: order
         shell:
             "OMP_NUM_THREADS=1 postmortem step lineage {params.lineage}"
-            " --folder {params.folder:q} && touch {output:q}"
+            " --folder {params.folder:q} --seed {params.seed} && touch {output:q}"

@@ -62,6 +62,11 @@ def test_embedded_world_has_every_role(case, trained):
     assert (world.title, world.seed) == (case.profile("embedded").title, 0)
 
 
+def test_another_seed_is_the_worlds_own(case, trained):
+    """An embedded world of another seed than the profile's says so."""
+    assert resolve_world(case, "embedded", trained=trained, seed=7).seed == 7
+
+
 def test_replay_adapters_are_named_by_lineage_recipe_and_seed(case, trained):
     """An embedded world lists the adapters of its replays, and its digest depends on them."""
     before = resolve_world(case, "embedded", trained=trained)
@@ -199,13 +204,12 @@ def test_empty_folder_has_a_digest(tmp_path):
 
 def test_embedded_digest_follows_prompts_and_seed(case):
     """The embedded world is made anew for other prompts or another seed, not for a new title."""
-    profile = case.profile("embedded")
     v1 = case.prompts["v1"].model_copy(update={"template": "{body}"})
     reworded = case.model_copy(update={"prompts": {**case.prompts, "v1": v1}})
-    before = embedded_digest(case, profile)
-    assert embedded_digest(case, profile.model_copy(update={"title": "T"})) == before
-    assert embedded_digest(case, profile.model_copy(update={"seed": 1})) != before
-    assert embedded_digest(reworded, profile) != before
+    before = embedded_digest(case, 0)
+    assert embedded_digest(case.model_copy(update={"title": "T"}), 0) == before
+    assert embedded_digest(case, 1) != before
+    assert embedded_digest(reworded, 0) != before
 
 
 def test_base_is_a_folder_before_a_hub_id(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from postmortem.likelihoods import (
 )
 from postmortem.metrics import Estimate
 from postmortem.planner import Plan, plan, price
-from postmortem.records import Cell, Replay
+from postmortem.records import Cell, RecordFile, Replay
 from postmortem.replay import TESTS, experiments_of
 from postmortem.session import Session
 
@@ -107,9 +107,25 @@ class Inquiry:
             weights |= dict.fromkeys(others, total * ROOM / (1 - ROOM) / len(others))
         return weights
 
+    def parse_outcomes(self, pairs: Sequence[str]) -> dict[str, str]:
+        """Outcomes given as TEST=OUTCOME; `DiagnosisError` for one that is not."""
+        found = {}
+        for pair in pairs:
+            name, sign, outcome = pair.partition("=")
+            if not sign:
+                raise DiagnosisError(
+                    "an observed outcome", expected="TEST=OUTCOME", found=repr(pair)
+                )
+            self.table.column(name.strip(), outcome.strip())
+            found[name.strip()] = outcome.strip()
+        return found
+
     def ledger(self, prior: str = FLAT, extra: Mapping[str, str] | None = None) -> Ledger:
         """Beliefs after the evidence on record, and `extra` outcomes beside it."""
-        return Ledger(self.table, {**self.observed, **(extra or {})}, self.priors[prior])
+        name = prior if prior in self.priors else f"write-up, {prior}"
+        if name not in self.priors:
+            raise DiagnosisError("the prior", expected=" or ".join(self.priors), found=repr(prior))
+        return Ledger(self.table, {**self.observed, **(extra or {})}, self.priors[name])
 
     @cached_property
     def hypotheses(self) -> dict[Hypothesis, str]:
@@ -189,6 +205,21 @@ def describe_trust(found: Evaluation) -> str:
         f"groups, healthy false alarms {found.false_alarm_count}/{alarms.n}, "
         f"brier {brier.value:.2f}"
     )
+
+
+def evaluate_worlds(case: Case, files: Sequence[RecordFile]) -> Evaluation:
+    """Diagnose the replays of each world from those of the others and of other severities.
+
+    In one world alone another seed is another training of the adapters.
+    """
+    replays = []
+    for file in files:
+        for replay in file.of(Replay):
+            seed = file.provenance.seed if len(files) > 1 else replay.seed
+            key = f"{file.provenance.seed}.{replay.key}"
+            replays.append(replay.model_copy(update={"seed": seed, "key": key}))
+    inquiry = open_inquiry(case, replays)
+    return leave_out(inquiry.trials, inquiry.experiments)
 
 
 def record_beliefs(session: Session, inquiry: Inquiry) -> None:

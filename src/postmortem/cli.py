@@ -77,8 +77,55 @@ def book(
         "reference": reference,
         "device": device,
         "dtype": dtype,
+        "worlds": 1,
     }
     print(build(settings, cores=cores or len(os.sched_getaffinity(0))))
+
+
+@app.command()
+def replay(
+    case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
+    profile: Annotated[str, typer.Option(help="A profile of the case.")] = "embedded",
+    worlds: Annotated[int, typer.Option(min=1, help="Embedded worlds to train, each a seed.")] = 3,
+    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+) -> None:
+    """Replay every cause at every severity in several worlds, and judge the diagnosis by it."""
+    from postmortem import graph
+
+    settings: dict[str, str | int] = {
+        **dict.fromkeys(("data", "labels", "suspect", "reference"), ""),
+        **dict.fromkeys(("device", "dtype"), "auto"),
+        "case": case,
+        "profile": profile,
+        "rows": 0,
+        "worlds": worlds,
+    }
+    print(graph.replay(settings, cores=cores or len(os.sched_getaffinity(0))))
+
+
+@app.command()
+def diagnose(
+    case: Annotated[Path, typer.Argument(help="A case file whose book has been built.")],
+    profile: Annotated[str, typer.Option(help="A profile of the case.")] = "embedded",
+    prior: Annotated[str, typer.Option(help="flat, or the write-up's: initial or final.")] = "flat",
+    observe: Annotated[
+        list[str] | None, typer.Option(help="A further outcome, as TEST=OUTCOME.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Minutes for the next tests; none is no limit.")
+    ] = None,
+) -> None:
+    """Rank the causes by the evidence, with what speaks for and against, and what to run next."""
+    from postmortem.beliefs import open_inquiry
+    from postmortem.case import load_case
+    from postmortem.records import Replay, read_records
+    from postmortem.verdicts import as_diagnosis
+
+    loaded = load_case(case)
+    loaded.profile(profile)
+    records = Path("_build/runs", loaded.name, profile, "records", "07_replay.jsonl")
+    inquiry = open_inquiry(loaded, read_records(records).of(Replay))
+    print(as_diagnosis(inquiry, prior=prior, extra=observe or [], minutes=minutes))
 
 
 @app.command()
@@ -149,20 +196,22 @@ def archaeology(
 
 
 @steps.command("lineage")
-def train_lineage(lineage: str, folder: Annotated[Path, typer.Option()]) -> None:
+def train_lineage(
+    lineage: str, folder: Annotated[Path, typer.Option()], seed: Annotated[int, typer.Option()]
+) -> None:
     """Train one lineage of the embedded world."""
     from postmortem.case import load_case
     from postmortem.embedded import build_lineage
 
-    chosen = _settings()
-    case = load_case(chosen["case"])
-    seed = case.profile(chosen["profile"]).seed
+    case = load_case(_settings()["case"])
     build_lineage(case, lineage, seed=seed, folder=folder, report=_say)
 
 
 @steps.command("world")
 def describe_world(
-    out: Annotated[Path, typer.Option()], trained: Annotated[str, typer.Option()] = ""
+    out: Annotated[Path, typer.Option()],
+    trained: Annotated[str, typer.Option()] = "",
+    seed: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Find the folder of each role."""
     from postmortem.case import load_case
@@ -171,7 +220,8 @@ def describe_world(
     chosen = _settings()
     adapters = {role: chosen[role] for role in ("suspect", "reference")}
     case = load_case(chosen["case"])
-    write_world(resolve_world(case, chosen["profile"], trained=trained, adapters=adapters), out)
+    world = resolve_world(case, chosen["profile"], trained=trained, adapters=adapters, seed=seed)
+    write_world(world, out)
 
 
 @steps.command("notebook")
@@ -181,6 +231,7 @@ def execute_notebook(
     executed: Annotated[Path, typer.Option()],
     world: Annotated[str, typer.Option()],
     earlier: Annotated[str, typer.Option()] = "",
+    severities: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Execute one notebook."""
     from postmortem.runner import run_notebook
@@ -191,6 +242,8 @@ def execute_notebook(
     parameters |= {"notebook": str(notebook), "records": str(records), "world": world}
     if earlier:
         parameters["earlier"] = earlier
+    if severities:
+        parameters["severities"] = severities
     name = notebook.stem
     _say(f"{name}: started")
     seconds = run_notebook(
@@ -201,6 +254,17 @@ def execute_notebook(
         report=lambda line: _say(f"{name}: {line}"),
     )
     _say(f"{name}: done in {seconds:.0f} s")
+
+
+@steps.command("evaluate")
+def evaluate_replays(records: list[Path], out: Annotated[Path, typer.Option()]) -> None:
+    """Diagnose replays from those of other worlds and severities."""
+    from postmortem.beliefs import describe_trust, evaluate_worlds
+    from postmortem.case import load_case
+    from postmortem.records import read_records, write_text
+
+    found = evaluate_worlds(load_case(_settings()["case"]), [read_records(p) for p in records])
+    write_text(out, json.dumps({"line": describe_trust(found)}) + "\n")
 
 
 @steps.command("publish")

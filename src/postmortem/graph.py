@@ -30,14 +30,22 @@ def build(settings: Settings, *, cores: int) -> str:
     start = time.perf_counter()
     check_settings(settings)
     with one_build():
-        write_text(BUILD / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
         if not (BUILD / "html" / "index.html").is_file():
             (BUILD / "book.json").unlink(missing_ok=True)  # its pages are gone
-        _run_graph(cores)
+        _run_graph("book", settings, cores=cores)
     summary = json.loads((BUILD / "book.json").read_text(encoding="utf-8"))
     seconds = time.perf_counter() - start
     counts = f"{summary['pages']} pages, {summary['records']} records, {seconds:.0f} s"
     return f"book: {BUILD / 'html' / 'index.html'} ({counts})"
+
+
+def replay(settings: Settings, *, cores: int) -> str:
+    """Replay every cause at every severity in several worlds; return the line that sums it up."""
+    check_settings(settings)
+    with one_build():
+        _run_graph("replay", settings, cores=cores)
+    told = json.loads((BUILD / "replays.json").read_text(encoding="utf-8"))
+    return f"replay: {told['line']}"
 
 
 def check_settings(settings: Settings) -> None:
@@ -74,8 +82,9 @@ def one_build() -> Iterator[None]:
         yield
 
 
-def _run_graph(cores: int) -> None:
-    command = ["--cores", str(cores), "--quiet", "all", "--rerun-incomplete", "--nolock"]
+def _run_graph(target: str, settings: Settings, *, cores: int) -> None:
+    write_text(BUILD / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
+    command = [target, "--cores", str(cores), "--quiet", "all", "--rerun-incomplete", "--nolock"]
     environment = os.environ | {
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",

@@ -517,7 +517,9 @@ def make_bench(session: Session, materials: Materials) -> Bench:
     return Bench(case, chosen, materials, reference, case.attempts)
 
 
-def replay_causes(session: Session, *, kind: str, role: str) -> tuple[list[Replay], dict[str, str]]:
+def replay_causes(
+    session: Session, *, kind: str, role: str, limit: int
+) -> tuple[list[Replay], dict[str, str]]:
     """Inject every cause on one base; also say of each cause that could not be, why not."""
     size = session.profile.replays
     base = session.base if role == "base" else session.load(role)
@@ -529,7 +531,7 @@ def replay_causes(session: Session, *, kind: str, role: str) -> tuple[list[Repla
             bench = make_bench(session, materials)
             for name, cause in CAUSES.items():
                 try:
-                    replays += _replay_cause(name, cause, bench=bench, limit=size.severities)
+                    replays += _replay_cause(name, cause, bench=bench, limit=limit)
                 except Unavailable as reason:
                     absent[name] = str(reason)
         session.say(f"{kind} base, seed {seed + 1} of {size.seeds}: {len(replays)} replays")
@@ -538,11 +540,11 @@ def replay_causes(session: Session, *, kind: str, role: str) -> tuple[list[Repla
     return replays, {name: why for name, why in absent.items() if name not in done}
 
 
-def replay_all(session: Session) -> tuple[list[Replay], dict[str, str]]:
+def replay_all(session: Session, *, severities: int = 0) -> tuple[list[Replay], dict[str, str]]:
     """Inject every cause on each kind of base that the world has.
 
-    A world without a speaking base is replayed on its one base, as the kind that it shows itself
-    to be.
+    `severities` of each cause, or the profile's number where it is 0. A world without a speaking
+    base is replayed on its one base, as the kind that it shows itself to be.
     """
     if session.world.has("speaking_base"):
         roles = {"silent": "base", "speaking": "speaking_base"}
@@ -551,8 +553,10 @@ def replay_all(session: Session) -> tuple[list[Replay], dict[str, str]]:
         roles = {"silent" if len(set(values)) == 1 else "speaking": "base"}
     replays: list[Replay] = []
     absent: dict[str, str] = {}
+    limit = severities or session.profile.replays.severities
+    session.parameters["severities"] = limit
     for kind, role in roles.items():
-        found, missing = replay_causes(session, kind=kind, role=role)
+        found, missing = replay_causes(session, kind=kind, role=role, limit=limit)
         replays += found
         absent |= missing
     return replays, absent

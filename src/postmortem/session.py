@@ -229,7 +229,7 @@ class Session:
             versions=package_versions(),
             device=base.device if base else NO_MODEL,
             dtype=base.dtype if base else NO_MODEL,
-            seed=self.profile.seed,
+            seed=self.world.seed,
             aside={
                 "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.started)),
                 "seconds": time.time() - self.started,

@@ -85,10 +85,10 @@ class World(Frozen):
         return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
-def embedded_digest(case: Case, profile: Profile) -> str:
+def embedded_digest(case: Case, seed: int) -> str:
     """Digest of what the embedded world is made from: its code, prompts and seed."""
     prompts = {name: prompt.model_dump() for name, prompt in case.prompts.items()}
-    parts = [modules_behind(["import postmortem.embedded"]), prompts, profile.seed]
+    parts = [modules_behind(["import postmortem.embedded"]), prompts, seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -98,10 +98,12 @@ def resolve_world(
     *,
     trained: str | Path = "",
     adapters: Mapping[str, str] | None = None,
+    seed: int | None = None,
 ) -> World:
     """Find the folder of each role of a profile; `trained` holds an embedded world's lineages.
 
-    `adapters` gives folders by role that take the place of the profile's own. Raises
+    `adapters` gives folders by role that take the place of the profile's own, and `seed` another
+    than the profile's for an embedded world. Raises
     `ModelError` or `WeightsError` where a folder that the profile names is missing.
     """
     profile = case.profile(profile_name)
@@ -117,7 +119,7 @@ def resolve_world(
         profile=profile_name,
         title=profile.title,
         caveat=profile.caveat,
-        seed=profile.seed,
+        seed=profile.seed if seed is None else seed,
         members=members,
         replays=_find_replays(Path(trained)) if profile.base == "embedded" else {},
     )
