@@ -29,6 +29,8 @@ def untrained(case, tmp_path_factory):
         "base": BaseSpec(64, 2, 0),
         "donor_base": BaseSpec(80, 5, 1),
         "sibling_base": BaseSpec(64, 2, 2),
+        "speaking_base": BaseSpec(64, 2, 3),
+        "ignorant_base": BaseSpec(64, 2, 4),
     }
     for role, spec in shapes.items():
         new_base(spec, seed=0, vocabulary=len(tokenizer)).save_pretrained(folder / role)

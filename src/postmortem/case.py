@@ -15,6 +15,8 @@ from postmortem.errors import CaseError
 
 Grade = Literal["artefact", "log", "recollection", "measured"]
 Verdict = Literal["holds", "refuted", "cannot tell", "not available"]
+# What a model does with what it knows of the rows; "cannot tell" is the fourth word.
+Knowing = Literal["says what it knows", "knows and does not say", "does not know"]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # PyYAML's own constructors raise bare errors on a scalar such as 2025-13-45 or !!int "".

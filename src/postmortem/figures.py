@@ -116,8 +116,10 @@ def save_drawings(
 
 def role_of(system: str) -> str:
     """The role whose colour and mark a system takes; an adapter under test is the suspect."""
-    role = system.removesuffix("_adapter").removesuffix("_base")
-    return role if role in ("base", "suspect", "reference", "donor") else "suspect"
+    role = system.removesuffix("_disabled").removesuffix("_adapter").removesuffix("_base")
+    if role in ("base", "suspect", "reference", "donor"):
+        return role
+    return "base" if system.endswith("_base") else "suspect"
 
 
 def _ticks(low: float, high: float) -> list[float]:

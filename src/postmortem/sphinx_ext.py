@@ -14,12 +14,20 @@ from postmortem.errors import BookError
 
 LOGGER = logging.getLogger(__name__)
 VERDICTS = {"holds", "refuted", "cannot tell", "not available"}
-# The verdicts on a claim say how much of it stands; each takes the look of its nearest kin.
+# What a model does with what it knows; each word takes the look of its nearest kin.
+KNOWING = {
+    "says what it knows": "holds",
+    "knows and does not say": "cannot tell",
+    "does not know": "refuted",
+}
+# The verdicts on a claim say how much of it stands.
 CLAIM_VERDICTS = {
     "stands": "holds",
     "stands in part": "cannot tell",
     "cannot be checked": "cannot tell",
 }
+KIN = KNOWING | CLAIM_VERDICTS
+DECIDED = VERDICTS | KNOWING.keys()
 GRADES = {"artefact", "log", "recollection", "measured"}
 UNAVAILABLE = "not available"
 # A cell of more characters keeps a width that can be read on a phone.
@@ -241,9 +249,9 @@ def holds(condition: str, values: Values) -> bool:
             return values.data["measures"][key]["value"] is not None
         case ["lacks", key]:
             return values.data["measures"][key]["value"] is None
-        case ["verdict", key, "not", *words] if " ".join(words) in VERDICTS:
+        case ["verdict", key, "not", *words] if " ".join(words) in DECIDED:
             return bool(values.data["verdicts"][key]["verdict"] != " ".join(words))
-        case ["verdict", key, *words] if " ".join(words) in VERDICTS:
+        case ["verdict", key, *words] if " ".join(words) in DECIDED:
             return bool(values.data["verdicts"][key]["verdict"] == " ".join(words))
     raise ValueError("not a condition")
 
@@ -258,7 +266,7 @@ def format_number(value: float, style: str) -> str:
 
 def verdict_node(word: str) -> nodes.inline:
     """A verdict word, marked so that the style sheet gives it a shape."""
-    kin = CLAIM_VERDICTS.get(word, word)
+    kin = KIN.get(word, word)
     return _inline(word, "pm-verdict", f"pm-verdict-{kin.replace(' ', '-')}")
 
 
@@ -297,7 +305,7 @@ def _row(cells: list[Any]) -> nodes.row:
 
 def _cell(cell: Any) -> nodes.paragraph:
     text = "" if cell is None else str(cell)
-    if text in VERDICTS or text in CLAIM_VERDICTS:
+    if text in VERDICTS or text in KIN:
         return nodes.paragraph("", "", verdict_node(text))
     if text in GRADES:
         return nodes.paragraph("", "", _inline(text, "pm-grade", f"pm-grade-{text}"))
