@@ -178,7 +178,9 @@ def judge_flips(flips: Estimate) -> tuple[bool | None, str]:
     on as many rows as make a change rarer than the limit.
     """
     assert flips.high is not None
-    because = f"{flips.value:.1%} of {flips.n} written values change, at most {flips.high:.1%} by the interval"
+    because = (
+        f"{flips.value:.1%} of {flips.n} written values change; at most {flips.high:.1%} would"
+    )
     if flips.value:
         return True, because
     return False if flips.high < THRESHOLDS.flips else None, because
