@@ -162,8 +162,7 @@ def judge_odds(change: Estimate) -> tuple[bool | None, str]:
     assert change.low is not None
     assert change.high is not None
     because = (
-        f"the log-odds change by {change.value:.2g} nat in the mean "
-        f"[{change.low:.2g}, {change.high:.2g}], on {change.n} rows; "
+        f"the log-odds change by {_say(change)} nat in the mean of {change.n} rows; "
         f"less than {THRESHOLDS.odds} is not called a change"
     )
     if change.low > THRESHOLDS.odds:
@@ -178,9 +177,7 @@ def judge_flips(flips: Estimate) -> tuple[bool | None, str]:
     on as many rows as make a change rarer than the limit.
     """
     assert flips.high is not None
-    because = (
-        f"{flips.value:.1%} of {flips.n} written values change; at most {flips.high:.1%} would"
-    )
+    because = f"{_say(flips, '.1%')} of {flips.n} written values change"
     if flips.value:
         return True, because
     return False if flips.high < THRESHOLDS.flips else None, because
@@ -194,8 +191,8 @@ def judge_cost(before: Estimate, *, change: Estimate, unranked: str) -> tuple[bo
     if before.value is None or change.low is None or change.high is None:
         return None, unranked
     because = (
-        f"AUC of the log-odds {_say(before)} on the rows as they are, "
-        f"and {_say(change, '+z.2f')} against that on the altered ones"
+        f"AUC of the log-odds {_say(before)} on the rows as they are; "
+        f"on the altered ones it differs by {_say(change, '+z.2f')}"
     )
     least = THRESHOLDS.useful - THRESHOLDS.chance
     if not ranks(before):
@@ -227,8 +224,14 @@ def _say(found: Estimate, form: str = "z.2f") -> str:
     """An estimate with its interval, for a table or a reason."""
     if found.value is None:
         return "unknown"
-    text = f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
+    # In a narrow cell the line breaks before the interval and not within it.
+    text = f"{found.value:{form}} [{found.low:{form}},\N{NO-BREAK SPACE}{found.high:{form}}]"
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _name(prompt: str) -> str:
+    """A prompt as it is written on a page."""
+    return prompt.replace("_", "/")
 
 
 def _table_changes(session: Session) -> None:
@@ -236,7 +239,7 @@ def _table_changes(session: Session) -> None:
     rows = [
         (
             alteration.title,
-            alteration.prompt,
+            _name(alteration.prompt),
             *(_say_measure(session, f"controls.{name}.{part}") for part in CHANGES),
         )
         for name, alteration in ALTERATIONS.items()
@@ -264,7 +267,8 @@ def _table_altered_rows(
 
 def _tell(answers: Answers, index: int) -> str:
     text = shown(answers.predictions[index].text, limit=24)
-    return f"{text} ({answers.asked_log_odds[index]:.2f})"
+    odds = f"{answers.asked_log_odds[index]:.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{text} ({odds})"
 
 
 def record_kinds(session: Session, alone: Answered) -> None:
@@ -273,8 +277,8 @@ def record_kinds(session: Session, alone: Answered) -> None:
     for role in KINDS:
         for prompt, answers in _ask_kind(session, role, alone=alone).items():
             cells = _record_kind(session, role, prompt=prompt, answers=answers)
-            table.append((role_name(role), prompt, *cells))
-    columns = ("base", "prompt", "writes", "values", "AUC, written", "AUC, log-odds", "so it")
+            table.append((role_name(role), _name(prompt), *cells))
+    columns = ("base", "prompt", "writes", "AUC, written", "AUC, log-odds", "so it")
     session.table("controls.kinds", columns, table)
 
 
@@ -301,16 +305,15 @@ def _record_kind(
         session.measure(f"{key}.distinct", None, reason=reason)
         session.text(f"{key}.commonest_text", "not available")
         session.verdict(f"{key}.knowing", "not available", reason)
-        return "–", "–", "–", "–", "not available"
+        return "–", "–", "–", "not available"
     text, count = Counter(p.text for p in answers.predictions).most_common(1)[0]
-    distinct, total = len(set(answers.values)), len(answers.values)
-    session.measure(f"{key}.distinct", distinct)
+    session.measure(f"{key}.distinct", len(set(answers.values)))
     session.text(f"{key}.commonest_text", escaped(text))
     hidden, said = ranking[f"auc_{answers.contract}"], ranking["auc_decoded"]
     word, because = judge_knowing(hidden, said=said, unranked=_unranked(answers))
     session.verdict(f"{key}.knowing", word, because)
-    writes = f"{shown(text, limit=24)} on {count} of {total}"
-    return writes, distinct, _say(said), _say(hidden), word
+    writes = f"{shown(text, limit=24)} on {count} of {len(answers.values)}"
+    return writes, _say(said), _say(hidden), word
 
 
 def _record_ranking(
@@ -423,7 +426,7 @@ def _record_absent(session: Session, system: str) -> None:
 def _group_rows(name: str, answers: Answered) -> list[tuple[Cell, ...]]:
     """Rows of the table by rule: the AUC within each."""
     return [
-        (name, prompt, shown(group), found.groups.count(group), *_say_group(found, group))
+        (name, _name(prompt), shown(group), found.groups.count(group), *_say_group(found, group))
         for prompt, found in answers.items()
         for group in dict.fromkeys(found.groups)
     ]
@@ -443,7 +446,11 @@ def _table_states(session: Session, present: Sequence[str]) -> None:
     for system in present:
         states += [(f"{system}_disabled", f"{system}, off"), (system, f"{system}, on")]
     rows = [
-        (name, prompt, *(_say_measure(session, f"controls.{state}.{prompt}.{n}") for n in STATED))
+        (
+            name,
+            _name(prompt),
+            *(_say_measure(session, f"controls.{state}.{prompt}.{n}") for n in STATED),
+        )
         for prompt in PROMPTS
         for state, name in states
     ]
