@@ -1,7 +1,7 @@
 """Controls: an adapter off and on, posts moved, examples exchanged, bases that know or do not."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -351,7 +351,7 @@ def record_states(session: Session, alone: Answered) -> None:
             base = session.load("base", step=f"load base after {system}")
     columns = ("system", "prompt", "rule", "rows", "AUC, written", "AUC, log-odds")
     session.table("controls.groups", columns, groups)
-    _table_states(session, present)
+    _table_states(session, present, prompts=controls)
 
 
 def _ask_states(
@@ -440,7 +440,7 @@ def _say_group(answers: Answers, group: str) -> list[str]:
     return [_say(auc_estimate(labels[chosen], np.array(found)[chosen])) for found in scores]
 
 
-def _table_states(session: Session, present: Sequence[str]) -> None:
+def _table_states(session: Session, present: Sequence[str], *, prompts: Iterable[str]) -> None:
     """One row a system, state and prompt, from what has been recorded of it."""
     states = [("base", "base alone")]
     for system in present:
@@ -451,7 +451,7 @@ def _table_states(session: Session, present: Sequence[str]) -> None:
             _name(prompt),
             *(_say_measure(session, f"controls.{state}.{prompt}.{n}") for n in STATED),
         )
-        for prompt in PROMPTS
+        for prompt in prompts
         for state, name in states
     ]
     columns = ("system", "prompt", "KL, nat", "change of log-odds, nat", "values changed")
