@@ -173,6 +173,23 @@ def test_what_a_base_does_with_what_it_knows(hidden, said, word):
     assert "AUC of the log-odds" in because
 
 
+def test_few_rows_show_nothing():
+    """On fewer than eight rows a perfect order, a large change and a gain are left open."""
+    perfect = Estimate(1.0, 1.0, 1.0, 7)
+    word, because = judge_knowing(perfect, said=constant_of(7), unranked="")
+    assert (word, because.endswith("on 7 rows")) == ("cannot tell", True)
+    assert judge_odds(Estimate(2.0, 1.9, 2.1, 7))[0] is None
+    assert judge_gain(Estimate(0.5, 0.5, 0.5, 7), "")[0] is None
+    assert judge_cost(perfect, change=Estimate(-0.5, -0.5, -0.5, 7), unranked="")[0] is None
+    eight = Estimate(1.0, 1.0, 1.0, 8)
+    assert judge_knowing(eight, said=constant_of(8), unranked="")[0] == "knows and does not say"
+
+
+def constant_of(rows):
+    """The AUC of one value on all rows."""
+    return Estimate(0.5, 0.5, 0.5, rows)
+
+
 def test_without_an_auc_nobody_can_tell_what_is_known():
     """Where there is no AUC the reason is the lack of it."""
     unknown = Estimate(None, None, None, 0)
@@ -355,4 +372,5 @@ def test_a_single_row_has_no_other_post(session):
         verdict = decided[f"controls.shuffled.v2.{statement}"]
         assert (verdict.verdict, verdict.because) == ("cannot tell", "it alters no row here")
     assert measures["controls.examples_swapped.odds_change"].n == 1
+    assert decided["controls.examples_swapped.moves_odds"].verdict == "cannot tell"
     session.finish()

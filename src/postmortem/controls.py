@@ -165,6 +165,8 @@ def judge_odds(change: Estimate) -> tuple[bool | None, str]:
         f"the log-odds change by {_say(change)} nat in the mean of {change.n} rows; "
         f"less than {THRESHOLDS.odds} is not called a change"
     )
+    if change.n < THRESHOLDS.rows:
+        return None, because
     if change.low > THRESHOLDS.odds:
         return True, because
     return False if change.high < THRESHOLDS.odds else None, because
@@ -390,6 +392,8 @@ def judge_gain(gain: Estimate, unranked: str) -> tuple[bool | None, str]:
     if gain.low is None or gain.high is None:
         return None, unranked
     because = f"AUC against the base alone {_say(gain, '+z.2f')}"
+    if gain.n < THRESHOLDS.rows:
+        return None, f"{because}, on {gain.n} rows"
     if gain.low > 0:
         return True, because
     return False if gain.high <= 0 else None, because
