@@ -9,10 +9,20 @@ import pytest
 
 from postmortem.case import Case
 from postmortem.figures import FIGURES, Drawing, draw_all, role_of, save_drawings
-from postmortem.records import Measure, Prediction, Provenance, Record, RecordFile, Table
+from postmortem.records import (
+    Measure,
+    Prediction,
+    Provenance,
+    Record,
+    RecordFile,
+    Table,
+    Verdict,
+)
 from postmortem.sheet import FALLBACK, Bins, Lane, Scale, clean, say_nats, say_share
 
-STEMS = ("01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adapter_swap")
+STEMS = ("01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adapter_swap", "06_controls")
+KINDS = ("base", "speaking_base", "ignorant_base")
+STATES = ("base", "suspect_disabled", "suspect", "reference_disabled", "reference")
 EVIL = 'a<b>&"$x_1$ ]]>\u202e\x00#f0000d'
 SHAPES = (
     ("self_attn.q_proj.lora_A", "4×32", "4×48", "no"),
@@ -88,6 +98,9 @@ def interval(key: str, value: float) -> Measure:
     return Measure(key=key, value=value, low=value * 0.9, high=min(1.0, value * 1.1), n=12)
 
 
+CONTROL_FIGURES = ("controls_auc", "kinds")
+
+
 def make_records(rows: int) -> dict[str, list[Record]]:
     """Records of the notebooks that have figures, a few rows each."""
     runs = {
@@ -104,6 +117,10 @@ def make_records(rows: int) -> dict[str, list[Record]]:
     reads = ("v2.auc_decoded", "v2.auc_number", "yes_no.auc_yes_no")
     refits = ("healthy", "ignored", "truncated", "padded")
     timing = ("row", "tokens", "seconds")
+    knowing = {"verdict": "does not know", "because": "b"}
+    ranking = ("auc_decoded", "auc_number", "auc_yes_no")
+    asked = [f"{state}.{prompt}" for state in STATES for prompt in ("v1", "v2", "yes_no")]
+    asked += [f"{kind}.v2" for kind in KINDS[1:]]
     columns = ("tensor", "on the base", "in the adapter", "fits")
     return runs | {
         "03_shape_mismatch": [
@@ -123,6 +140,11 @@ def make_records(rows: int) -> dict[str, list[Record]]:
             Measure(key="forensics.prompt_limit", value=512),
             interval("forensics.timing.per_token", 0.5),
             interval("forensics.timing.beside_reading", 0.08),
+        ],
+        "06_controls": [
+            *(record for kind in KINDS for record in answers(kind, "v2", rows=rows)),
+            *(interval(f"controls.{key}.{read}", 0.6) for key in asked for read in ranking),
+            *(Verdict(key=f"controls.{kind}.v2.knowing", **knowing) for kind in KINDS),
         ],
     }
 
@@ -280,8 +302,11 @@ def test_absent_roles_are_said() -> None:
     """A system that is not available keeps its band, with the words; its figures say why not."""
     drawn, reasons = draw_all(make_files(change=without_adapters), make_case())
     assert texts_of(pick(drawn, "hero").wide).count("not available in this profile") == 4
-    assert reasons.keys() == {"stages", "refits"}
+    assert reasons.keys() == {"stages", "refits", "kinds"}
     assert "not available in this profile" in reasons["refits"]
+    assert "not available in this profile" in reasons["kinds"]
+    assert "base alone" in pick(drawn, "controls_auc").alt
+    assert "suspect" not in pick(drawn, "controls_auc").alt
 
 
 def test_missing_labels_are_said() -> None:
@@ -289,7 +314,7 @@ def test_missing_labels_are_said() -> None:
     drawn, reasons = draw_all(make_files(change=without_label), make_case())
     assert "no labels" in texts_of(pick(drawn, "hero").wide)
     assert "no labels" in texts_of(pick(drawn, "swap_values").wide)
-    assert reasons.keys() == {"says_and_knows", "swap_auc"}
+    assert reasons.keys() == {"says_and_knows", "swap_auc", "controls_auc", "kinds"}
     assert "without labels" in reasons["says_and_knows"]
 
 
@@ -306,7 +331,7 @@ def test_run_speaks_where_the_base_does_not() -> None:
     files = make_files()
     drawn, reasons = draw_all({stem: files[stem] for stem in STEMS[:3]}, make_case())
     assert "suspect, prompt v2" in pick(drawn, "says_and_knows").alt
-    assert reasons.keys() == {"hero", "swap_values", "swap_auc", "row_time"}
+    assert reasons.keys() == {"hero", "swap_values", "swap_auc", "row_time", *CONTROL_FIGURES}
 
 
 def test_the_clock_is_drawn_only_where_a_line_was_fitted() -> None:
@@ -352,7 +377,8 @@ def test_one_class_is_drawn() -> None:
 
     drawn, reasons = draw_all(make_files(change=same), make_case())
     assert "AUC not available" in pick(drawn, "says_and_knows").alt
-    assert reasons.keys() == {"swap_auc"}
+    assert "AUC not available" in pick(drawn, "kinds").alt
+    assert reasons.keys() == {"swap_auc", "controls_auc"}
 
 
 def test_sums_above_a_hundred_are_called_out() -> None:
@@ -401,10 +427,33 @@ def test_what_is_not_all_is_not_rounded_to_all() -> None:
     assert [say_nats(value) for value in (0.0, 0.00002, 0.2)] == ["0.000", "2e-05", "0.200"]
 
 
+def test_three_bases_are_told_apart_by_word(drawings: list[Drawing]) -> None:
+    """Each base of the teaching figure is named with its word and both of its rankings."""
+    drawing = pick(drawings, "kinds")
+    for name in ("base alone", "speaking base", "ignorant base"):
+        assert f"{name}, does not know: writes AUC 0.60 [0.54, 0.66], holds AUC" in drawing.alt
+        assert name in texts_of(drawing.narrow)
+
+
+def test_an_adapter_is_drawn_off_and_on(drawings: list[Drawing]) -> None:
+    """Each prompt shows the base alone and either adapter off and on, by both read-outs."""
+    drawing = pick(drawings, "controls_auc")
+    for name in ("base alone", "suspect, off", "suspect, on", "reference, off", "reference, on"):
+        assert drawing.alt.count(name) == 6
+
+
 def test_roles_of_systems() -> None:
     """A base or an adapter takes its role's mark; one of no known role is under suspicion."""
-    systems = ("base", "donor_base", "donor_adapter", "reference", "no_op")
-    assert [role_of(s) for s in systems] == ["base", "donor", "donor", "reference", "suspect"]
+    systems = {
+        "base": "base",
+        "speaking_base": "base",
+        "donor_base": "donor",
+        "donor_adapter": "donor",
+        "reference": "reference",
+        "suspect_disabled": "suspect",
+        "no_op": "suspect",
+    }
+    assert {system: role_of(system) for system in systems} == systems
 
 
 def test_clean_text_is_one_printable_line() -> None:

@@ -5,8 +5,10 @@ from hypothesis import strategies as st
 
 from postmortem.metrics import (
     Estimate,
+    _aucs_of,
     auc,
     auc_estimate,
+    auc_gain_estimate,
     grouped_auc,
     kl_divergence,
     mean_estimate,
@@ -144,6 +146,43 @@ def test_auc_interval_follows_the_formula():
 def test_auc_interval_of_small_samples(labels, scores, expected):
     """One class alone has no interval; a constant's is a point, as is a perfect order's."""
     assert auc_estimate(labels, scores) == expected
+
+
+@given(
+    positives=st.lists(st.integers(0, 6), min_size=1, max_size=12),
+    negatives=st.lists(st.integers(0, 6), min_size=1, max_size=12),
+)
+def test_counted_auc_is_the_ranked_one(positives, negatives):
+    """The AUC that is counted for a resample is the AUC by ranks."""
+    labels = [1] * len(positives) + [0] * len(negatives)
+    (counted,) = _aucs_of(np.array([positives]), np.array([negatives]))
+    assert counted == pytest.approx(auc(labels, [*positives, *negatives]))
+
+
+@given(sample=SAMPLES)
+def test_nothing_is_gained_over_oneself(sample):
+    """Against itself a ranking gains nothing, with an interval of no width."""
+    labels, scores = zip(*sample, strict=True)
+    assume(len(set(labels)) == 2)
+    gain = auc_gain_estimate(labels, scores, scores)
+    assert (gain.value, gain.low, gain.high, gain.n) == (0.0, 0.0, 0.0, len(labels))
+
+
+def test_a_paired_gain_is_narrower_than_its_parts():
+    """Rows are drawn once for both rankings, so what they share does not widen the interval."""
+    draws = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    control = labels + draws.normal(size=200)
+    scores = control + 0.1 * draws.normal(size=200)
+    gain, alone = auc_gain_estimate(labels, scores, control), auc_estimate(labels, scores)
+    assert gain.value == pytest.approx(auc(labels, scores) - auc(labels, control))
+    assert gain.low <= gain.value <= gain.high
+    assert gain.high - gain.low < (alone.high - alone.low) / 2
+
+
+def test_one_class_gains_nothing_that_can_be_measured():
+    """Labels of one class give no gain."""
+    assert auc_gain_estimate([1, 1], [0, 1], [1, 0]) == Estimate(None, None, None, 2)
 
 
 def test_grouped_auc_looks_within_groups():

@@ -12,7 +12,10 @@ VALUES = {
         "none": {"value": None, "low": None, "high": None, "reason": "no labels"},
         "less": {"value": -1.5, "low": None, "high": None, "reason": ""},
     },
-    "verdicts": {"v": {"verdict": "cannot tell", "because": HOSTILE}},
+    "verdicts": {
+        "v": {"verdict": "cannot tell", "because": HOSTILE},
+        "k": {"verdict": "knows and does not say", "because": "the log-odds rank"},
+    },
     "texts": {"profile.name": "embedded", "t": HOSTILE, "case.title": HOSTILE},
     "tables": {
         "t": {"columns": ["row", "text", "verdict"], "rows": [[1, HOSTILE, "holds"]]},
@@ -131,11 +134,21 @@ def test_a_condition_decides_what_stands_on_the_page(tmp_path):
         "verdict v cannot tell": True,
         "verdict v holds": False,
         "verdict v not holds": True,
+        "verdict k knows and does not say": True,
+        "verdict k does not know": False,
+        "verdict k not does not know": True,
     }
     for number, condition in enumerate(conditions):
         page += f"\n::::{{when}} {condition}\nkept{number}x {{num}}`a.b`\n::::\n"
     html, told = build(tmp_path, page)
     assert [f"kept{n}x" in html for n in range(len(conditions))] == list(conditions.values())
+    assert told == ""
+
+
+def test_what_a_model_knows_takes_the_shape_of_a_verdict(tmp_path):
+    """The words for what a model does with what it knows are shown as verdicts are."""
+    html, told = build(tmp_path, "# T\n\n{verdict}`k`\n")
+    assert 'class="pm-verdict pm-verdict-cannot-tell">knows and does not say<' in html
     assert told == ""
 
 

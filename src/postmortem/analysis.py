@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import log_softmax
 
-from postmortem.case import Attempt
+from postmortem.case import Attempt, Knowing, Verdict
 from postmortem.health import THRESHOLDS, Health, describe
 from postmortem.metrics import (
     Estimate,
@@ -35,9 +35,9 @@ class SystemSummary:
     """A system's numbers on one prompt; None where the rows have no labels or no reference.
 
     `kl` is KL(system || base) of the answer in nats: over the eleven numbers where a number was
-    asked for, over the first token elsewhere. `shift` is the mean change of the number's log-odds,
-    `flips` the share of rows whose written value differs from the base's. `unranked` says why
-    there is no AUC, where there is none.
+    asked for, over the first token elsewhere. `shift` is the mean change of the log-odds of what
+    is asked for, `flips` the share of rows whose written value differs from the base's. `unranked`
+    says why there is no AUC, where there is none.
     """
 
     health: Health
@@ -64,36 +64,43 @@ EFFECT = ("kl", "shift", "flips")
 
 def summarise(answers: Answers, base: Answers | None = None) -> SystemSummary:
     """Describe a system's answers; `base` is the control on the same rows."""
-    unknown = Estimate(None, None, None, 0)
-    labels = answers.labels
     strict = [value for value in answers.strict_values if value is not None]
     total = len(answers.predictions)
-
-    def ranked(scores: list[float]) -> Estimate:
-        return unknown if labels is None else auc_estimate(labels, scores)
-
-    kl = shift = flips = unknown
-    if base is not None:
-        kl = mean_estimate(kl_divergence(_answer_log_probs(answers), _answer_log_probs(base)))
-        shift = mean_estimate(np.subtract(answers.number_log_odds, base.number_log_odds))
-        changed = sum(a != b for a, b in zip(answers.values, base.values, strict=True))
-        flips = rate_estimate(changed, len(base.values))
+    unmoved = dict.fromkeys(EFFECT, Estimate(None, None, None, 0))
     return SystemSummary(
         health=replace(
-            describe(answers.values, groups=answers.groups, labels=labels),
+            describe(answers.values, groups=answers.groups, labels=answers.labels),
             parsed_share=sum(p.stage in NUMBER_STAGES for p in answers.predictions) / total,
         ),
         commonest_text=Counter(p.text for p in answers.predictions).most_common(1)[0][0],
         parsed_as_written=rate_estimate(sum(map(counts_as_parsed, answers.values)), total),
         parsed_strict=rate_estimate(len(strict), total),
-        auc_decoded=ranked(answers.values),
-        auc_number=ranked(answers.number_log_odds),
-        auc_yes_no=ranked(answers.yes_no_log_odds),
-        kl=kl,
-        shift=shift,
-        flips=flips,
-        unranked=NO_LABELS if labels is None else ONE_CLASS,
+        unranked=NO_LABELS if answers.labels is None else ONE_CLASS,
+        **measure_ranking(answers),
+        **(unmoved if base is None else measure_effect(answers, base)),
     )
+
+
+def measure_ranking(answers: Answers) -> dict[str, Estimate]:
+    """AUC of each read-out by the names in `RANKING`, without values where there are no labels."""
+    labels = answers.labels
+    scores = (answers.values, answers.number_log_odds, answers.yes_no_log_odds)
+    unknown = Estimate(None, None, None, 0)
+    return {
+        name: unknown if labels is None else auc_estimate(labels, found)
+        for name, found in zip(RANKING, scores, strict=True)
+    }
+
+
+def measure_effect(answers: Answers, base: Answers) -> dict[str, Estimate]:
+    """How far answers lie from the base's on the same rows, by the names in `EFFECT`."""
+    kl = kl_divergence(_answer_log_probs(answers), _answer_log_probs(base))
+    changed = sum(a != b for a, b in zip(answers.values, base.values, strict=True))
+    return {
+        "kl": mean_estimate(kl),
+        "shift": mean_estimate(np.subtract(answers.asked_log_odds, base.asked_log_odds)),
+        "flips": rate_estimate(changed, len(base.values)),
+    }
 
 
 def _answer_log_probs(answers: Answers) -> np.ndarray:
@@ -272,23 +279,54 @@ def _judge_keeping(session: Session, name: str, *, answers: Answers) -> None:
 
 
 def knows_and_does_not_say(summary: SystemSummary) -> tuple[bool | None, str]:
-    """Whether the log-odds rank the rows although the written values do not."""
-    hidden, said = summary.auc_number, summary.auc_decoded
-    if hidden.value is None or hidden.low is None or said.low is None or said.value is None:
-        return None, summary.unranked
-    because = (
-        f"AUC of the log-odds {hidden.value:.2f} [{hidden.low:.2f}, {hidden.high:.2f}], "
-        f"of the written values {said.value:.2f}"
+    """Whether the log-odds of the number rank the rows although the written values do not."""
+    word, because = judge_knowing(
+        summary.auc_number, said=summary.auc_decoded, unranked=summary.unranked
     )
-    if hidden.low > THRESHOLDS.chance:
-        return said.low <= THRESHOLDS.chance, because
-    # An interval that holds chance does not show that the model does not know.
-    return None, because
+    return None if word == "cannot tell" else word == "knows and does not say", because
 
 
-def ranks(auc: Estimate) -> bool | None:
-    """Whether an AUC's interval lies above chance; None where there is no AUC."""
-    return None if auc.low is None else auc.low > THRESHOLDS.chance
+def ranks(found: Estimate) -> bool | None:
+    """Whether an AUC is above chance and of use: None where its interval leaves that open.
+
+    On fewer rows than the least, and without an AUC, it is left open as well.
+    """
+    if found.low is None or found.high is None or found.n < THRESHOLDS.rows:
+        return None
+    if found.low > THRESHOLDS.chance and found.high >= THRESHOLDS.useful:
+        return True
+    # An interval that holds chance shows a lack of order only where it is narrow, and one wholly
+    # below chance shows an order, in reverse.
+    return False if THRESHOLDS.chance <= found.high < THRESHOLDS.useful else None
+
+
+def judge_knowing(
+    hidden: Estimate, *, said: Estimate, unranked: str
+) -> tuple[Knowing | Verdict, str]:
+    """What a model does with what it knows, from the AUC of its log-odds and of what it writes.
+
+    The one rule for it: what it writes ranks the rows (says what it knows); it does not and the
+    log-odds do (knows and does not say); neither does (does not know). Where an interval leaves
+    one of these open, or there is no AUC, for the reason `unranked`, nobody can tell.
+    """
+    if hidden.value is None or said.value is None:
+        return "cannot tell", unranked
+    told = (
+        f"AUC of the log-odds {hidden.value:.2f} [{hidden.low:.2f}, {hidden.high:.2f}], "
+        f"of the written values {said.value:.2f} [{said.low:.2f}, {said.high:.2f}]"
+    )
+    if said.n < THRESHOLDS.rows:
+        return "cannot tell", f"{told}, on {said.n} rows"
+    match ranks(hidden), ranks(said):
+        case _, True:
+            return "says what it knows", told
+        case True, False:
+            return "knows and does not say", told
+        case False, False:
+            return "does not know", f"{told}; both end below {THRESHOLDS.useful}"
+        case None, False:
+            return "cannot tell", f"{told}; the first leaves it open whether it knows"
+    return "cannot tell", f"{told}; the second leaves it open whether it says"
 
 
 def reproduces_symptom(answers: Answers, attempt: Attempt) -> tuple[bool, str]:

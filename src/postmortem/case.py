@@ -20,6 +20,8 @@ Verdict = Literal["holds", "refuted", "cannot tell", "not available"]
 ClaimVerdict = Literal["stands", "stands in part", "refuted", "cannot be checked"]
 # A sentence that may not be left blank.
 Sentence = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+# What a model does with what it knows of the rows; "cannot tell" is the fourth word.
+Knowing = Literal["says what it knows", "knows and does not say", "does not know"]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
 Value = TypeVar("Value")
 # Of a run; and since 1970, up to the year 9999, the last that a date can name.

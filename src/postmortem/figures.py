@@ -11,9 +11,10 @@ import matplotlib.style
 from matplotlib.ticker import MaxNLocator
 
 from postmortem.case import Case, Hypothesis
-from postmortem.records import Measure, Prediction, RecordFile, Table, write_text
+from postmortem.records import Measure, Prediction, RecordFile, Table, Verdict, write_text
 from postmortem.sheet import (
     BODY,
+    HALVES,
     SHARES,
     TENTHS,
     Bins,
@@ -37,12 +38,14 @@ from postmortem.sheet import (
 WIDE, NARROW = 720, 350
 SHOWN = 10  # the rows shown one by one: as many as the incident had
 V1, V2, MISMATCH, SWAP = "01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adapter_swap"
+CONTROLS = "06_controls"
 SYSTEMS = {"base": "base alone", "suspect": "suspect", "reference": "reference"}
 ABSENT = "not available in this profile"
 FORENSICS = "08_forensics"
 NOT_CHANCES = "Chances of rivals sum to at most 100 %: these are not probabilities."
 LOG_ODDS = "number_log_odds"
 NO_LABELS = "the rows came without labels"
+GUTTER = 24.0  # between columns
 SETTINGS = {"svg.fonttype": "none", "text.parse_math": False}
 
 
@@ -119,8 +122,10 @@ def save_drawings(
 
 def role_of(system: str) -> str:
     """The role whose colour and mark a system takes; an adapter under test is the suspect."""
-    role = system.removesuffix("_adapter").removesuffix("_base")
-    return role if role in ("base", "suspect", "reference", "donor") else "suspect"
+    role = system.removesuffix("_disabled").removesuffix("_adapter").removesuffix("_base")
+    if role in ("base", "suspect", "reference", "donor"):
+        return role
+    return "base" if system.endswith("_base") else "suspect"
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -367,6 +372,93 @@ def draw_refits(sheet: Sheet, source: Source) -> str:
     return " ".join(told)
 
 
+def draw_controls_auc(sheet: Sheet, source: Source) -> str:
+    """How well each system ranks the rows: the base alone, and each adapter off and on."""
+    measures = source.measures(CONTROLS)
+
+    def list_rows(prompt: str, read: str) -> list[Row]:
+        found = {state: measures.get(f"controls.{state}.{prompt}.{read}") for state in STATES}
+        rows = [Row(STATES[state], role_of(state), m) for state, m in found.items() if m]
+        return [Row(f"prompt {prompt.replace('_', '/')}"), *rows] if rows else []
+
+    prompts = {"v1": "auc_number", "v2": "auc_number", "yes_no": "auc_yes_no"}
+    written = [row for prompt in prompts for row in list_rows(prompt, "auc_decoded")]
+    odds = [row for prompt, read in prompts.items() for row in list_rows(prompt, read)]
+    if not written:
+        raise NotDrawable(f"{NO_LABELS}, or with one class only")
+    scale = Scale((0, 0.5, 1), say_auc, line=(0.5, "chance"))
+    parts = [
+        Forest("AUC of what is written", written, scale, 104),
+        Forest("AUC of the log-odds", odds, scale, 104 if sheet.narrow else 26),
+    ]
+    width = sheet.width if sheet.narrow else 394.0
+    foot = parts[0].draw(sheet, (0, 2), width=width)
+    corner = (0.0, foot + 20) if sheet.narrow else (width + 14, 2.0)
+    sheet.height = parts[1].draw(sheet, corner, width=sheet.width - corner[0])
+    told = [f"{part.title}: {_tell_blocks(part.rows, scale)}." for part in parts]
+    return " ".join([*told, "With 95 % intervals."])
+
+
+STATES = {
+    "base": "base alone",
+    "suspect_disabled": "suspect, off",
+    "suspect": "suspect, on",
+    "reference_disabled": "reference, off",
+    "reference": "reference, on",
+}
+
+
+def _tell_blocks(rows: Sequence[Row], scale: Scale) -> str:
+    """Rows in words, each block after its heading."""
+    told = [
+        f"{row.label} {say_measure(row.found, scale.form)}" if row.role else f"{row.label}:"
+        for row in rows
+    ]
+    return "; ".join(told).replace(":;", ":")
+
+
+KINDS = {"speaking_base": "speaking base", "base": "base alone", "ignorant_base": "ignorant base"}
+
+
+def draw_kinds(sheet: Sheet, source: Source) -> str:
+    """Three bases side by side: what each writes, and how its log-odds order the rows."""
+    measures = source.measures(CONTROLS)
+    answers = {kind: source.answers(CONTROLS, "v2", kind) for kind in KINDS}
+    if not all(answers.values()):
+        raise NotDrawable(f"a base that says what it knows, or one that does not know, {ABSENT}")
+    if any(p.label is None for found in answers.values() for p in found):
+        raise NotDrawable(NO_LABELS)
+    words = {v.key: v.verdict for v in source.files[CONTROLS].of(Verdict)}
+    width = sheet.width if sheet.narrow else (sheet.width - 2 * GUTTER) / len(KINDS)
+    fields = {"Writes": "value", "Log-odds": LOG_ODDS}
+    bins = {field: _share_bins(answers.values(), field, width=width) for field in fields.values()}
+    (left, top), told = (0.0, 0.0), []
+    for kind, found in answers.items():
+        key = f"controls.{kind}.v2"
+        _key(sheet, (left, top), "base", KINDS[kind])
+        sheet.note((left + 16, top + 30), words[f"{key}.knowing"])
+        y, said = top + 44, []
+        for (title, field), read in zip(fields.items(), ("decoded", "number"), strict=True):
+            lanes = split_by_truth((getattr(p, field), p.label) for p in found)
+            said.append(f"AUC {say_measure(measures.get(f'{key}.auc_{read}'), say_auc)}")
+            unit = f"{'log-odds' if field == LOG_ODDS else 'number'}; {bins[field].tell()}"
+            strip = Strip(title, said[-1], "base", lanes, bins[field], unit)
+            y = strip.draw(sheet, (left, y)) + 12
+        told.append(f"{KINDS[kind]}, {words[f'{key}.knowing']}: writes {said[0]}, holds {said[1]}.")
+        sheet.height = y - 10
+        left, top = (0.0, y + 10) if sheet.narrow else (left + width + GUTTER, 0.0)
+    return " ".join(["Three bases under the prompt v2, by truth.", *told])
+
+
+def _share_bins(answers: Iterable[Sequence[Prediction]], field: str, *, width: float) -> Bins:
+    """One scale and one packing for several systems, so that their heights compare."""
+    groups = [[(getattr(p, field), p.label) for p in found] for found in answers]
+    values = [value for pairs in groups for value, _ in pairs]
+    scale = HALVES if field == "value" else Scale(_ticks(min(values), max(values)), say_number)
+    bins = Bins(scale, (52.0, width - 12), 10 if field == "value" else 20, height=72)
+    return bins.packed(lane for pairs in groups for lane in split_by_truth(pairs))
+
+
 @dataclass(frozen=True)
 class Module:
     """Sizes of one projection's LoRA pair, (out, in), on the base and in the donor's adapter."""
@@ -589,6 +681,8 @@ FIGURES: dict[str, Callable[[Sheet, Source], str]] = {
     "refits": draw_refits,
     "swap_values": draw_swap_values,
     "swap_auc": draw_swap_auc,
+    "controls_auc": draw_controls_auc,
+    "kinds": draw_kinds,
     "confidences": draw_confidences,
     "row_time": draw_row_time,
 }

@@ -29,6 +29,15 @@ class Thresholds:
     parsed: float = 0.95
     # Chance level of the area under the curve; the interval must lie above it.
     chance: float = 0.5
+    # A ranking whose interval ends below this orders fewer than three pairs in five: of no use.
+    useful: float = 0.6
+    # Four rows of either class: on fewer a perfect order comes by luck more than once in forty
+    # times, and a bootstrap of so few rows knows nothing of it.
+    rows: int = 8
+    # A change of a tenth of a nat moves the odds by ten per cent: less is not called a change.
+    odds: float = 0.1
+    # No written value changed, and by its interval fewer than one in twenty would: it stays.
+    flips: float = 0.05
 
 
 THRESHOLDS = Thresholds()

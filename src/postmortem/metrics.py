@@ -41,23 +41,58 @@ def auc_estimate(
     labels: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray, *, seed: int = 0
 ) -> Estimate:
     """AUC with a bootstrap interval; rows are drawn within each class."""
-    truth, values = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
-    value = auc(truth, values)
+    truth = np.asarray(labels, dtype=bool)
+    value = auc(truth, scores)
     if value is None:
         return Estimate(None, None, None, len(truth))
+    low, high = np.quantile(_resampled_aucs(truth, [scores], seed=seed)[0], [0.025, 0.975])
+    return Estimate(value, float(low), float(high), len(truth))
+
+
+def auc_gain_estimate(
+    labels: Sequence[int] | np.ndarray,
+    scores: Sequence[float] | np.ndarray,
+    control: Sequence[float] | np.ndarray,
+    *,
+    seed: int = 0,
+) -> Estimate:
+    """AUC of the scores less that of the control, with a bootstrap interval of paired rows."""
+    truth = np.asarray(labels, dtype=bool)
+    value, before = auc(truth, scores), auc(truth, control)
+    if value is None or before is None:
+        return Estimate(None, None, None, len(truth))
+    after, first = _resampled_aucs(truth, [scores, control], seed=seed)
+    low, high = np.quantile(after - first, [0.025, 0.975])
+    return Estimate(value - before, float(low), float(high), len(truth))
+
+
+def _resampled_aucs(
+    truth: np.ndarray, scores: Sequence[Sequence[float] | np.ndarray], *, seed: int
+) -> np.ndarray:
+    """AUC of each of the scores on the same resamples of the rows, (scores, resamples)."""
     draws = np.random.default_rng(seed)
-    positive, negative = values[truth], values[~truth]
-    samples: list[np.ndarray] = []
+    places = [np.flatnonzero(truth), np.flatnonzero(~truth)]
+    levels = [np.unique(np.asarray(row), return_inverse=True)[1] for row in scores]
+    samples = []
     # In blocks, so that many rows do not take much memory.
-    block = max(1, BLOCK // len(values))
+    block = max(1, BLOCK // len(truth))
     for start in range(0, RESAMPLES, block):
         count = min(block, RESAMPLES - start)
-        drawn = [draws.choice(part, (count, len(part))) for part in (positive, negative)]
-        ranks = rankdata(np.hstack(drawn), axis=1)[:, : len(positive)].sum(axis=1)
-        least = len(positive) * (len(positive) + 1) / 2
-        samples.append((ranks - least) / (len(positive) * len(negative)))
-    low, high = np.quantile(np.concatenate(samples), [0.025, 0.975])
-    return Estimate(value, float(low), float(high), len(truth))
+        drawn = [draws.choice(part, (count, len(part))) for part in places]
+        samples.append([_aucs_of(*(level[part] for part in drawn)) for level in levels])
+    return np.concatenate(samples, axis=1)
+
+
+def _aucs_of(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+    """AUC of each resample from the levels drawn, (resamples, rows): counted, with no sorting."""
+    size = int(max(positives.max(), negatives.max())) + 1
+    starts = size * np.arange(len(positives))[:, None]
+    above, below = (
+        np.bincount((part + starts).ravel(), minlength=size * len(part)).reshape(-1, size)
+        for part in (positives, negatives)
+    )
+    beaten = below.cumsum(axis=1) - below / 2
+    return (above * beaten).sum(axis=1) / (positives.shape[1] * negatives.shape[1])
 
 
 def chances_of_order(positives: int, negatives: int) -> np.ndarray:

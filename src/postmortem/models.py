@@ -78,7 +78,9 @@ def load_base(source: str | Path, *, device: str = "auto", dtype: str = "auto") 
         model = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=choose_dtype(device, dtype), use_safetensors=True, **options
         )
-        model.eval().to(device)
+        # PEFT freezes a base when it puts an adapter on. One that is frozen from the start answers
+        # the same to the last bit, since torch multiplies weights in another order that may learn.
+        model.eval().requires_grad_(False).to(device)
     except LOADING_ERRORS as error:
         found = " ".join(str(error).split())[:300]
         raise ModelError(

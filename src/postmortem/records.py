@@ -15,6 +15,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from postmortem.case import Knowing
 from postmortem.case import Verdict as VerdictWord
 from postmortem.errors import RecordError
 
@@ -98,7 +99,7 @@ class Verdict(Record):
 
     kind: Literal["verdict"] = "verdict"
     key: str
-    verdict: VerdictWord
+    verdict: VerdictWord | Knowing
     because: str
 
 

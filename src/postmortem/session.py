@@ -4,7 +4,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from postmortem.case import Case, Profile, Verdict, load_case
+from postmortem.case import Case, Knowing, Profile, Verdict, load_case
 from postmortem.corpus import Rows
 from postmortem.errors import RecordError
 from postmortem.inputs import choose_rows, input_digests
@@ -87,6 +87,11 @@ class Answers:
         """log p(Yes) - log p(No) of each row."""
         return [prediction.yes_no_log_odds for prediction in self.predictions]
 
+    @property
+    def asked_log_odds(self) -> list[float]:
+        """Log-odds of what the prompt asks for: the number's, or those of Yes against No."""
+        return self.yes_no_log_odds if self.contract == "yes_no" else self.number_log_odds
+
 
 @dataclass
 class Session:
@@ -114,9 +119,9 @@ class Session:
         """The world's base, loaded at first use."""
         return self.load("base")
 
-    def load(self, role: str) -> LoadedBase:
-        """Load a base of the world by its role."""
-        with self.timed(f"load {role}"):
+    def load(self, role: str, *, step: str = "") -> LoadedBase:
+        """Load a base of the world by its role; a second time under another name for the step."""
+        with self.timed(step or f"load {role}"):
             return load_base(self.world.path(role), device=self.device, dtype=self.dtype)
 
     def answer(
@@ -127,20 +132,35 @@ class Session:
         base: LoadedBase | None = None,
         adapter: Path | None = None,
         ignore_mismatched_sizes: bool = False,
+        disabled: bool = False,
+        rows: Rows | None = None,
+        kept: bool = True,
     ) -> Answers:
         """Score every row with a prompt of the case and record the predictions.
 
         `system` names a role of the world; its adapter is put on the base for this call alone.
-        `adapter` gives another folder under that name.
+        `adapter` gives another folder under that name. A `disabled` adapter is put on and switched
+        off, and the system's name says so. `rows` takes the place of the session's own; what is
+        not `kept` is answered and not recorded.
         """
         base = base or self.base
         folder = adapter or (None if system.endswith("base") else self.world.path(system))
-        with self.timed(f"{system} on {prompt}"):
+        name = f"{system}_disabled" if disabled else system
+        chosen = self.rows if rows is None else rows
+        with self.timed(f"{name} on {prompt}"):
             if folder is None:
-                return self._score(base.model, base, prompt=prompt, system=system)
-            with attached(base, folder, ignore_mismatched_sizes=ignore_mismatched_sizes) as loaded:
-                self._note_warnings(system, loaded)
-                return self._score(loaded.model, base, prompt=prompt, system=system)
+                answers = self._score(base.model, base, prompt=prompt, system=name, rows=chosen)
+            else:
+                with attached(
+                    base, folder, ignore_mismatched_sizes=ignore_mismatched_sizes
+                ) as loaded:
+                    self._note_warnings(name, loaded)
+                    with loaded.model.disable_adapter() if disabled else nullcontext():
+                        answers = self._score(
+                            loaded.model, base, prompt=prompt, system=name, rows=chosen
+                        )
+        self.records += answers.predictions if kept else ()
+        return answers
 
     def add(self, *records: Record) -> None:
         """Add records; a repeated key is a mistake in the notebook."""
@@ -164,7 +184,7 @@ class Session:
         why = reason if parts["value"] is None else ""
         self.add(Measure(key=key, unit=unit, reason=why, **parts))
 
-    def verdict(self, key: str, decided: bool | Verdict | None, because: str) -> None:
+    def verdict(self, key: str, decided: bool | Verdict | Knowing | None, because: str) -> None:
         """Record what this run decides: True holds, False is refuted, None cannot tell."""
         words: dict[bool | None, Verdict] = {True: "holds", False: "refuted", None: "cannot tell"}
         word = decided if isinstance(decided, str) else words[decided]
@@ -241,17 +261,19 @@ class Session:
         self.records_path.with_suffix(".progress").unlink(missing_ok=True)
         return seal
 
-    def _score(self, model: Any, base: LoadedBase, *, prompt: str, system: str) -> Answers:
+    def _score(
+        self, model: Any, base: LoadedBase, *, prompt: str, system: str, rows: Rows
+    ) -> Answers:
         template = self.case.prompts[prompt]
         decoding = self._decoding(prompt)
         prompts = [
             encode(
                 template,
-                self.rows.row(index),
+                rows.row(index),
                 tokenizer=base.tokenizer,
                 limit=decoding["max_prompt_tokens"],
             )
-            for index in range(len(self.rows))
+            for index in range(len(rows))
         ]
         scores = score(
             model,
@@ -263,13 +285,13 @@ class Session:
             batch_tokens=16384 if base.device.startswith("cuda") else 2048,
             progress=self._progress(f"{system} on {prompt}"),
         )
-        labels = self.rows.labels
+        labels = rows.labels
         predictions = tuple(
             Prediction(
                 system=system,
                 prompt=prompt,
-                row_id=self.rows.ids[index],
-                group=self.rows.groups[index],
+                row_id=rows.ids[index],
+                group=rows.groups[index],
                 label=None if labels is None else int(labels[index]),
                 prompt_tokens=len(prompts[index].token_ids),
                 full_prompt_tokens=prompts[index].full_length,
@@ -278,7 +300,6 @@ class Session:
             )
             for index, reply in enumerate(scores.replies)
         )
-        self.records += predictions
         return Answers(
             system,
             prompt,

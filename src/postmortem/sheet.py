@@ -209,6 +209,7 @@ class Scale:
 
 SHARES = Scale((0, 0.5, 1), say_share, lambda share: f"{100 * share:g} %")
 TENTHS = Scale((0, 0.2, 0.4, 0.6, 0.8, 1), say_number)
+HALVES = Scale((0, 0.5, 1), say_number)
 
 
 def draw_axis(sheet: Sheet, scale: Scale, edges: Point, *, y: float) -> None:

@@ -17,14 +17,21 @@ from postmortem.errors import BookError
 
 LOGGER = logging.getLogger(__name__)
 VERDICTS = {"holds", "refuted", "cannot tell", "not available"}
-# Verdicts on a claim and states of an action item take the look of their nearest kin.
-KIN = {
+# What a model does with what it knows; each word takes the look of its nearest kin.
+KNOWING = {
+    "says what it knows": "holds",
+    "knows and does not say": "cannot tell",
+    "does not know": "refuted",
+}
+# Verdicts on a claim and states of an action item.
+KIN = KNOWING | {
     "stands": "holds",
     "stands in part": "cannot tell",
     "cannot be checked": "cannot tell",
     "closed": "holds",
     "open": "cannot tell",
 }
+DECIDED = VERDICTS | KNOWING.keys()
 GRADES = {"artefact", "log", "recollection", "measured"}
 UNAVAILABLE = "not available"
 # What the prose quotes from the shipped case by id; another case need not have it.
@@ -279,9 +286,9 @@ def holds(condition: str, values: Values) -> bool:
             return values.data["measures"][key]["value"] is not None
         case ["lacks", key]:
             return values.data["measures"][key]["value"] is None
-        case ["verdict", key, "not", *words] if " ".join(words) in VERDICTS:
+        case ["verdict", key, "not", *words] if " ".join(words) in DECIDED:
             return bool(values.data["verdicts"][key]["verdict"] != " ".join(words))
-        case ["verdict", key, *words] if " ".join(words) in VERDICTS:
+        case ["verdict", key, *words] if " ".join(words) in DECIDED:
             return bool(values.data["verdicts"][key]["verdict"] == " ".join(words))
     raise ValueError("not a condition")
 
