@@ -67,24 +67,28 @@ rule publish:
         "postmortem step publish --run {params.run:q}"
 
 
-rule notebook:
-    input:
-        notebook="notebooks/{name}.ipynb",
-        world=f"{RUN}/world.json",
-        earlier=lambda wildcards: (
-            f"{RUN}/records/{EARLIER[wildcards.name]}.jsonl" if wildcards.name in EARLIER else []
-        ),
-    output:
-        records=f"{RUN}/records/{{name}}.jsonl",
-        executed=f"{RUN}/notebooks/{{name}}.ipynb",
-    params:
-        depends=lambda wildcards: notebook_digests(f"notebooks/{wildcards.name}.ipynb"),
-        settings=settings_digest(CASE, SETTINGS),
-    threads: THREADS
-    shell:
-        "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
-        " --records {output.records:q} --executed {output.executed:q}"
-        " --world {input.world:q} --earlier={input.earlier:q}"
+# The longest first, so that the others run beside it.
+for order, name in enumerate(sorted(NOTEBOOKS, key=lambda name: name == "07_replay")):
+
+    rule:
+        name:
+            f"notebook_{name}"
+        input:
+            notebook=f"notebooks/{name}.ipynb",
+            world=f"{RUN}/world.json",
+            earlier=f"{RUN}/records/{EARLIER[name]}.jsonl" if name in EARLIER else [],
+        output:
+            records=f"{RUN}/records/{name}.jsonl",
+            executed=f"{RUN}/notebooks/{name}.ipynb",
+        params:
+            depends=notebook_digests(f"notebooks/{name}.ipynb"),
+            settings=settings_digest(CASE, SETTINGS),
+        threads: THREADS
+        priority: order
+        shell:
+            "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
+            " --records {output.records:q} --executed {output.executed:q}"
+            " --world {input.world:q} --earlier={input.earlier:q}"
 
 
 rule world:
