@@ -295,27 +295,25 @@ def test_completed_by_its_metadata_is_refused(tmp_path):
         check_executed(path)
 
 
+# What some notebooks take beside the common parameters.
+EARLIER = {"earlier": ("str", True)}
+EXTRA = {
+    "02_v2_run": EARLIER,
+    "07_replay": {"severities": ("int", False)},
+    "09_diagnosis": EARLIER,
+}
+
+
 def test_there_are_notebooks():
     """The notebooks that the following tests look at are there."""
-    assert [path.stem[:2] for path in SHIPPED] == [
-        "01",
-        "02",
-        "03",
-        "04",
-        "05",
-        "06",
-        "07",
-        "08",
-        "09",
-    ]
+    assert [int(path.stem[:2]) for path in SHIPPED] == list(range(1, 10))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_notebook_declares_the_common_parameters(path):
     """A shipped notebook declares the common parameters and does not run without them."""
     declared = {name: (p.type, p.required) for name, p in declared_parameters(path).items()}
-    extra = {"earlier": ("str", True)} if path.stem == "02_v2_run" else {}
-    assert declared == COMMON | extra
+    assert declared == COMMON | EXTRA.get(path.stem, {})
     with pytest.raises(ParameterError, match="expected a value for notebook, case"):
         check_parameters(path, {})
 

@@ -275,6 +275,8 @@ def _tell(answers: Answers, index: int) -> str:
 
 def record_kinds(session: Session, alone: Answered) -> None:
     """Hold three bases side by side: what each writes, and what its log-odds rank."""
+    for name in ("chance", "useful", "rows", "odds", "flips"):
+        session.measure(f"controls.limit.{name}", getattr(THRESHOLDS, name))
     table = []
     for role in KINDS:
         for prompt, answers in _ask_kind(session, role, alone=alone).items():

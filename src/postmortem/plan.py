@@ -128,11 +128,12 @@ def apply_filter(answers: Mapping[str, Answers], limits: AdapterFilter) -> list[
 
 
 def judge_filter(systems: list[Filtered]) -> tuple[bool | None, str]:
-    """Whether the filter passes exactly the systems whose written values rank above chance."""
-    if any(ranks(system.written) is None for system in systems):
-        return None, "without labels of both classes nothing can be said to rank"
+    """Whether the filter passes exactly the systems whose written values rank above chance.
+
+    One system that it judges wrongly decides; without such a one, all must be known to rank or not.
+    """
     blocked = [s for s in systems if not s.passes]
-    idle = [s.name for s in systems if s.passes and not ranks(s.written)]
+    idle = [s.name for s in systems if s.passes and ranks(s.written) is False]
     lost = [s.name for s in blocked if ranks(s.written)]
     unread = [s.name for s in blocked if s.name not in lost and s.log_odds and ranks(s.log_odds)]
     parts = {
@@ -141,7 +142,12 @@ def judge_filter(systems: list[Filtered]) -> tuple[bool | None, str]:
         "blocked although the log-odds rank": unread,
     }
     told = [f"{what}: {', '.join(names)}" for what, names in parts.items() if names]
-    return not (idle or lost), "; ".join(told) or "it passes the systems that rank and no other"
+    if idle or lost:
+        return False, "; ".join(told)
+    unknown = [s.name for s in systems if ranks(s.written) is None]
+    if unknown:
+        return None, f"it cannot be told whether these rank: {', '.join(unknown)}"
+    return True, "; ".join(told) or "it passes the systems that rank and no other"
 
 
 def _rank(values: np.ndarray | list[float], labels: np.ndarray | None) -> tuple[Estimate, str]:
