@@ -11,12 +11,13 @@ REFERENCE ?=
 DEVICE ?= auto
 DTYPE ?= auto
 CORES ?= 0
+WORLDS ?= 3
 
 BIN := $(abspath $(VENV))/bin
 # The graph calls `postmortem` and `snakemake` of this environment by name.
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := book
-.PHONY: book weights test lint clean environment
+.PHONY: book replay weights test lint clean environment
 
 environment: $(VENV)/.installed
 
@@ -33,6 +34,10 @@ book: environment
 	@postmortem book --case "$(CASE)" --profile "$(PROFILE)" --data "$(DATA)" \
 	  --labels "$(LABELS)" --rows "$(ROWS)" --suspect "$(SUSPECT)" --reference "$(REFERENCE)" \
 	  --device "$(DEVICE)" --dtype "$(DTYPE)" --cores "$(CORES)"
+
+replay: environment
+	@postmortem replay --case "$(CASE)" --profile "$(PROFILE)" --worlds "$(WORLDS)" \
+	  --cores "$(CORES)"
 
 weights: environment
 	@postmortem weights "$(PROFILE)"

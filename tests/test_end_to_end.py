@@ -34,12 +34,19 @@ SCRIPTS = (
 
 
 def clone(root, folder):
-    """Copy the project's own files, as a clone would have them."""
+    """Copy the project's own files, as a clone would have them, with fewer replays."""
     folder.mkdir()
     for name in ("book", "cases", "notebooks"):
         shutil.copytree(root / name, folder / name)
     for name in ("Snakefile", "_config.yml", "_toc.yml"):
         shutil.copy2(root / name, folder / name)
+    # Few and short replays: the graph, the records and the pages are what is tried here.
+    case = folder / "cases/qwen-lora.yml"
+    shipped = "seeds: 3\n      severities: 2\n      rows: 32\n"
+    text = case.read_text()
+    assert shipped in text
+    small = "seeds: 2\n      severities: 1\n      rows: 8\n"
+    case.write_text(text.replace(shipped, small))
     return folder
 
 

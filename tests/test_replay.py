@@ -194,6 +194,8 @@ def test_a_world_of_a_base_alone_replays_what_it_can(session):
     record_replays(session, replays, absent)
     table = next(r for r in session.records if isinstance(r, Table) and r.key == "replay.absent")
     assert {row[0] for row in table.rows} == set(absent)
+    words = {r.key: r.verdict for r in session.records if isinstance(r, Verdict)}
+    assert {n for n in CAUSES if words[f"replay.{n}.reproduces"] == "not available"} == set(absent)
 
 
 def test_the_matrix_has_a_row_for_each_cause_and_kind(session):
@@ -207,5 +209,7 @@ def test_the_matrix_has_a_row_for_each_cause_and_kind(session):
         assert all(0 <= share <= 1 for share in row[4 : 4 + len(FEATURES)])
     keys = {r.key for r in session.records if isinstance(r, Verdict)}
     assert keys == {
-        f"replay.{kind}.{name}.reproduces" for kind in ("silent", "speaking") for name in CAUSES
+        f"replay.{kind}{name}.reproduces"
+        for kind in ("silent.", "speaking.", "")
+        for name in CAUSES
     }

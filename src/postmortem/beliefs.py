@@ -1,6 +1,6 @@
 """What the replays make of the incident: beliefs, their sensitivity, and what to run next."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,11 +61,13 @@ class Inquiry:
 
         Left out together are then the first severities of all causes, the second ones, and so on.
         """
-        trials = []
+        trials, found = [], defaultdict[str, set[str]](set)
         for replay in self.replays:
-            known = list(CAUSES[replay.cause].severities)
-            place = str(known.index(replay.severity)) if len(known) > 1 else NO_SEVERITY
-            trials.append(replay.model_copy(update={"severity": place}))
+            found[replay.cause].add(replay.severity)
+        for replay in self.replays:
+            place = str([*CAUSES[replay.cause].severities].index(replay.severity))
+            alone = len(found[replay.cause]) == 1
+            trials.append(replay.model_copy(update={"severity": NO_SEVERITY if alone else place}))
         return tuple(trials)
 
     @cached_property

@@ -97,6 +97,7 @@ def add_run_values(values: Values, files: Mapping[str, RecordFile], *, world: Wo
     values["measures"] |= {
         "run.seconds": _number(sum(seconds.values()), unit="s"),
         "run.records": _number(sum(len(file.records) for file in files.values())),
+        "run.notebooks_run": _number(len(files)),
     }
     add_table(values, "run.versions", ("package", "version"), list(run.versions.items()))
     add_table(

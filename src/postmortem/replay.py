@@ -658,6 +658,8 @@ def record_replays(session: Session, replays: Sequence[Replay], absent: Mapping[
     columns = ("base", "cause", "title", "replays", *FEATURES, "whole v2 symptom")
     session.table("replay.matrix", columns, rows)
     session.table("replay.absent", ("cause", "why"), list(absent.items()))
+    for name in CAUSES:
+        _judge_cause(session, name, rows, absent.get(name, ""))
     session.measure("replay.replays", len(replays))
     session.measure("replay.causes", len({replay.cause for replay in replays}))
     both = [symptom for r in replays if all((symptom := symptom_of(r, session.case)).values())]
@@ -666,6 +668,21 @@ def record_replays(session: Session, replays: Sequence[Replay], absent: Mapping[
         "replay.tests",
         ("test", "what is done", "outcomes"),
         [(name, test.title, ", ".join(test.outcomes)) for name, test in TESTS.items()],
+    )
+
+
+def _judge_cause(session: Session, name: str, rows: Sequence[Sequence[Cell]], why: str) -> None:
+    """Whether a cause reproduces the symptom on the kind of base where it does so most."""
+    found = [(str(row[0]), int(row[3] or 0), str(row[-1])) for row in rows if row[1] == name]
+    if not found:
+        session.verdict(f"replay.{name}.reproduces", "not available", why or "not replayed")
+        return
+    best = max(int(told.split()[0]) / total for _, total, told in found)
+    session.verdict(
+        f"replay.{name}.reproduces",
+        True if best == 1 else None if best else False,
+        "replays that show the whole symptom of the second attempt: "
+        + ", ".join(f"{told} on a {kind} base" for kind, _, told in found),
     )
 
 
