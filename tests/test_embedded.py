@@ -142,3 +142,26 @@ def test_the_no_op_adapter_has_a_zero_b(untrained):
     tensors = load_file(untrained / "no_op/adapter_model.safetensors")
     for name, tensor in tensors.items():
         assert bool(torch.any(tensor != 0)) == ("lora_A" in name)
+
+
+def test_an_adapter_that_does_not_settle_is_slowed(case, tokenizer, monkeypatch):
+    """Each check that is not near the criterion lowers the rate, until the steps are used up."""
+    monkeypatch.setattr(embedded, "TRAINING_ROWS", 50)
+    monkeypatch.setattr(embedded, "MAX_STEPS", 6)
+    trainer = embedded._Trainer(case, tokenizer, seed=0, report=lambda line: None)
+    model = embedded.make_adapter(
+        embedded.new_base(embedded.TARGET, seed=0, vocabulary=len(tokenizer)), seed=0
+    )
+    loop = embedded._Loop(model, 1e-3, seed=0, batch=4)
+    tasks = {"v2": trainer._task("v2", embedded.teach_calibrated_number)}
+    with pytest.raises(WorldError, match="within 6 steps"):
+        trainer._train_until(
+            *(model, {"v2 decoded": 2.0}),
+            role="r",
+            loop=loop,
+            tasks=tasks,
+            mix={"v2": 1.0},
+            every=2,
+            cooling=0.5,
+        )
+    assert loop.rate == pytest.approx(1e-3 * 0.5**2)
