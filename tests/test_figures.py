@@ -9,6 +9,7 @@ import pytest
 
 from postmortem.case import Case
 from postmortem.figures import FIGURES, Drawing, draw_all, role_of, save_drawings
+from postmortem.figures_inquiry import PARTS
 from postmortem.records import (
     Measure,
     Prediction,
@@ -99,6 +100,32 @@ def interval(key: str, value: float) -> Measure:
 
 
 CONTROL_FIGURES = ("controls_auc", "kinds")
+INQUIRY_FIGURES = ("replay_matrix", "beliefs", "plan")
+
+
+def make_matrix() -> Table:
+    """The replay matrix of two causes on two kinds of base."""
+    rows = [
+        (kind, cause, f"the {cause} cause", 4, *([share] * len(PARTS)), f"{share * 4:.0f} of 4")
+        for kind in ("silent", "speaking")
+        for cause, share in (("zero-b", 1.0), ("scale-up", 0.5))
+    ]
+    columns = ("base", "cause", "title", "replays", *PARTS, "whole v2 symptom")
+    return Table(key="replay.matrix", columns=columns, rows=tuple(rows))
+
+
+def make_beliefs() -> list[Record]:
+    """Beliefs in two causes, and two plans."""
+    columns = ("test", "what is done", "bits", "minutes", "in all", "leading answer right")
+    steps = (("inspect", "look", 1.5, 1.0, 1.0, 0.5), ("v2", "ask", 0.5, 5.0, 6.0, 0.6))
+    return [
+        *(interval(f"diagnosis.cause.{cause}", 0.4) for cause in ("zero-b", "scale-up")),
+        *(interval(f"diagnosis.after.final.{cause}", 0.2) for cause in ("zero-b", "scale-up")),
+        *(
+            Table(key=f"diagnosis.{plan}.steps", columns=columns, rows=steps)
+            for plan in ("first", "path")
+        ),
+    ]
 
 
 def make_records(rows: int) -> dict[str, list[Record]]:
@@ -141,6 +168,8 @@ def make_records(rows: int) -> dict[str, list[Record]]:
             interval("forensics.timing.per_token", 0.5),
             interval("forensics.timing.beside_reading", 0.08),
         ],
+        "07_replay": [make_matrix()],
+        "09_diagnosis": make_beliefs(),
         "06_controls": [
             *(record for kind in KINDS for record in answers(kind, "v2", rows=rows)),
             *(interval(f"controls.{key}.{read}", 0.6) for key in asked for read in ranking),
@@ -331,7 +360,14 @@ def test_run_speaks_where_the_base_does_not() -> None:
     files = make_files()
     drawn, reasons = draw_all({stem: files[stem] for stem in STEMS[:3]}, make_case())
     assert "suspect, prompt v2" in pick(drawn, "says_and_knows").alt
-    assert reasons.keys() == {"hero", "swap_values", "swap_auc", "row_time", *CONTROL_FIGURES}
+    assert reasons.keys() == {
+        "hero",
+        "swap_values",
+        "swap_auc",
+        "row_time",
+        *CONTROL_FIGURES,
+        *INQUIRY_FIGURES,
+    }
 
 
 def test_the_clock_is_drawn_only_where_a_line_was_fitted() -> None:
@@ -460,3 +496,19 @@ def test_clean_text_is_one_printable_line() -> None:
     """Untrusted text is cut to its limit, on one line."""
     assert clean("a\nb\x00c") == "a b c"
     assert clean("x" * 99, 5) == "xxxx…"
+
+
+def test_the_matrix_names_the_causes_that_give_all(drawings: list[Drawing]) -> None:
+    """The causes that show the whole symptom in every replay are told, and stand on top."""
+    drawn = pick(drawings, "replay_matrix")
+    assert "silent base: zero-b; speaking base: zero-b" in drawn.alt
+    shown = texts_of(drawn.wide)
+    assert shown.index("zero b") < shown.index("scale up")
+    assert "v1 half parsed" in shown
+    assert "v1 half parsed" not in texts_of(drawn.narrow)
+
+
+def test_beliefs_and_plans_tell_their_numbers(drawings: list[Drawing]) -> None:
+    """Beliefs show their intervals, and a plan adds up its bits."""
+    assert "0.40 [0.36, 0.44]" in " ".join(texts_of(pick(drawings, "beliefs").wide).split())
+    assert "v2 6 min 2.0 bits" in pick(drawings, "plan").alt

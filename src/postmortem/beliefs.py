@@ -22,7 +22,7 @@ from postmortem.likelihoods import (
 )
 from postmortem.metrics import Estimate
 from postmortem.planner import Plan, plan, price
-from postmortem.records import Cell, RecordFile, Replay
+from postmortem.records import RecordFile, Replay
 from postmortem.replay import TESTS, experiments_of
 from postmortem.session import Session
 
@@ -36,6 +36,12 @@ UNLISTED = "none of these"
 TIME_BOX = 10
 # What a diagnosis is to reach on replays that it has not seen.
 ACCURACY, FALSE_ALARMS = 0.90, 0.02
+
+TRUST_TABLES = {
+    "misses": ("cause", "taken for", "times"),
+    "reliability": ("said", "mean", "right", "low", "high", "replays"),
+    "without": ("test left out", "top-1", "low", "high"),
+}
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,8 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
         for name in ("top1", "base_top1", "false_alarms", "brier", "symptom_top1"):
             session.measure(f"diagnosis.{name}", None, reason=reason)
         session.verdict("diagnosis.trusted", "not available", reason)
+        for name, columns in TRUST_TABLES.items():
+            session.table(f"diagnosis.{name}", columns, [])
         return
     found = leave_out(inquiry.trials, inquiry.experiments)
     symptom = leave_out(inquiry.trials, inquiry.experiments, subset=[*inquiry.observed])
@@ -176,7 +184,7 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
     session.verdict("diagnosis.trusted", trusted, describe_trust(found))
     misses = Counter((miss.cause, miss.predicted) for miss in found.misses)
     rows = [(cause, wrong, times) for (cause, wrong), times in misses.most_common()]
-    session.table("diagnosis.misses", ("cause", "taken for", "times"), rows)
+    session.table("diagnosis.misses", TRUST_TABLES["misses"], rows)
     bins = [
         (
             f"{b.low:g} to {b.high:g}",
@@ -189,12 +197,11 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
         for b in found.bins
         if b.right.n
     ]
-    columns = ("said", "mean", "right", "low", "high", "replays")
-    session.table("diagnosis.reliability", columns, bins)
+    session.table("diagnosis.reliability", TRUST_TABLES["reliability"], bins)
     without = leave_out_without_each(inquiry.trials, inquiry.experiments)
     session.table(
         "diagnosis.without",
-        ("test left out", "top-1", "low", "high"),
+        TRUST_TABLES["without"],
         [(name, *_numbers(e.accuracy)) for name, e in without.items()],
     )
 
@@ -230,17 +237,24 @@ def record_beliefs(session: Session, inquiry: Inquiry) -> None:
     posterior = ledger.posterior()
     causes, spans = posterior.causes, sensitivity(ledger, inquiry.priors)
     owner = {h.cause: name for h, name in inquiry.hypotheses.items()}
-    priors = {n: inquiry.ledger(n).prior.causes or {} for n in inquiry.priors if n != FLAT}
-    rows: list[tuple[Cell, ...]] = []
-    for cause in sorted(causes, key=lambda name: -(causes[name].value or 0.0)):
-        after = [round(span, 4) for span in spans[cause].by_prior.values()]
-        before = [round(_share(weights, cause), 4) for weights in priors.values()]
-        name = CAUSES[cause].title
-        rows.append((cause, name, owner[cause], *before, *_numbers(causes[cause]), *after[1:]))
-    written = [f"prior, {name}" for name in priors] + [f"after, {name}" for name in priors]
-    cut = len(priors)
-    columns = ("cause", "title", "hypothesis", *written[:cut], *("after, flat", "low", "high"))
-    session.table("diagnosis.causes", (*columns, *written[cut:]), rows)
+    session.table(
+        "diagnosis.causes",
+        ("cause", "comes under", *(f"after, {name}" for name in inquiry.priors)),
+        [
+            (
+                *(CAUSES[cause].title, owner[cause], say_share(causes[cause])),
+                *(round(share, 3) for share in [*spans[cause].by_prior.values()][1:]),
+            )
+            for cause in sorted(causes, key=lambda name: -(causes[name].value or 0.0))
+        ],
+    )
+    for cause, told in causes.items():
+        session.measure(f"diagnosis.cause.{cause}", told)
+        for name, prior in inquiry.priors.items():
+            key = name.removeprefix("write-up, ")
+            if prior.causes:
+                session.measure(f"diagnosis.prior.{key}.{cause}", _share(prior.causes, cause))
+                session.measure(f"diagnosis.after.{key}.{cause}", spans[cause].by_prior[name])
     for name, told in posterior.marginal(inquiry.hypotheses).items():
         key = "unlisted" if name == UNLISTED else name
         session.measure(f"diagnosis.hypothesis.{key}", told)
@@ -365,6 +379,11 @@ def _record_plan(session: Session, name: str, found: Plan) -> None:
             for s in found.steps
         ],
     )
+
+
+def say_share(told: Estimate) -> str:
+    """A probability with its interval, as it stands in a table."""
+    return f"{told.value:.2f} [{told.low:.2f}, {told.high:.2f}]"
 
 
 def _numbers(told: Estimate) -> tuple[float | None, float | None, float | None]:

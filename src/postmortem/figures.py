@@ -11,6 +11,8 @@ import matplotlib.style
 from matplotlib.ticker import MaxNLocator
 
 from postmortem.case import Case, Hypothesis
+from postmortem.figure_source import NotDrawable, Source
+from postmortem.figures_inquiry import draw_beliefs, draw_plan, draw_replay_matrix
 from postmortem.records import Measure, Prediction, RecordFile, Table, Verdict, write_text
 from postmortem.sheet import (
     BODY,
@@ -49,10 +51,6 @@ GUTTER = 24.0  # between columns
 SETTINGS = {"svg.fonttype": "none", "text.parse_math": False}
 
 
-class NotDrawable(Exception):
-    """These records do not hold what a figure shows; the message says what is absent."""
-
-
 @dataclass(frozen=True)
 class Drawing:
     """A figure: its text for those who do not see it, and the SVG for a page and a phone."""
@@ -61,27 +59,6 @@ class Drawing:
     alt: str
     wide: str
     narrow: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the figures draw from: record files by notebook, and the case."""
-
-    files: Mapping[str, RecordFile]
-    case: Case
-
-    def answers(self, stem: str, prompt: str, system: str = "") -> list[Prediction]:
-        """The predictions of one system on a prompt, the first system's without a name."""
-        found = self.files[stem].of(Prediction) if stem in self.files else []
-        asked = [p for p in found if p.prompt == prompt]
-        name = system or (asked[0].system if asked else "")
-        return [p for p in asked if p.system == name]
-
-    def measures(self, stem: str) -> dict[str, Measure]:
-        """A notebook's measures that have a value, by key."""
-        if stem not in self.files:
-            raise NotDrawable(f"no records of the notebook {stem}")
-        return {m.key: m for m in self.files[stem].of(Measure) if m.value is not None}
 
 
 def draw_all(files: Mapping[str, RecordFile], case: Case) -> tuple[list[Drawing], dict[str, str]]:
@@ -685,4 +662,7 @@ FIGURES: dict[str, Callable[[Sheet, Source], str]] = {
     "kinds": draw_kinds,
     "confidences": draw_confidences,
     "row_time": draw_row_time,
+    "replay_matrix": draw_replay_matrix,
+    "beliefs": draw_beliefs,
+    "plan": draw_plan,
 }

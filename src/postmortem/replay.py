@@ -657,6 +657,17 @@ def record_replays(session: Session, replays: Sequence[Replay], absent: Mapping[
             session.measure(f"replay.{kind}.{word}", counts[f"{kind}.{word}"], unit="causes")
     columns = ("base", "cause", "title", "replays", *FEATURES, "whole v2 symptom")
     session.table("replay.matrix", columns, rows)
+    kinds = list(dict.fromkeys(str(row[0]) for row in rows))
+    whole_by = {(row[1], row[0]): row[-1] for row in rows}
+    session.table(
+        "replay.reproduces",
+        ("cause", *(f"on a {kind} base" for kind in kinds)),
+        [
+            (cause.title, *(whole_by.get((name, kind), "not replayed") for kind in kinds))
+            for name, cause in CAUSES.items()
+            if name not in absent
+        ],
+    )
     session.table("replay.absent", ("cause", "why"), list(absent.items()))
     for name in CAUSES:
         _judge_cause(session, name, rows, absent.get(name, ""))

@@ -75,6 +75,10 @@ class Sheet:
         """Write a small line, in the lighter tone unless told otherwise."""
         self._write(at, text, anchor, size=SMALL, ink=ink, weight=400)
 
+    def turned(self, at: Point, text: str, *, ink: str = "muted") -> None:
+        """Write a small line upwards from a point."""
+        self._write(at, text, "left", size=SMALL, ink=ink, weight=400, angle=90)
+
     def line(self, start: Point, *points: Point, ink: str = "rule", width: float = 1.0) -> None:
         """Draw a line through points."""
         xs, ys = zip(start, *points, strict=True)
@@ -106,11 +110,20 @@ class Sheet:
         return stream.getvalue()
 
     def _write(
-        self, at: Point, text: str, anchor: str, *, size: float, ink: str, weight: int
+        self,
+        at: Point,
+        text: str,
+        anchor: str,
+        *,
+        size: float,
+        ink: str,
+        weight: int,
+        angle: int = 0,
     ) -> None:
         # Alignments other than the baseline would depend on a font that the page replaces.
         line = self._axes.text(*at, text, fontsize=size, fontweight=weight, va="baseline")
         line.set(ha=anchor, color=SENTINEL[ink], clip_on=False)
+        line.set(rotation=angle, rotation_mode="anchor")
 
 
 def dress_svg(text: str, alt: str, *, width: int) -> str:
