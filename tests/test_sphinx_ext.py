@@ -145,6 +145,18 @@ def test_a_condition_decides_what_stands_on_the_page(tmp_path):
     assert told == ""
 
 
+def test_a_condition_keeps_the_order_of_text_and_headings(tmp_path):
+    """Text ahead of a heading inside `when` stays ahead of it, and each section keeps its own."""
+    inside = "first\n\n## One\n\nsecond\n\n## Two\n\nthird\n"
+    page = f"# T\n\n::::{{when}} profile embedded\n{inside}::::\n\n## Three\n\nfourth\n"
+    html, told = build(tmp_path, page)
+    wanted = ["first", "<h2>One", "second", "<h2>Two", "third", "<h2>Three", "fourth"]
+    body = html[html.index("<h1>T") :]
+    places = [body.index(text) for text in wanted]
+    assert places == sorted(places)
+    assert told == ""
+
+
 def test_what_a_model_knows_takes_the_shape_of_a_verdict(tmp_path):
     """The words for what a model does with what it knows are shown as verdicts are."""
     html, told = build(tmp_path, "# T\n\n{verdict}`k`\n")

@@ -269,7 +269,15 @@ class WhenDirective(SphinxDirective):
                 "condition %r: %s", self.arguments[0], error, location=self.get_location()
             )
             return []
-        return self.parse_content_to_nodes(allow_section_headings=True) if wanted else []
+        if not wanted:
+            return []
+        parent: nodes.Element = self.state_machine.node
+        before = len(parent)
+        content = self.parse_content_to_nodes(allow_section_headings=True)
+        # A section goes to the page at once, ahead of the text that stands before its heading.
+        sections = parent[before:]
+        del parent[before:]
+        return [*content, *sections]
 
 
 def holds(condition: str, values: Values) -> bool:
