@@ -6,11 +6,13 @@ from replays import experiment, replay
 
 from postmortem.calibration import BIN_EDGES, leave_out, leave_out_without_each
 from postmortem.errors import DiagnosisError
+from postmortem.likelihoods import measure_likelihoods
 from postmortem.metrics import rate_estimate
 
 SYMPTOM, CONTROL, SCAN = experiment("symptom"), experiment("control"), experiment("scan")
 BATTERY = [SYMPTOM, CONTROL, SCAN]
-SEEDS, SEVERITIES = range(12), ("mild", "severe")
+# Replays of one severity count as one observation, so there are many severities.
+SEEDS, SEVERITIES = range(2), tuple(f"s{number}" for number in range(12))
 
 
 def looks(cause):
@@ -24,12 +26,12 @@ def looks(cause):
 
 
 def replayed(causes, seeds=SEEDS, severities=SEVERITIES):
-    """Replays of causes that always come out alike; only a fault has a severity."""
+    """Replays of causes that always come out alike."""
     return [
         replay(cause, seed=seed, severity=severity, **looks(cause))
         for cause in causes
         for seed in seeds
-        for severity in (("-",) if cause == "healthy" else severities)
+        for severity in severities
     ]
 
 
@@ -38,9 +40,10 @@ def test_distinct_causes_are_all_found():
     replays = replayed(["healthy", "no-op", "sibling"])
     found = leave_out(replays, BATTERY)
     assert found.groups == (("healthy",), ("no-op",), ("sibling",))
-    assert found.accuracy == rate_estimate(60, 60)
-    assert found.confusion == ((12, 0, 0), (0, 24, 0), (0, 0, 24))
-    assert (found.false_alarms, found.false_alarm_count) == (rate_estimate(0, 12), 0)
+    assert found.accuracy == rate_estimate(72, 72)
+    assert found.fewest_groups == 3
+    assert found.confusion == ((24, 0, 0), (0, 24, 0), (0, 0, 24))
+    assert (found.false_alarms, found.false_alarm_count) == (rate_estimate(0, 24), 0)
     assert found.misses == ()
     assert 0 < found.brier.value < 0.05
 
@@ -54,12 +57,12 @@ def test_twins_are_one_answer():
 
 def test_right_is_on_the_diagonal():
     """What is right as a group of its part of the replays is on the diagonal of the whole."""
-    replays = replayed(["no-op", "sibling"], range(9))
-    replays[0] = replay("no-op", seed=0, severity="mild", **looks("sibling"))
-    # By one experiment, 18 replays of each part the causes by just over 0.9; the 8 that are left
-    # to learn from do not.
+    replays = replayed(["no-op", "sibling"], severities=SEVERITIES[:9])
+    # By one experiment, nine severities of each part the causes by just over 0.9; the eight that
+    # are left to learn from do not.
     found = leave_out(replays, [CONTROL])
     assert found.groups == (("no-op",), ("sibling",))
+    assert found.fewest_groups == 1
     assert found.accuracy == rate_estimate(36, 36)
     assert found.confusion == ((18, 0), (0, 18))
 
@@ -70,8 +73,8 @@ def test_symptom_alone_is_not_an_easier_question():
     found = leave_out(replays, BATTERY, subset=["symptom"])
     assert len(found.groups) == 3
     # The two faults tie and the first is named.
-    assert found.accuracy == rate_estimate(36, 60)
-    assert found.confusion == ((12, 0, 0), (0, 24, 0), (0, 24, 0))
+    assert found.accuracy == rate_estimate(48, 72)
+    assert found.confusion == ((24, 0, 0), (0, 24, 0), (0, 24, 0))
     assert {miss.cause for miss in found.misses} == {"sibling"}
     assert {miss.predicted for miss in found.misses} == {"no-op"}
     assert all(miss.probability == pytest.approx(0.5, abs=0.05) for miss in found.misses)
@@ -81,12 +84,11 @@ def test_without_each():
     """Each experiment removed in turn costs what it alone tells; a spare one costs nothing."""
     replays = replayed(["healthy", "no-op", "sibling"])
     found = leave_out_without_each(replays, [SYMPTOM, CONTROL])
-    # Without the symptom siblings and the healthy look alike: a sibling ties with the healthy, who
-    # come first, and the healthy find more siblings to learn from. Without the control the faults
-    # tie, and the no-op comes first.
+    # Without the symptom siblings and the healthy look alike, and the healthy come first. Without
+    # the control the faults tie, and the no-op comes first.
     assert {name: one.accuracy for name, one in found.items()} == {
-        "symptom": rate_estimate(24, 60),
-        "control": rate_estimate(36, 60),
+        "symptom": rate_estimate(48, 72),
+        "control": rate_estimate(48, 72),
     }
     assert found["control"] == leave_out(replays, [SYMPTOM, CONTROL], subset=["symptom"])
     spare = leave_out_without_each(replays, BATTERY)
@@ -97,7 +99,7 @@ def test_nothing_is_learnt_from_the_same_seed_or_severity():
     """A replay that only its own seed or its own severity could teach is missed."""
     replays = replayed(["healthy", "no-op"])
     odd = {"symptom": "no", "control": "no", "scan": "no"}
-    for key in ((0, "mild"), (0, "severe"), (5, "mild")):
+    for key in ((0, "s0"), (0, "s1"), (1, "s0")):
         place = next(
             n
             for n, one in enumerate(replays)
@@ -106,29 +108,42 @@ def test_nothing_is_learnt_from_the_same_seed_or_severity():
         replays[place] = replay("no-op", seed=key[0], severity=key[1], **odd)
     found = leave_out(replays, BATTERY)
     missed = {miss.key for miss in found.misses}
-    assert missed == {"no-op/silent/0/mild", "no-op/silent/0/severe", "no-op/silent/5/mild"}
+    assert missed == {"no-op/silent/0/s0", "no-op/silent/0/s1", "no-op/silent/1/s0"}
     assert all(miss.predicted == "healthy" for miss in found.misses)
 
 
 def test_same_severity_teaches_nothing():
     """What a severity looks like is not learnt from that severity."""
+    many = [experiment(f"e{number}") for number in range(8)]
     replays = [
-        replay(cause, seed=seed, severity=severity, control=word)
+        replay(cause, seed=seed, severity=severity, **{one.name: word for one in many})
         for cause, words in (("a", ("yes", "no")), ("b", ("no", "yes")))
         for seed in range(10)
-        for severity, word in zip(SEVERITIES, words, strict=True)
+        for severity, word in zip(("mild", "severe"), words, strict=True)
     ]
     # Each cause looks, in one severity, as the other does in that learnt from.
-    assert leave_out(replays, [CONTROL]).accuracy.value == 0.0
+    assert leave_out(replays, many).accuracy.value == 0.0
+
+
+def test_repeats_of_a_severity_teach_no_more():
+    """However often one severity is replayed, it stays one observation."""
+    found = [
+        measure_likelihoods(
+            [replay("a", seed=seed, severity="mild", control="yes") for seed in range(count)],
+            [CONTROL],
+        )
+        for count in (1, 30)
+    ]
+    assert found[0].counts == pytest.approx(found[1].counts)
 
 
 def test_false_alarms_are_counted():
     """A healthy replay that looks like a fault is a false alarm, with an exact interval."""
     replays = replayed(["healthy", "no-op"])
-    replays[0] = replay("healthy", seed=0, **looks("no-op"))
+    replays[0] = replay("healthy", seed=0, severity="s0", **looks("no-op"))
     found = leave_out(replays, BATTERY)
-    assert (found.false_alarms, found.false_alarm_count) == (rate_estimate(1, 12), 1)
-    assert found.confusion[0] == (11, 1)
+    assert (found.false_alarms, found.false_alarm_count) == (rate_estimate(1, 24), 1)
+    assert found.confusion[0] == (23, 1)
     assert leave_out(replayed(["no-op", "sibling"]), BATTERY).false_alarms.value is None
 
 
@@ -182,7 +197,7 @@ def test_what_was_not_run_is_not_evidence():
 def test_one_seed_or_severity_cannot_be_left_out(seeds, severities):
     """Where nothing is left to learn a cause from, the error says which replay and what to do."""
     replays = replayed(["no-op"], seeds, severities)
-    with pytest.raises(DiagnosisError, match=r"replay 'no-op/silent/0/mild': .* more seeds"):
+    with pytest.raises(DiagnosisError, match=r"replay 'no-op/silent/0/\w+': .* more seeds"):
         leave_out(replays, BATTERY)
 
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from postmortem.calibration import NO_SEVERITY, Evaluation, leave_out, leave_out_without_each
+from postmortem.calibration import Evaluation, leave_out, leave_out_without_each
 from postmortem.case import Case
 from postmortem.causes import CAUSES
 from postmortem.diagnosis import Ledger, Prior, sensitivity
 from postmortem.errors import DiagnosisError
 from postmortem.likelihoods import (
+    NO_SEVERITY,
     Experiment,
     Group,
     Hypothesis,
@@ -35,8 +36,9 @@ UNLISTED = "none of these"
 # What the first minutes should have been spent on.
 TIME_BOX = 10
 # What a diagnosis is to reach on replays that it has not seen.
-ACCURACY, FALSE_ALARMS = 0.90, 0.02
+ACCURACY = 0.90
 
+TRUST_MEASURES = ("top1", "base_top1", "false_alarms", "brier", "symptom_top1")
 TRUST_TABLES = {
     "misses": ("cause", "taken for", "times"),
     "reliability": ("said", "mean", "right", "low", "high", "replays"),
@@ -59,7 +61,7 @@ class Inquiry:
     @cached_property
     def table(self) -> Likelihoods:
         """How often each outcome came up for each cause on each kind of base."""
-        return measure_likelihoods(self.replays, self.experiments)
+        return measure_likelihoods(self.trials, self.experiments)
 
     @cached_property
     def trials(self) -> tuple[Replay, ...]:
@@ -164,7 +166,7 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
     """Record how well replays are diagnosed from others: what the diagnosis may be trusted with."""
     if len({replay.seed for replay in inquiry.replays}) < 2:
         reason = "one seed of replays alone: nothing to learn from when it is left out"
-        for name in ("top1", "base_top1", "false_alarms", "brier", "symptom_top1"):
+        for name in (*TRUST_MEASURES, "fewest_groups"):
             session.measure(f"diagnosis.{name}", None, reason=reason)
         session.verdict("diagnosis.trusted", "not available", reason)
         for name, columns in TRUST_TABLES.items():
@@ -176,6 +178,7 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
     session.measure("diagnosis.base_top1", found.base_accuracy)
     session.measure("diagnosis.false_alarms", found.false_alarms)
     session.measure("diagnosis.brier", found.brier)
+    session.measure("diagnosis.fewest_groups", found.fewest_groups, unit="groups")
     session.measure("diagnosis.symptom_top1", symptom.accuracy)
     told = found.accuracy
     assert told.low is not None
@@ -210,7 +213,7 @@ def describe_trust(found: Evaluation) -> str:
     """An evaluation in one line."""
     right, alarms, brier = found.accuracy, found.false_alarms, found.brier
     return (
-        f"top-1 {right.value:.2f} [{right.low:.2f}, {right.high:.2f}] over {len(found.groups)} "
+        f"top-1 {right.value:.2f} [{right.low:.2f}, {right.high:.2f}] over {found.fewest_groups} "
         f"groups, healthy false alarms {found.false_alarm_count}/{alarms.n}, "
         f"brier {brier.value:.2f}"
     )

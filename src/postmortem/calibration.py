@@ -10,6 +10,7 @@ import numpy as np
 from postmortem.diagnosis import Ledger
 from postmortem.errors import DiagnosisError
 from postmortem.likelihoods import (
+    NO_SEVERITY,
     Experiment,
     Group,
     Likelihoods,
@@ -25,8 +26,6 @@ from postmortem.records import Replay
 
 # The cause of a replay in which nothing was injected.
 HEALTHY = "healthy"
-# The severity of a replay whose cause has no degrees.
-NO_SEVERITY = "-"
 # Narrow where it matters: what is said with near certainty must be right nearly always.
 BIN_EDGES = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0)
 
@@ -59,15 +58,18 @@ class Evaluation:
     """What diagnoses of replays that were left out came to.
 
     `accuracy` is the share whose leading group holds the cause, `base_accuracy` the share whose
-    leading kind of base is right. `groups` are those of all replays, for display: `confusion`
-    counts by the truth (rows) and the prediction (columns), a right diagnosis on the diagonal, a
-    wrong one under the group of its most probable cause. `false_alarms` is the share of healthy
-    replays taken for a fault, `false_alarm_count` their number. `brier` is the multi-class score: 0
-    is perfect, 2 is certain and wrong. Intervals take the replays as independent; those of one seed
-    share a base, so they are somewhat too narrow.
+    leading kind of base is right. Each part of the replays has groups of its own,
+    `fewest_groups` at least: what is left to learn from tells fewer causes apart. `groups` are
+    those of all replays, for display: `confusion` counts by the truth (rows) and the prediction
+    (columns), a right diagnosis on the diagonal, a wrong one under the group of its most
+    probable cause. `false_alarms` is the share of healthy replays taken for a fault,
+    `false_alarm_count` their number. `brier` is the multi-class score: 0 is perfect, 2 is
+    certain and wrong. Intervals take the replays as independent; those of one seed share a
+    base, so they are somewhat too narrow.
     """
 
     groups: tuple[Group, ...]
+    fewest_groups: int
     accuracy: Estimate
     base_accuracy: Estimate
     confusion: tuple[tuple[int, ...], ...]
@@ -197,6 +199,7 @@ def _evaluate(full: Likelihoods, folds: Sequence[_Fold], *, subset: Collection[s
     alarms = healthy.count(False)
     return Evaluation(
         groups=groups,
+        fewest_groups=min(len(fold.groups) for fold in folds),
         accuracy=_share(one.right for one in found),
         base_accuracy=_share(one.base == one.replay.base for one in found),
         confusion=tuple(map(tuple, confusion.tolist())),

@@ -27,6 +27,9 @@ SEPARATION = 0.9
 # Enough that the expectation above is good to about 0.01.
 SIMULATIONS = 1000
 
+# The severity of a replay whose cause has no degrees.
+NO_SEVERITY = "-"
+
 Group = tuple[str, ...]
 
 
@@ -166,6 +169,8 @@ def measure_likelihoods(
 ) -> Likelihoods:
     """Count outcomes in replays; an experiment that a replay did not run counts nowhere.
 
+    Replays of one cause at one severity repeat one change, and come out much alike: together they
+    count as one observation, whatever their number. Where a cause has no severity, each seed does.
     What a replay ran beyond `experiments` is left aside. Raises `DiagnosisError` without replays
     or experiments, and for an outcome that an experiment does not have.
     """
@@ -176,11 +181,19 @@ def measure_likelihoods(
     counts = np.zeros((len(hypotheses), width))
     table = Likelihoods(tuple(experiments), hypotheses, counts, len(replays))
     rows = {hypothesis: row for row, hypothesis in enumerate(hypotheses)}
+    sizes = Counter(map(_cluster, replays))
     for replay in replays:
         for name, outcome in replay.outcomes.items():
             if name in table.blocks:
-                counts[rows[hypothesis_of(replay)], table.column(name, outcome)] += 1
+                column = table.column(name, outcome)
+                counts[rows[hypothesis_of(replay)], column] += 1 / sizes[_cluster(replay)]
     return table
+
+
+def _cluster(replay: Replay) -> tuple[Hypothesis, str | int]:
+    """What a replay repeats."""
+    alone = replay.severity == NO_SEVERITY
+    return hypothesis_of(replay), replay.seed if alone else replay.severity
 
 
 def hypothesis_of(replay: Replay) -> Hypothesis:
