@@ -213,3 +213,15 @@ def test_the_matrix_has_a_row_for_each_cause_and_kind(session):
         for kind in ("silent.", "speaking.", "")
         for name in CAUSES
     }
+
+
+def test_without_labels_nothing_is_said_of_an_order(bench):
+    """Rows without truth leave every question of rank without an answer."""
+    rows = bench.rows
+    unknown = type(rows)(rows.source, rows.frame, rows.ids, rows.groups, None)
+    blind = Bench(bench.case, unknown, bench.materials, bench.reference, bench.attempts)
+    seen = observe(CAUSES["healthy"].inject(bench.materials, 32), blind)
+    assert "reference" not in seen.outcomes
+    for test in ("number-log-odds", "yes-no", "home"):
+        assert seen.outcomes[test] == "no answer"
+    assert seen.features["v2 AUC"] is None

@@ -257,7 +257,8 @@ def observe(run: Run, bench: Bench) -> Observed:
     seen = Observed({"inspect": _inspect(run, bench), "prompt": _compare_prompts(run, bench)})
     seen.outcomes["base-alone"] = bench.base_alone(run)
     seen.outcomes["names"] = _compare_names(run, bench)
-    if bench.reference is not None:
+    # Whether it works is a question of rank, and takes labels.
+    if bench.reference is not None and bench.rows.labels is not None:
         seen.outcomes["reference"] = bench.reference_works(run, bench.reference)
     changed = bench.differs(run.base)
     with ExitStack() as stack:
