@@ -36,7 +36,7 @@ UNLISTED = "none of these"
 # What the first minutes should have been spent on.
 TIME_BOX = 10
 # What a diagnosis is to reach on replays that it has not seen.
-ACCURACY = 0.90
+ACCURACY, FALSE_ALARMS = 0.90, 0.02
 
 TRUST_MEASURES = ("top1", "base_top1", "false_alarms", "brier", "symptom_top1")
 TRUST_TABLES = {
@@ -168,7 +168,8 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
         reason = "one seed of replays alone: nothing to learn from when it is left out"
         for name in (*TRUST_MEASURES, "fewest_groups"):
             session.measure(f"diagnosis.{name}", None, reason=reason)
-        session.verdict("diagnosis.trusted", "not available", reason)
+        for name in ("trusted", "alarms_few"):
+            session.verdict(f"diagnosis.{name}", "not available", reason)
         for name, columns in TRUST_TABLES.items():
             session.table(f"diagnosis.{name}", columns, [])
         return
@@ -185,6 +186,12 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
     assert told.high is not None
     trusted = True if told.low >= ACCURACY else False if told.high < ACCURACY else None
     session.verdict("diagnosis.trusted", trusted, describe_trust(found))
+    alarms = found.false_alarms
+    few = None if alarms.low is None or alarms.high is None else alarms.high <= FALSE_ALARMS
+    if few is False and (alarms.low or 0.0) <= FALSE_ALARMS:
+        few = None  # too few healthy runs to tell
+    told_alarms = f"{found.false_alarm_count} of {alarms.n} healthy runs were taken for faulty"
+    session.verdict("diagnosis.alarms_few", few, told_alarms)
     misses = Counter((miss.cause, miss.predicted) for miss in found.misses)
     rows = [(cause, wrong, times) for (cause, wrong), times in misses.most_common()]
     session.table("diagnosis.misses", TRUST_TABLES["misses"], rows)
