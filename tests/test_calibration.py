@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 from replays import experiment, replay
 
-from postmortem.calibration import BIN_EDGES, leave_out, leave_out_without_each
+from postmortem.calibration import BIN_EDGES, leave_out, leave_out_subsets
 from postmortem.errors import DiagnosisError
 from postmortem.likelihoods import measure_likelihoods
 from postmortem.metrics import rate_estimate
@@ -80,10 +80,17 @@ def test_symptom_alone_is_not_an_easier_question():
     assert all(miss.probability == pytest.approx(0.5, abs=0.05) for miss in found.misses)
 
 
+def without_each(replays, battery):
+    """What is found with one experiment left out at a time, by its name."""
+    names = [one.name for one in battery]
+    subsets = {name: [other for other in names if other != name] for name in names}
+    return leave_out_subsets(replays, battery, subsets=subsets)
+
+
 def test_without_each():
     """Each experiment removed in turn costs what it alone tells; a spare one costs nothing."""
     replays = replayed(["healthy", "no-op", "sibling"])
-    found = leave_out_without_each(replays, [SYMPTOM, CONTROL])
+    found = without_each(replays, [SYMPTOM, CONTROL])
     # Without the symptom siblings and the healthy look alike, and the healthy come first. Without
     # the control the faults tie, and the no-op comes first.
     assert {name: one.accuracy for name, one in found.items()} == {
@@ -91,7 +98,7 @@ def test_without_each():
         "control": rate_estimate(48, 72),
     }
     assert found["control"] == leave_out(replays, [SYMPTOM, CONTROL], subset=["symptom"])
-    spare = leave_out_without_each(replays, BATTERY)
+    spare = without_each(replays, BATTERY)
     assert [one.accuracy.value for one in spare.values()] == [1.0, 1.0, 1.0]
 
 

@@ -43,6 +43,7 @@ def lenient(monkeypatch):
         monkeypatch.setitem(embedded.RECIPES, name, wanted)
     monkeypatch.setattr(embedded, "FIRST_CRITERION", 0.0)
     monkeypatch.setattr(embedded, "TRAINING_ROWS", 200)
+    monkeypatch.setattr(embedded, "ADAPTER_ROWS", 100)
     monkeypatch.setattr(embedded, "DECAY", 4)
     monkeypatch.setattr(embedded, "CHECK_FIRST_EVERY", 2)
     monkeypatch.setattr(embedded, "CHECK_EVERY", 2)

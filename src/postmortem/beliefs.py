@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from postmortem.calibration import Evaluation, leave_out, leave_out_without_each
+from postmortem.calibration import Evaluation, leave_out, leave_out_subsets
 from postmortem.case import Case
 from postmortem.causes import CAUSES
 from postmortem.diagnosis import Ledger, Prior, sensitivity
@@ -38,6 +38,8 @@ TIME_BOX = 10
 # What a diagnosis is to reach on replays that it has not seen.
 ACCURACY, FALSE_ALARMS = 0.90, 0.02
 
+# Names of two batteries beside those without one test.
+ALL, ON_RECORD = "all of them", "those on record"
 TRUST_MEASURES = ("top1", "base_top1", "false_alarms", "brier", "symptom_top1")
 TRUST_TABLES = {
     "misses": ("cause", "taken for", "times"),
@@ -173,8 +175,13 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
         for name, columns in TRUST_TABLES.items():
             session.table(f"diagnosis.{name}", columns, [])
         return
-    found = leave_out(inquiry.trials, inquiry.experiments)
-    symptom = leave_out(inquiry.trials, inquiry.experiments, subset=[*inquiry.observed])
+    names = [test.name for test in inquiry.experiments]
+    without = {name: [other for other in names if other != name] for name in names}
+    each = leave_out_subsets(
+        *(inquiry.trials, inquiry.experiments),
+        subsets={ALL: names, ON_RECORD: [*inquiry.observed], **without},
+    )
+    found, symptom = each[ALL], each[ON_RECORD]
     session.measure("diagnosis.top1", found.accuracy)
     session.measure("diagnosis.base_top1", found.base_accuracy)
     session.measure("diagnosis.false_alarms", found.false_alarms)
@@ -208,11 +215,10 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
         if b.right.n
     ]
     session.table("diagnosis.reliability", TRUST_TABLES["reliability"], bins)
-    without = leave_out_without_each(inquiry.trials, inquiry.experiments)
     session.table(
         "diagnosis.without",
         TRUST_TABLES["without"],
-        [(name, *_numbers(e.accuracy)) for name, e in without.items()],
+        [(name, *_numbers(each[name].accuracy)) for name in names],
     )
 
 

@@ -1,6 +1,6 @@
 """How far the diagnosis can be trusted: replays that it did not learn from, diagnosed."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -150,16 +150,15 @@ def leave_out(
     return _evaluate(full, _fold(replays, experiments), subset=chosen)
 
 
-def leave_out_without_each(
-    replays: Sequence[Replay], experiments: Sequence[Experiment]
+def leave_out_subsets(
+    replays: Sequence[Replay],
+    experiments: Sequence[Experiment],
+    *,
+    subsets: Mapping[str, Collection[str]],
 ) -> dict[str, Evaluation]:
-    """`leave_out` without one experiment at a time, by the name of the one removed."""
-    names = [experiment.name for experiment in experiments]
+    """`leave_out` with each of several subsets of the battery, by their names."""
     full, folds = measure_likelihoods(replays, experiments), _fold(replays, experiments)
-    return {
-        name: _evaluate(full, folds, subset=[other for other in names if other != name])
-        for name in names
-    }
+    return {name: _evaluate(full, folds, subset=subset) for name, subset in subsets.items()}
 
 
 def _fold(replays: Sequence[Replay], experiments: Sequence[Experiment]) -> list[_Fold]:

@@ -44,6 +44,8 @@ SPLIT = (
 )
 EXPLANATION = "\n\nThe rule and the post decide."
 TRAINING_ROWS, HELD_OUT_ROWS = 5000, 128
+# An adapter's few steps do not go through more.
+ADAPTER_ROWS = 1500
 LEARNING_RATE, FINE_TUNING_RATE = 2.5e-3, 1e-3
 WARM_UP, DECAY, MAX_STEPS = 30, 60, 1500
 CHECK_FIRST_EVERY, CHECK_EVERY = 20, 50
@@ -352,7 +354,7 @@ def _train_lineage(
         # Each adapter starts from the base as saved, on a copy that no other adapter touched, and
         # one of another seed sees other rows.
         own = seed + lineage.spec.seed + 100 * offset
-        trainer = _Trainer(case, tokenizer, seed=own, report=report)
+        trainer = _Trainer(case, tokenizer, seed=own, report=report, rows=ADAPTER_ROWS)
         adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(base), seed=own)
         if recipe:
             trainer.train_adapter(adapted, RECIPES[recipe], role=f"{lineage.base}, {role}")
@@ -392,11 +394,17 @@ class _Trainer:
     """Training data of a world and the loop that stops by criterion."""
 
     def __init__(
-        self, case: Case, tokenizer: Any, *, seed: int, report: Callable[[str], None]
+        self,
+        case: Case,
+        tokenizer: Any,
+        *,
+        seed: int,
+        report: Callable[[str], None],
+        rows: int = 0,
     ) -> None:
         self.case, self.tokenizer, self.seed, self.report = case, tokenizer, seed, report
         # Seeds far from those of the rows that a run scores.
-        self.rows = generate_rows(TRAINING_ROWS, 10_000 + seed)
+        self.rows = generate_rows(rows or TRAINING_ROWS, 10_000 + seed)
         self.held_out = generate_rows(HELD_OUT_ROWS, 20_000 + seed)
         self.encoded: dict[str, list[Prompt]] = {}
         self.summary: dict[str, float] = {"steps": 0}
