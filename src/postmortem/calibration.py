@@ -10,6 +10,7 @@ import numpy as np
 from postmortem.diagnosis import Ledger
 from postmortem.errors import DiagnosisError
 from postmortem.likelihoods import (
+    HEALTHY,
     NO_SEVERITY,
     Experiment,
     Group,
@@ -24,8 +25,6 @@ from postmortem.likelihoods import (
 from postmortem.metrics import Estimate, mean_estimate, rate_estimate
 from postmortem.records import Replay
 
-# The cause of a replay in which nothing was injected.
-HEALTHY = "healthy"
 # Narrow where it matters: what is said with near certainty must be right nearly always.
 BIN_EDGES = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0)
 

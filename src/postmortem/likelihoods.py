@@ -27,6 +27,8 @@ SEPARATION = 0.9
 # Enough that the expectation above is good to about 0.01.
 SIMULATIONS = 1000
 
+# The cause of a replay in which nothing was injected.
+HEALTHY = "healthy"
 # The severity of a replay whose cause has no degrees.
 NO_SEVERITY = "-"
 

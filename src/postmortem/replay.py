@@ -25,7 +25,7 @@ from postmortem.corpus import Rows, generate_rows
 from postmortem.errors import ModelError
 from postmortem.health import THRESHOLDS, describe
 from postmortem.inspection import inspect_adapter
-from postmortem.likelihoods import Experiment
+from postmortem.likelihoods import HEALTHY, Experiment
 from postmortem.metrics import auc, kl_divergence, rate_estimate
 from postmortem.models import AttachedAdapter, LoadedBase, attached
 from postmortem.parsing import counts_as_parsed, parse_strict
@@ -671,7 +671,8 @@ def record_replays(session: Session, replays: Sequence[Replay], absent: Mapping[
     for name in CAUSES:
         _judge_cause(session, name, rows, absent.get(name, ""))
     session.measure("replay.replays", len(replays))
-    session.measure("replay.causes", len({replay.cause for replay in replays}))
+    faults = {replay.cause for replay in replays} - {HEALTHY}
+    session.measure("replay.causes", len(faults), unit="causes")
     both = [symptom for r in replays if all((symptom := symptom_of(r, session.case)).values())]
     session.measure("replay.both_attempts", len(both), unit="replays")
     session.table(
