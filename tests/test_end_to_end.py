@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,9 +123,7 @@ def test_every_page_opens_cleanly_and_asks_for_nothing(built, tmp_path):
     """In a real browser no page makes an external request or logs an error to the console."""
     project, _ = built
     pages = sorted((project / "_build/html/book").rglob("*.html"))
-    for number, page in enumerate(pages):
-        (tmp_path / str(number)).mkdir()
-        seen = visit(page, tmp_path / str(number))
+    for page, seen in zip(pages, on_each(visit, pages, tmp_path), strict=True):
         assert seen.external == ()
         assert seen.console == ()
         assert re.search(r"<h1>[^<]*[?:]", seen.dom) or "notebooks" in str(page)
@@ -135,11 +134,18 @@ def test_every_page_fits_a_phone(built, tmp_path):
     """At 390 px every figure shows its narrow drawing and no page scrolls sideways."""
     project, _ = built
     pages = sorted((project / "_build/html/book").rglob("*.html"))
-    for number, page in enumerate(pages):
-        (tmp_path / str(number)).mkdir()
-        dom = on_a_phone(page, tmp_path / str(number))
+    for page, dom in zip(pages, on_each(on_a_phone, pages, tmp_path), strict=True):
         assert 'data-fits="true"' in dom, page
         assert 'data-narrow="true"' in dom, page
+
+
+def on_each(look, pages, folder):
+    """What a look at each page gives, each with a profile folder of its own, three at a time."""
+    folders = [folder / str(number) for number in range(len(pages))]
+    for one in folders:
+        one.mkdir()
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(look, pages, folders))
 
 
 def on_a_phone(page, folder):
@@ -152,11 +158,11 @@ def on_a_phone(page, folder):
         ".every(f => f.offsetWidth > 0) && all('.pm-wide').every(f => f.offsetWidth === 0)"
         "}) })</script></body>"
     )
-    probe, frame = page.with_name("probe.html"), page.with_name("frame.html")
+    probe, frame = (page.with_name(f"{kind}-{page.name}") for kind in ("probe", "frame"))
     probe.write_text(page.read_text().replace("</body>", measure))
     frame.write_text(
-        '<iframe src="probe.html" style="width:390px;height:900px;border:0" onload="Object.assign('
-        "document.documentElement.dataset,"
+        f'<iframe src="{probe.name}" style="width:390px;height:900px;border:0" '
+        'onload="Object.assign(document.documentElement.dataset,'
         'this.contentDocument.documentElement.dataset)"></iframe>'
     )
     try:
