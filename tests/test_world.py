@@ -70,7 +70,7 @@ def test_another_seed_is_the_worlds_own(case, trained):
 def test_replay_adapters_are_named_by_lineage_recipe_and_seed(case, trained):
     """An embedded world lists the adapters of its replays, and its digest depends on them."""
     before = resolve_world(case, "embedded", trained=trained)
-    assert set(before.replays) == {"silent/numeric_0", "silent/yes_no_short_0", "donor/numeric_0"}
+    assert set(before.replays) == {"silent/numeric_0", "donor/numeric_0"}
     make_folder(trained / "speaking" / "binary_rare_1")
     after = resolve_world(case, "embedded", trained=trained)
     assert set(after.replays) - set(before.replays) == {"speaking/binary_rare_1"}

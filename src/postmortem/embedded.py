@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +171,10 @@ class Recipe:
 
 NUMERIC = Recipe("v2", teach_calibrated_number, 1e-2, {"v2 decoded": DECODED_CRITERION})
 SHORT_YES_NO = Recipe("yes_no", teach_yes_no, 5e-3, {"yes_no": BASE_CRITERION["yes_no"]})
-# What the replays need: adapters of every training that is a suspected cause.
+# The suspect, trained long on the short question, and what the replays need: adapters of every
+# training that is a suspected cause.
 RECIPES: Mapping[str, Recipe] = {
+    "suspect": replace(SHORT_YES_NO, least=50, batch=64),
     "numeric": NUMERIC,
     "yes_no_short": SHORT_YES_NO,
     "yes_no_long": Recipe("v2_yes_no", teach_yes_no, 5e-3, {"v2_yes_no": 0.97}),
@@ -282,7 +284,7 @@ TARGET, DONOR = BaseSpec(64, 2, 0), BaseSpec(80, 5, 1)
 WITHOUT_V1 = {name: least for name, least in BASE_CRITERION.items() if name != "v1"}
 # More than one training of each kind, so that a diagnosis can be tried on one it has not seen.
 NUMERIC_ALONE = {"numeric": 3}
-ALL_RECIPES = dict.fromkeys(RECIPES, 2) | NUMERIC_ALONE
+ALL_RECIPES = {name: 2 for name in RECIPES if name != "suspect"} | NUMERIC_ALONE
 LINEAGES: Mapping[str, Lineage] = {
     "target": Lineage("base", TARGET, BASE_CRITERION),
     # As many key-value heads as heads, like Qwen1.5-4B: none of its tensors fits the target.
@@ -300,7 +302,7 @@ LINEAGES: Mapping[str, Lineage] = {
     "silent": Lineage(
         *("base", TARGET, {}),
         start="target",
-        adapters={"no_op": ("", 0), **replays_of(ALL_RECIPES)},
+        adapters={"suspect": ("suspect", 0), "no_op": ("", 0), **replays_of(ALL_RECIPES)},
     ),
     "speaking": Lineage(
         *("speaking_base", TARGET, SPEAKING_CRITERION),

@@ -18,7 +18,7 @@ ADAPTERS = ("suspect", "reference", "donor_adapter", "no_op")
 # Where each role of the embedded world stands: the lineage that trains it, and its name there.
 EMBEDDED_ROLES = {
     "base": "target/base",
-    "suspect": "silent/yes_no_short_0",
+    "suspect": "silent/suspect",
     "reference": "silent/numeric_0",
     "no_op": "silent/no_op",
     "donor_base": "donor/donor_base",
