@@ -43,7 +43,7 @@ ALL, ON_RECORD = "all of them", "those on record"
 TRUST_MEASURES = ("top1", "base_top1", "false_alarms", "brier", "symptom_top1")
 TRUST_TABLES = {
     "misses": ("cause", "taken for", "times"),
-    "reliability": ("said", "mean", "right", "low", "high", "replays"),
+    "reliability": ("said", "mean", "right", "replays"),
     "without": ("test left out", "top-1", "low", "high"),
 }
 
@@ -205,10 +205,8 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
     bins = [
         (
             f"{b.low:g} to {b.high:g}",
-            b.predicted,
-            b.right.value,
-            b.right.low,
-            b.right.high,
+            None if b.predicted is None else round(b.predicted, 2),
+            say_share(b.right),
             b.right.n,
         )
         for b in found.bins
