@@ -524,9 +524,11 @@ def replay_causes(
     """Inject every cause on one base; also say of each cause that could not be, why not."""
     size = session.profile.replays
     base = session.base if role == "base" else session.load(role)
+    trained = sum(name.startswith(f"{kind}/numeric_") for name in session.world.replays)
+    seeds = size.seeds if limit == size.severities else max(size.seeds, trained)
     replays: list[Replay] = []
     absent: dict[str, str] = {}
-    for seed in range(size.seeds):
+    for seed in range(seeds):
         with TemporaryDirectory() as scratch:
             materials = Materials(session.world, role, base, kind, seed, Path(scratch))
             bench = make_bench(session, materials)
@@ -535,7 +537,7 @@ def replay_causes(
                     replays += _replay_cause(name, cause, bench=bench, limit=limit)
                 except Unavailable as reason:
                     absent[name] = str(reason)
-        session.say(f"{kind} base, seed {seed + 1} of {size.seeds}: {len(replays)} replays")
+        session.say(f"{kind} base, seed {seed + 1} of {seeds}: {len(replays)} replays")
     # The later seeds have no adapter of the rarer trainings.
     done = {replay.cause for replay in replays}
     return replays, {name: why for name, why in absent.items() if name not in done}
@@ -544,7 +546,8 @@ def replay_causes(
 def replay_all(session: Session, *, severities: int = 0) -> tuple[list[Replay], dict[str, str]]:
     """Inject every cause on each kind of base that the world has.
 
-    `severities` of each cause, or the profile's number where it is 0. A world without a speaking
+    `severities` of each cause and all seeds that were trained, or the profile's numbers where it is
+    0. A world without a speaking
     base is replayed on its one base, as the kind that it shows itself to be.
     """
     if session.world.has("speaking_base"):
