@@ -131,7 +131,7 @@ rule replay_notebook:
     shell:
         "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
         " --records {output.records:q} --executed {output.executed:q}"
-        " --world {input.world:q} --severities 99"
+        " --world {input.world:q} --whole"
 
 
 rule replay_world:

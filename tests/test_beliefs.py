@@ -11,9 +11,9 @@ from postmortem.beliefs import (
     record_trust,
 )
 from postmortem.case import Observed
+from postmortem.diagnosis_text import as_diagnosis
 from postmortem.errors import DiagnosisError
 from postmortem.records import Measure, Provenance, RecordFile, Table, Text, Verdict
-from postmortem.verdicts import as_diagnosis
 
 # Three causes that the tests below tell apart, and one that does what another does.
 OUTCOMES = {

@@ -299,7 +299,7 @@ def test_completed_by_its_metadata_is_refused(tmp_path):
 EARLIER = {"earlier": ("str", True)}
 EXTRA = {
     "02_v2_run": EARLIER,
-    "07_replay": {"severities": ("int", False)},
+    "07_replay": {"whole": ("bool", False)},
     "09_diagnosis": EARLIER,
 }
 

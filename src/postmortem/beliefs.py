@@ -40,7 +40,7 @@ ACCURACY, FALSE_ALARMS = 0.90, 0.02
 
 # Names of two batteries beside those without one test.
 ALL, ON_RECORD = "all of them", "those on record"
-TRUST_MEASURES = ("top1", "base_top1", "false_alarms", "brier", "symptom_top1")
+TRUST_MEASURES = ("top1", "false_alarms", "brier", "symptom_top1", "fewest_groups")
 TRUST_TABLES = {
     "misses": ("cause", "taken for", "times"),
     "reliability": ("said", "mean", "right", "replays"),
@@ -166,9 +166,11 @@ def open_inquiry(case: Case, replays: Sequence[Replay]) -> Inquiry:
 
 def record_trust(session: Session, inquiry: Inquiry) -> None:
     """Record how well replays are diagnosed from others: what the diagnosis may be trusted with."""
+    session.measure("diagnosis.limit.accuracy", ACCURACY)
+    session.measure("diagnosis.limit.false_alarms", FALSE_ALARMS)
     if len({replay.seed for replay in inquiry.replays}) < 2:
         reason = "one seed of replays alone: nothing to learn from when it is left out"
-        for name in (*TRUST_MEASURES, "fewest_groups"):
+        for name in TRUST_MEASURES:
             session.measure(f"diagnosis.{name}", None, reason=reason)
         for name in ("trusted", "alarms_few"):
             session.verdict(f"diagnosis.{name}", "not available", reason)
@@ -183,7 +185,6 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
     )
     found, symptom = each[ALL], each[ON_RECORD]
     session.measure("diagnosis.top1", found.accuracy)
-    session.measure("diagnosis.base_top1", found.base_accuracy)
     session.measure("diagnosis.false_alarms", found.false_alarms)
     session.measure("diagnosis.brier", found.brier)
     session.measure("diagnosis.fewest_groups", found.fewest_groups, unit="groups")
@@ -264,16 +265,15 @@ def record_beliefs(session: Session, inquiry: Inquiry) -> None:
     )
     for cause, told in causes.items():
         session.measure(f"diagnosis.cause.{cause}", told)
-        for name, prior in inquiry.priors.items():
-            key = name.removeprefix("write-up, ")
-            if prior.causes:
-                session.measure(f"diagnosis.prior.{key}.{cause}", _share(prior.causes, cause))
-                session.measure(f"diagnosis.after.{key}.{cause}", spans[cause].by_prior[name])
-    for name, told in posterior.marginal(inquiry.hypotheses).items():
-        key = "unlisted" if name == UNLISTED else name
-        session.measure(f"diagnosis.hypothesis.{key}", told)
-    for kind, told in posterior.bases.items():
-        session.measure(f"diagnosis.base.{kind}", told)
+        for name, share in spans[cause].by_prior.items():
+            if name != FLAT:
+                key = name.removeprefix("write-up, ")
+                session.measure(f"diagnosis.after.{key}.{cause}", share)
+    session.table(
+        "diagnosis.hypotheses",
+        ("hypothesis", "after, flat"),
+        [(n, say_share(told)) for n, told in posterior.marginal(inquiry.hypotheses).items()],
+    )
     _record_account(session, inquiry, ledger)
     _record_standing(session, inquiry, ledger)
     _judge_beliefs(session, inquiry, ledger)
@@ -282,6 +282,10 @@ def record_beliefs(session: Session, inquiry: Inquiry) -> None:
 def _record_account(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
     grades = {seen.test: seen.grade for seen in inquiry.case.observed}
     steps = ledger.account()
+    bits = {step.experiment: step.bits for step in steps}
+    for name in TESTS:
+        reason = "no outcome of this test is on the incident's record"
+        session.measure(f"diagnosis.bits.{name}", bits.get(name), unit="bits", reason=reason)
     session.table(
         "diagnosis.account",
         ("test", "what was done", "outcome", "grade", "bits"),
@@ -358,9 +362,6 @@ def _judge_beliefs(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
             f"a base that writes the value by itself has {silent.value:.0%} "
             f"[{silent.low:.0%}, {silent.high:.0%}] after the evidence, from 50% before",
         )
-    gains = {e.experiment: e.bits for e in ledger.account()}
-    for name, bits in gains.items():
-        session.measure(f"diagnosis.bits.{name}", bits, unit="bits")
 
 
 def record_next_steps(session: Session, inquiry: Inquiry) -> None:
@@ -377,9 +378,6 @@ def _record_plan(session: Session, name: str, found: Plan) -> None:
     key = f"diagnosis.{name}"
     session.measure(f"{key}.bits", found.bits, unit="bits")
     session.measure(f"{key}.minutes", found.minutes, unit="min")
-    session.measure(f"{key}.entropy", found.entropy, unit="bits")
-    leading = found.steps[-1].leading if found.steps else found.leading
-    session.measure(f"{key}.leading", leading)
     first = found.steps[0].experiment if found.steps else ""
     session.text(f"{key}.test", TESTS[first].title if first else "nothing: no test left says more")
     session.table(
@@ -406,7 +404,3 @@ def _numbers(told: Estimate) -> tuple[float | None, float | None, float | None]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
-
-
-def _share(weights: Mapping[str, float], cause: str) -> float:
-    return weights.get(cause, 0.0) / sum(weights.values())

@@ -118,8 +118,8 @@ def diagnose(
     """Rank the causes by the evidence, with what speaks for and against, and what to run next."""
     from postmortem.beliefs import open_inquiry
     from postmortem.case import load_case
+    from postmortem.diagnosis_text import as_diagnosis
     from postmortem.records import Replay, read_records
-    from postmortem.verdicts import as_diagnosis
 
     loaded = load_case(case)
     loaded.profile(profile)
@@ -231,7 +231,7 @@ def execute_notebook(
     executed: Annotated[Path, typer.Option()],
     world: Annotated[str, typer.Option()],
     earlier: Annotated[str, typer.Option()] = "",
-    severities: Annotated[int, typer.Option()] = 0,
+    whole: Annotated[bool, typer.Option("--whole")] = False,
 ) -> None:
     """Execute one notebook."""
     from postmortem.runner import run_notebook
@@ -242,8 +242,8 @@ def execute_notebook(
     parameters |= {"notebook": str(notebook), "records": str(records), "world": world}
     if earlier:
         parameters["earlier"] = earlier
-    if severities:
-        parameters["severities"] = severities
+    if whole:
+        parameters["whole"] = True
     name = notebook.stem
     _say(f"{name}: started")
     seconds = run_notebook(

@@ -10,7 +10,7 @@ REPLAY, DIAGNOSIS = "07_replay", "09_diagnosis"
 # Causes in the figure of beliefs; the rest have next to nothing.
 SHOWN_CAUSES = 10
 WHOLE = "all of v2"
-# The parts of the symptom, as they stand over a column; a phone shows the middle ones.
+# The parts of the symptom, as they stand over a column; a phone has room for the first.
 PARTS = {
     "loads": "loads",
     "no-missing-keys": "no missing keys",
@@ -21,7 +21,7 @@ PARTS = {
     "v1-parsed": "v1 half parsed",
     "v1-constant": "v1 all 0.0",
 }
-ON_A_PHONE = ("v2-parsed", "v2-constant", "v2-value")
+ON_A_PHONE = ("loads", "no-missing-keys", "v2-parsed", "v2-constant", "v2-value")
 
 
 def _table(source: Source, stem: str, key: str) -> Table:

@@ -28,7 +28,9 @@ FILTERED = (
 )
 
 
-def record_plan(session: Session, answers: Mapping[str, Answers | None], *, attempt: str) -> None:
+def record_validation(
+    session: Session, answers: Mapping[str, Answers | None], *, attempt: str
+) -> None:
     """Record the plan's expected outcomes and its adapter filter on these systems.
 
     `answers` holds each system's answers to one prompt; None marks a role that is not available.

@@ -5,8 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postmortem.case import AdapterFilter
-from postmortem.plan import SHRINK, apply_filter, judge_filter, judge_outcomes, record_plan
 from postmortem.records import Table, Verdict
+from postmortem.validation import (
+    SHRINK,
+    apply_filter,
+    judge_filter,
+    judge_outcomes,
+    record_validation,
+)
 
 LIMITS = AdapterFilter(std_above=0.05, maximum_above=0.5, grade="artefact", source="write-up")
 # Enough rows that an order can be told from luck.
@@ -68,7 +74,7 @@ def test_expected_outcomes_are_measured(case, values, words):
 def test_a_missing_reference_leaves_the_outcomes_open(session):
     """Without a reference each outcome is not available, and the filter still runs on the rest."""
     answers = {"base": answers_of(FLAT, ODDS, LABELS), "suspect": None, "reference": None}
-    record_plan(session, answers, attempt="v2")
+    record_validation(session, answers, attempt="v2")
     tables = {r.key: r for r in session.records if isinstance(r, Table)}
     assert {row[1] for row in tables["swap.outcomes"].rows} == {"not available"}
     assert tables["swap.filter"].rows[0][0] == "base"
@@ -78,7 +84,7 @@ def test_a_case_without_a_filter_says_so(session):
     """Without limits in the case the table is empty and the verdict not available."""
     session.case = session.case.model_copy(update={"adapter_filter": None})
     answers = {"base": answers_of(FLAT, ODDS, LABELS), "reference": None}
-    record_plan(session, answers, attempt="v2")
+    record_validation(session, answers, attempt="v2")
     found = {r.key: r for r in session.records if isinstance(r, Table | Verdict)}
     assert found["swap.filter"].rows == ()
     assert found["swap.filter_follows_ranking"].verdict == "not available"
