@@ -185,7 +185,8 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
     )
     found, symptom = each[ALL], each[ON_RECORD]
     session.measure("diagnosis.top1", found.accuracy)
-    session.measure("diagnosis.false_alarms", found.false_alarms)
+    unsound = "no sound run was replayed"
+    session.measure("diagnosis.false_alarms", found.false_alarms, reason=unsound)
     session.measure("diagnosis.brier", found.brier)
     session.measure("diagnosis.fewest_groups", found.fewest_groups, unit="groups")
     session.measure("diagnosis.symptom_top1", symptom.accuracy)
@@ -199,7 +200,7 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
     if few is False and (alarms.low or 0.0) <= FALSE_ALARMS:
         few = None  # too few healthy runs to tell
     told_alarms = f"{found.false_alarm_count} of {alarms.n} healthy runs were taken for faulty"
-    session.verdict("diagnosis.alarms_few", few, told_alarms)
+    session.verdict("diagnosis.alarms_few", few, told_alarms if alarms.n else unsound)
     misses = Counter((miss.cause, miss.predicted) for miss in found.misses)
     rows = [(cause, wrong, times) for (cause, wrong), times in misses.most_common()]
     session.table("diagnosis.misses", TRUST_TABLES["misses"], rows)
