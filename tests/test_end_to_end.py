@@ -1,18 +1,15 @@
 """One real build of the whole book, then what a person may do to it."""
 
-import csv
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, visit
+from building import COMMAND, ENVIRONMENT, clone, make
 
 from postmortem.records import read_records
 
@@ -20,59 +17,12 @@ needs_browser = pytest.mark.skipif(
     CHROMIUM is None,
     reason="no Chromium here; install it with `apt-get install chromium`",
 )
-SCRIPTS = (
-    "<script>document.documentElement.setAttribute('data-ran', '1')</script>",
-    "<img src=x onerror=\"document.documentElement.setAttribute('data-ran', '2')\">",
-    "```{include} /etc/passwd\n```",
-    "{include}`/etc/passwd` $math$ $$e^x$$ {num}`rows.count`",
-    "\x1b[31mred\x1b[0m \u202ereversed \u0000".replace("\u0000", ""),
-    "</td></table><script>document.documentElement.setAttribute('data-ran', '3')</script>",
-    "long " * 20_000,
-    "",
-    "{rule} {body} {{7*7}} %s <|im_end|>",
-    "\U0001f600 \u4f60\u597d \u0645\u0631\u062d\u0628\u0627",
-)
-
-
-def clone(root, folder):
-    """Copy the project's own files, as a clone would have them, with fewer replays."""
-    folder.mkdir()
-    for name in ("book", "cases", "notebooks"):
-        shutil.copytree(root / name, folder / name)
-    for name in ("Snakefile", "_config.yml", "_toc.yml"):
-        shutil.copy2(root / name, folder / name)
-    # Few and short replays: the graph, the records and the pages are what is tried here.
-    case = folder / "cases/qwen-lora.yml"
-    shipped = "seeds: 2\n      severities: 2\n      rows: 32\n"
-    text = case.read_text()
-    assert shipped in text
-    small = "seeds: 2\n      severities: 1\n      rows: 8\n"
-    case.write_text(text.replace(shipped, small))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, pytestconfig):
     """A clone that the tests of this module build and change."""
     return clone(pytestconfig.rootpath, tmp_path_factory.mktemp("clone") / "project")
-
-
-BIN = Path(sys.executable).parent
-COMMAND = [str(BIN / "postmortem"), "book"]
-ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-
-
-def make(project, *options):
-    """Build the book there; returns the finished process."""
-    return subprocess.run(
-        [*COMMAND, *options],
-        cwd=project,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -324,34 +274,3 @@ def test_a_failing_notebook_never_reaches_the_book(built):
         assert not any("on purpose" in page.read_text() for page in pages)
     finally:
         path.write_text(before)
-
-
-def test_hostile_posts_are_text_and_run_nothing(built, tmp_path):
-    """Posts with markup, directives, escapes, 100,000 characters or nothing are only shown."""
-    project, _ = built
-    example = {
-        f"{kind}_example_{n}": SCRIPTS[n] for kind in ("positive", "negative") for n in (1, 2)
-    }
-    rows = [
-        {"row_id": f"<b>{i}</b>$x$", "body": post, "rule": SCRIPTS[0]} | example
-        for i, post in enumerate(SCRIPTS)
-    ]
-    data = tmp_path / "posts.csv"
-    with data.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    result = make(project, "--data", str(data))
-    assert result.returncode == 0, result.stderr
-    pages = sorted((project / "_build/html/book").rglob("*.html"))
-    shown = "".join(page.read_text() for page in pages)
-    assert "<script>document.documentElement.setAttribute('data-ran'" not in shown
-    assert "&lt;script&gt;document.documentElement" in shown
-    assert "root:x:" not in shown
-    assert "\x1b[" not in shown
-    if CHROMIUM:
-        for name in ("v1", "swap", "notebooks/01_v1_run"):
-            (tmp_path / name).mkdir(parents=True)
-            seen = visit(project / f"_build/html/book/{name}.html", tmp_path / name)
-            assert "data-ran" not in seen.dom.split("<body")[0]
-            assert seen.external == ()
