@@ -43,7 +43,8 @@ weights: environment
 	@postmortem weights "$(PROFILE)"
 
 test: environment
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+	  --no-loadscope-reorder
 
 lint: environment
 	@$(BIN)/ruff check src tests

@@ -7,6 +7,13 @@ import pytest
 from postmortem.case import Case, load_case
 
 ROOT = Path(__file__).parents[1]
+# What takes longest starts first, and all else runs beside it.
+LONGEST = "test_end_to_end.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest file first; the rest keep their order."""
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 @pytest.fixture(scope="session")
