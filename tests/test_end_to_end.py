@@ -80,38 +80,36 @@ def test_without_changes_nothing_runs(built):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@needs_browser
-def test_every_page_opens_cleanly_and_asks_for_nothing(built, tmp_path):
-    """In a real browser no page makes an external request or logs an error to the console."""
+@pytest.fixture(scope="module")
+def seen(built, tmp_path_factory):
+    """What a browser saw of each page in a frame of 390 px, by page; three are open at a time."""
     project, _ = built
     pages = sorted((project / "_build/html/book").rglob("*.html"))
-    for page, seen in zip(pages, on_each(visit, pages, tmp_path), strict=True):
-        assert seen.external == ()
-        assert seen.console == ()
-        assert re.search(r"<h1>[^<]*[?:]", seen.dom) or "notebooks" in str(page)
-
-
-@needs_browser
-def test_every_page_fits_a_phone(built, tmp_path):
-    """At 390 px every figure shows its narrow drawing and no page scrolls sideways."""
-    project, _ = built
-    pages = sorted((project / "_build/html/book").rglob("*.html"))
-    for page, dom in zip(pages, on_each(on_a_phone, pages, tmp_path), strict=True):
-        assert 'data-fits="true"' in dom, page
-        assert 'data-narrow="true"' in dom, page
-
-
-def on_each(look, pages, folder):
-    """What a look at each page gives, each with a profile folder of its own, three at a time."""
-    folders = [folder / str(number) for number in range(len(pages))]
-    for one in folders:
-        one.mkdir()
+    # A profile folder of its own for each, so that they do not wait for each other.
+    folders = [tmp_path_factory.mktemp("profile") for _ in pages]
     with ThreadPoolExecutor(3) as pool:
-        return list(pool.map(look, pages, folders))
+        return dict(zip(pages, pool.map(on_a_phone, pages, folders), strict=True))
+
+
+@needs_browser
+def test_every_page_opens_cleanly_and_asks_for_nothing(seen):
+    """In a real browser no page makes an external request or logs an error to the console."""
+    for page, found in seen.items():
+        assert found.external == (), page
+        assert found.console == (), page
+        assert re.search(r"<h1>[^<]*[?:]", page.read_text()) or "notebooks" in str(page)
+
+
+@needs_browser
+def test_every_page_fits_a_phone(seen):
+    """At 390 px every figure shows its narrow drawing and no page scrolls sideways."""
+    for page, found in seen.items():
+        assert 'data-fits="true"' in found.dom, page
+        assert 'data-narrow="true"' in found.dom, page
 
 
 def on_a_phone(page, folder):
-    """The DOM around a page in a frame of 390 px, with what the page measured of itself."""
+    """A visit to a frame of 390 px around a page, in whose DOM is what the page measured."""
     # Chromium's own window is never narrower than 500 px.
     measure = (
         "<script>addEventListener('load', () => { const all = name => [...document"
@@ -128,7 +126,7 @@ def on_a_phone(page, folder):
         'this.contentDocument.documentElement.dataset)"></iframe>'
     )
     try:
-        return visit(frame, folder).dom
+        return visit(frame, folder)
     finally:
         probe.unlink()
         frame.unlink()
