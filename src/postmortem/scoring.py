@@ -1,6 +1,6 @@
 """Scoring: from prompts to raw text and read-outs, in batches, the same on every model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,14 @@ import torch
 from scipy.special import expit
 
 from postmortem.errors import ModelError
+from postmortem.prefill import Reader, SharedLayers, State, can_share, join, prefix_length
 from postmortem.prompts import Prompt
 
 # The answers that the numeric read-outs spread probability over.
 NUMBERS = tuple(f"{tenth / 10:.1f}" for tenth in range(11))
 YES_NO = ("Yes", "No")
+# Intermediate numbers of a layer that still lie in a processor's caches: 6 MiB of float32.
+CACHED_NUMBERS = 3 << 19
 
 
 @dataclass(frozen=True)
@@ -53,32 +56,54 @@ def score(
     prompts: Sequence[Prompt],
     lead: str,
     max_new_tokens: int,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 0,
+    joined_tokens: int = 16384,
+    shared: SharedLayers | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Scores:
     """Greedy text and read-outs of each prompt; one prefill serves both.
 
     `lead` stands between the prompt and the answer: nothing after a chat header, a space after a
-    raw prompt. Batches hold prompts of like length, padded on the left, at most `batch_tokens`
-    tokens each. `progress` is told how many prompts are done after each batch.
+    raw prompt. Prompts are read in batches of like length of at most `batch_tokens` tokens (0: what
+    suits the model and its device), padded on the left, and answered in joined ones of at most
+    `joined_tokens`. Systems on one base that
+    differ in their upper layers take what the lower ones computed from `shared`. `progress` is
+    told how many prompts are done after each batch.
     """
     if not prompts:
         raise ModelError("scoring", expected="at least one prompt", found="none")
     candidates = [tokenizer(lead + text, add_special_tokens=False)["input_ids"] for text in NUMBERS]
     answers = [tokenizer(lead + text, add_special_tokens=False)["input_ids"] for text in YES_NO]
     ends = end_tokens(model, tokenizer)
+    rows = [prompt.token_ids for prompt in prompts]
+    batch_tokens = batch_tokens or suited_batch(model)
+    plain = can_share(model)
+    reader = Reader(
+        model,
+        prefix=prefix_length(rows) if plain else 0,
+        shared=shared if plain else None,
+    )
+    done = 0
     replies: dict[int, Reply] = {}
     first: dict[int, np.ndarray] = {}
     written: dict[int, np.ndarray] = {}
     with torch.inference_mode():
-        for batch in batches([len(prompt.token_ids) for prompt in prompts], batch_tokens):
-            state = _Prefill(model, [prompts[index].token_ids for index in batch])
-            numbers = state.log_probs_of(candidates)
-            yes_no = state.log_probs_of(answers)
-            generated = state.generate(max_new_tokens, ends=ends)
-            for place, index in enumerate(batch):
+        read = alike_batches(rows, prefix=reader.prefix, batch_tokens=batch_tokens)
+        for group in joined_batches(read, rows, joined_tokens if plain else 0):
+            states = []
+            for batch in group:
+                states.append(reader.read([rows[index] for index in batch]))
+                done += len(batch)
+                progress(done)
+            state = join(states)
+            states.clear()
+            first_log_probs = state.log_probs.cpu().numpy()
+            numbers = log_probs_of(state, candidates)
+            yes_no = log_probs_of(state, answers)
+            generated = generate(state, max_new_tokens, ends=ends)
+            for place, index in enumerate(index for batch in group for index in batch):
                 ids, finished = generated[place]
-                first[index] = state.first_log_probs[place].cpu().numpy()
+                first[index] = first_log_probs[place]
                 written[index] = numbers[place]
                 replies[index] = Reply(
                     tokenizer.decode(ids, skip_special_tokens=True),
@@ -87,7 +112,6 @@ def score(
                     *number_read_outs(numbers[place]),
                     float(yes_no[place, 0] - yes_no[place, 1]),
                 )
-            progress(len(replies))
     order = range(len(prompts))
     return Scores(
         tuple(replies[i] for i in order),
@@ -133,81 +157,76 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     )
 
 
-class _Prefill:
-    """A batch whose prompts have been read once: its cache serves read-outs and generation."""
-
-    def __init__(self, model: Any, rows: Sequence[Sequence[int]]) -> None:
-        width = max(map(len, rows))
-        device = model.device
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-        pads = torch.tensor([width - len(row) for row in rows], device=device)
-        self.model, self.rows, self.width = model, len(rows), width
-        self.mask = (torch.arange(width, device=device)[None] >= pads[:, None]).long()
-        self.lengths = self.mask.sum(1, keepdim=True)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        # Without padding no mask is needed, and attention takes its faster path.
-        mask = self.mask if bool(pads.any()) else None
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.cache = output.cache
-        self.first_log_probs = _log_softmax(output.logits[:, -1])
-
-    def step(self, tokens: torch.Tensor, *, taken: int) -> torch.Tensor:
-        """Log-probabilities after each of `tokens` (rows, n), which follow `taken` earlier ones."""
-        count = tokens.shape[1]
-        extra = torch.ones(self.rows, taken + count, dtype=torch.long, device=tokens.device)
-        places = torch.arange(taken, taken + count, device=tokens.device)[None]
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=torch.cat([self.mask, extra], 1),
-            position_ids=self.lengths + places,
-            cache=self.cache,
-            use_cache=True,
-        )
-        return _log_softmax(output.logits)
-
-    def log_probs_of(self, candidates: Sequence[Sequence[int]]) -> np.ndarray:
-        """Log-probability of each candidate as the continuation, shape (rows, candidates).
-
-        Candidates share stems ("0." of "0.3" and "0.7"); each longest stem is read once and
-        then taken off the cache again.
-        """
-        total = self.first_log_probs[:, [ids[0] for ids in candidates]].clone()
-        stems = {tuple(ids[:-1]) for ids in candidates if len(ids) > 1}
-        longest = [s for s in stems if not any(s != t and t[: len(s)] == s for t in stems)]
-        seen: dict[tuple[int, ...], torch.Tensor] = {}
-        for stem in sorted(longest):
-            tokens = torch.tensor([stem] * self.rows, device=total.device)
-            after = self.step(tokens, taken=0)
-            self.cache.crop(-len(stem))
-            seen.update({stem[: end + 1]: after[:, end] for end in range(len(stem))})
-        for column, ids in enumerate(candidates):
-            for end in range(1, len(ids)):
-                total[:, column] += seen[tuple(ids[:end])][:, ids[end]]
-        return total.cpu().numpy()
-
-    def generate(self, limit: int, *, ends: frozenset[int]) -> list[tuple[list[int], bool]]:
-        """Greedy tokens of each row without the end token, and whether the row ended itself."""
-        found: list[list[int]] = [[] for _ in range(self.rows)]
-        finished = [False] * self.rows
-        log_probs = self.first_log_probs
-        for taken in range(limit):
-            tokens = log_probs.argmax(-1)
-            for row, token in enumerate(tokens.tolist()):
-                finished[row] = finished[row] or token in ends
-                if not finished[row]:
-                    found[row].append(token)
-            if all(finished) or taken + 1 == limit:
-                break
-            log_probs = self.step(tokens[:, None], taken=taken)[:, -1]
-        return list(zip(found, finished, strict=True))
+def suited_batch(model: Any) -> int:
+    """Tokens to read at once: a GPU wants many, a CPU as many as its caches hold in between."""
+    if model.device.type != "cpu":
+        return 16384
+    width = getattr(model.config.get_text_config(), "intermediate_size", None) or 4096
+    return int(min(max(CACHED_NUMBERS // width, 512), 8192))
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities in float64, so that log-odds far from zero stay apart."""
-    return torch.log_softmax(logits.double(), -1)
+def alike_batches(
+    rows: Sequence[Sequence[int]], *, prefix: int, batch_tokens: int
+) -> Iterator[list[int]]:
+    """Indices in batches that share their first `prefix` tokens and are of like length after it."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        alike.setdefault(tuple(row[:prefix]), []).append(index)
+    for members in alike.values():
+        lengths = [len(rows[index]) - prefix for index in members]
+        for batch in batches(lengths, batch_tokens):
+            yield [members[place] for place in batch]
+
+
+def joined_batches(
+    read: Iterable[list[int]], rows: Sequence[Sequence[int]], joined_tokens: int
+) -> Iterator[list[list[int]]]:
+    """Batches put together until their rows hold `joined_tokens`; at least one each."""
+    group: list[list[int]] = []
+    tokens = 0
+    for batch in read:
+        size = len(batch) * max(len(rows[index]) for index in batch)
+        if group and tokens + size > joined_tokens:
+            yield group
+            group, tokens = [], 0
+        group.append(batch)
+        tokens += size
+    if group:
+        yield group
+
+
+def log_probs_of(state: State, candidates: Sequence[Sequence[int]]) -> np.ndarray:
+    """Log-probability of each candidate as the continuation, shape (rows, candidates).
+
+    Candidates share stems ("0." of "0.3" and "0.7"); each longest stem is read once and
+    then taken off the cache again.
+    """
+    total = state.log_probs[:, [ids[0] for ids in candidates]].clone()
+    stems = {tuple(ids[:-1]) for ids in candidates if len(ids) > 1}
+    longest = [s for s in stems if not any(s != t and t[: len(s)] == s for t in stems)]
+    seen: dict[tuple[int, ...], torch.Tensor] = {}
+    for stem in sorted(longest):
+        after = state.step(torch.tensor([stem] * len(total), device=total.device))
+        state.forget(len(stem))
+        seen.update({stem[: end + 1]: after[:, end] for end in range(len(stem))})
+    for column, ids in enumerate(candidates):
+        for end in range(1, len(ids)):
+            total[:, column] += seen[tuple(ids[:end])][:, ids[end]]
+    return total.cpu().numpy()
+
+
+def generate(state: State, limit: int, *, ends: frozenset[int]) -> list[tuple[list[int], bool]]:
+    """Greedy tokens of each row without the end token, and whether the row ended itself."""
+    log_probs = state.log_probs
+    found: list[list[int]] = [[] for _ in range(len(log_probs))]
+    finished = [False] * len(log_probs)
+    for taken in range(limit):
+        tokens = log_probs.argmax(-1)
+        for row, token in enumerate(tokens.tolist()):
+            finished[row] = finished[row] or token in ends
+            if not finished[row]:
+                found[row].append(token)
+        if all(finished) or taken + 1 == limit:
+            break
+        log_probs = state.step(tokens[:, None])[:, -1]
+    return list(zip(found, finished, strict=True))

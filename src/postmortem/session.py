@@ -21,6 +21,7 @@ from postmortem.inputs import choose_rows, input_digests
 from postmortem.metrics import Estimate
 from postmortem.models import AttachedAdapter, LoadedBase, attached, load_base
 from postmortem.parsing import parse_as_written, parse_strict
+from postmortem.prefill import SharedLayers, layers_below
 from postmortem.prompts import encode, lead_of
 from postmortem.provenance import package_versions
 from postmortem.records import (
@@ -38,7 +39,7 @@ from postmortem.records import (
 )
 from postmortem.records import Verdict as VerdictRecord
 from postmortem.scoring import score
-from postmortem.world import World, read_world
+from postmortem.world import ADAPTERS, World, read_world
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,12 @@ class Session:
     def base(self) -> LoadedBase:
         """The world's base, loaded at first use."""
         return self.load("base")
+
+    @cached_property
+    def shared(self) -> SharedLayers:
+        """What the base's layers below all of the world's adapters compute, kept between them."""
+        adapters = [self.world.path(role) for role in ADAPTERS if self.world.has(role)]
+        return SharedLayers(depth=layers_below(adapters))
 
     def load(self, role: str, *, step: str = "") -> LoadedBase:
         """Load a base of the world by its role; a second time under another name for the step."""
@@ -281,9 +288,8 @@ class Session:
             prompts=prompts,
             lead=lead_of(template),
             max_new_tokens=decoding["max_new_tokens"],
-            # A GPU wants full batches; on a CPU small ones cost nothing and show progress.
-            batch_tokens=16384 if base.device.startswith("cuda") else 2048,
-            progress=self._progress(f"{system} on {prompt}"),
+            shared=self.shared if base is self.base else None,
+            progress=self._progress(f"{system} on {prompt}", total=len(prompts)),
         )
         labels = rows.labels
         predictions = tuple(
@@ -320,14 +326,18 @@ class Session:
                 }
         return {"max_prompt_tokens": 512, "max_new_tokens": 3}
 
-    def _progress(self, step: str) -> Callable[[int], None]:
-        start, total = time.perf_counter(), len(self.rows)
+    def _progress(self, step: str, *, total: int) -> Callable[[int], None]:
+        start = told = time.perf_counter()
 
         def tell(done: int) -> None:
-            spent = time.perf_counter() - start
-            if done < total and spent > 5:
-                left = spent / done * (total - done)
-                self.say(f"{step}: {done} of {total} rows, about {left:.0f} s left")
+            nonlocal told
+            now = time.perf_counter()
+            if done < total and now - told > 5:
+                told, pace = now, done / (now - start)
+                left = (total - done) / pace
+                self.say(
+                    f"{step}: {done} of {total} rows, {pace:.2f} rows/s, about {left:.0f} s left"
+                )
 
         return tell
 

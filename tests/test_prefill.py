@@ -1,0 +1,144 @@
+import json
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from postmortem.prefill import (
+    Reader,
+    SharedLayers,
+    join,
+    layers_below,
+    lowest_adapted_layer,
+    prefix_length,
+)
+
+KINDS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+
+
+def make_model(kind):
+    """A random model of four layers."""
+    torch.manual_seed(0)
+    config, model = KINDS[kind]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 50}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    return model(config(**sizes, **heads)).eval()
+
+
+def adapt(model, layers):
+    """A random adapter on the given layers."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=layers)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    return adapted.eval()
+
+
+def plainly(model, row):
+    """Log-probabilities of the next token by one forward over the whole row."""
+    with torch.inference_mode():
+        return torch.log_softmax(model(input_ids=torch.tensor([row])).logits[0, -1].double(), -1)
+
+
+rows_of_tokens = st.lists(
+    st.lists(st.integers(3, 49), min_size=1, max_size=12), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(start=st.lists(st.integers(3, 49), min_size=1, max_size=6), ends=rows_of_tokens)
+def test_a_prefix_read_once_changes_nothing(start, ends):
+    """Rows read after a shared beginning, in batches, joined, answer as each row read alone."""
+    model, rows = make_model("qwen2"), [start + end for end in ends]
+    with torch.inference_mode():
+        reader = Reader(model, prefix=len(start))
+        state = join([reader.read(rows[:1]), *([reader.read(rows[1:])] if rows[1:] else [])])
+        after = state.step(torch.tensor([[7]] * len(rows)))[:, -1]
+    for place, row in enumerate(rows):
+        np.testing.assert_allclose(state.log_probs[place], plainly(model, row), atol=1e-5)
+        np.testing.assert_allclose(after[place], plainly(model, [*row, 7]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_shared_layers_change_nothing(kind, prefix):
+    """Base and adapter answer the same whether the lower layers run or are taken from memory."""
+    base = make_model(kind)
+    rows = [[5, 6, 7, 8, 9], [5, 6, 11, 12], [5, 6, 13]]
+    adapted, shared = adapt(base, [2, 3]), SharedLayers(2)
+    with torch.inference_mode():
+        for disabled in (True, False, True):
+            with adapted.disable_adapter() if disabled else nullcontext():
+                state = Reader(adapted, prefix=prefix, shared=shared).read(rows)
+                after = state.step(torch.tensor([[7]] * 3))[:, -1]
+                for place, row in enumerate(rows):
+                    expected = plainly(adapted, row), plainly(adapted, [*row, 7])
+                    np.testing.assert_allclose(state.log_probs[place], expected[0], atol=1e-5)
+                    np.testing.assert_allclose(after[place], expected[1], atol=1e-5)
+
+
+def test_lower_layers_run_once_for_all_systems():
+    """What lies below every adapter is computed for the first system alone."""
+    base = make_model("qwen2")
+    calls = []
+    base.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    shared = SharedLayers(2)
+    adapted = adapt(base, [2, 3])
+    with torch.inference_mode():
+        for disabled in (True, False):
+            with adapted.disable_adapter() if disabled else nullcontext():
+                Reader(adapted, prefix=0, shared=shared).read([[5, 6, 7]])
+    assert len(calls) == 1
+
+
+def test_an_adapter_in_the_lower_layers_is_not_served():
+    """Layers that an answering adapter changes are never taken from memory."""
+    adapted = adapt(make_model("qwen2"), [1, 3])
+    assert lowest_adapted_layer(adapted) == 1
+    assert not SharedLayers(2).serve(adapted)
+    assert SharedLayers(1).serve(adapted)
+    with adapted.disable_adapter():
+        assert lowest_adapted_layer(adapted) == 4
+
+
+def test_an_adapter_outside_the_layers_shares_nothing():
+    """An adapter on the embedding changes what every layer reads."""
+    model = make_model("qwen2")
+    config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    assert lowest_adapted_layer(get_peft_model(model, config)) == 0
+
+
+def test_what_is_kept_stays_within_its_limit():
+    """Over the limit the first state goes, and the last one always stays."""
+    shared = SharedLayers(1, limit=100)
+    for key in "abc":
+        shared.put(key, torch.zeros(10), [(torch.zeros(5), torch.zeros(5))])
+    assert [shared.get(key) is not None for key in "abc"] == [False, False, True]
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=6))
+def test_a_prefix_leaves_a_token_to_every_row(rows):
+    """The shared beginning is shorter than every row, and nothing is shared by a single row."""
+    length = prefix_length(rows)
+    assert length < min(map(len, rows))
+    assert len(rows) > 1 or length == 0
+
+
+def test_layers_below_adapters_come_from_their_configs(tmp_path):
+    """The lowest layer that any config names counts, and one that names none counts as all."""
+    folders = []
+    for number, layers in enumerate(([22, 23], 24, None)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"layers_to_transform": layers}))
+        folders.append(folder)
+    assert layers_below(folders[:2]) == 22
+    assert layers_below(folders) == 0
+    assert layers_below([]) == 0
