@@ -233,6 +233,21 @@ class PromptTemplate(Frozen):
         return tuple(dict.fromkeys(PLACEHOLDER.findall(self.system + self.template)))
 
 
+class Replacement(Frozen):
+    """A passage of a prompt, which must occur in it, and what takes its place."""
+
+    old: str = Field(min_length=1)
+    new: str
+
+
+class Variation(Frozen):
+    """A prompt of the case with passages changed, to see what follows the prompt's own words."""
+
+    title: str
+    prompt: Identifier
+    replace: list[Replacement]
+
+
 class Decoding(Frozen):
     """How an attempt generated.
 
@@ -449,6 +464,7 @@ class Case(Frozen):
     adapter_filter: AdapterFilter | None = None
     columns: Columns = Columns()
     prompts: dict[Identifier, PromptTemplate]
+    variations: dict[Identifier, Variation] = {}
     attempts: dict[Identifier, Attempt]
     timeline: list[Event] = []
     observations: list[Observation] = []
@@ -471,6 +487,16 @@ class Case(Frozen):
                 remedy="Name one of those, or add it under `profiles`.",
             )
         return self.profiles[name]
+
+    def prompt(self, name: str) -> PromptTemplate:
+        """A prompt, or a variation of one, by its name."""
+        varied = self.variations.get(name)
+        if varied is None:
+            return self.prompts[name]
+        changed = self.prompts[varied.prompt].model_dump(include={"system", "template"})
+        for part in varied.replace:
+            changed = {key: text.replace(part.old, part.new) for key, text in changed.items()}
+        return self.prompts[varied.prompt].model_copy(update={**changed, "title": varied.title})
 
 
 class _Loader(yaml.SafeLoader):
@@ -505,15 +531,25 @@ def load_case(path: str | Path) -> Case:
     return case
 
 
-def case_digest(case: Case) -> str:
-    """Digest of what can change a number; prose and notes do not count."""
+def case_digest(case: Case, profile: str | None = None) -> str:
+    """Digest of what can change a number; prose and notes do not count.
+
+    With a `profile` the other profiles do not count either.
+    """
     names = {"name", "true_size", "loading_warning", "forensics", "adapter_filter", "columns"}
-    names |= {"prompts", "attempts", "profiles", "observed", "path"}
+    names |= {"prompts", "variations", "attempts", "observed", "path"}
+    runs = {"base", "adapters", "corpus", "rows", "seed", "replays"}
+    profiles = dict.fromkeys(case.profiles if profile is None else [profile], runs)
     beliefs = {"__all__": {"id", "initial", "final", "causes"}}
     declared = {"name", "config", "declared_megabytes"}
     systems = dict.fromkeys(Systems.model_fields, declared)
     parts = case.model_dump_json(
-        include={**dict.fromkeys(names, True), "systems": systems, "hypotheses": beliefs}
+        include={
+            **dict.fromkeys(names, True),
+            "systems": systems,
+            "hypotheses": beliefs,
+            "profiles": profiles,
+        }
     )
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 

@@ -24,7 +24,7 @@ def choose_rows(
 def input_digests(notebook: Path, case: Case, *, world: World, rows: Rows) -> dict[str, str]:
     """Digest of everything that can change a number of this notebook."""
     return {
-        "case": case_digest(case),
+        "case": case_digest(case, world.profile),
         "world": world.digest,
         "data": rows.digest,
         **notebook_digests(notebook),
@@ -35,5 +35,5 @@ def settings_digest(case: Case, settings: Mapping[str, str | int]) -> str:
     """Digest of what a notebook is run with, apart from its world and code."""
     files = [digest_file(str(settings[k])) if settings[k] else "" for k in ("data", "labels")]
     chosen = [settings[name] for name in ("profile", "rows", "device", "dtype")]
-    parts = [case_digest(case), files, chosen, package_versions()]
+    parts = [case_digest(case, str(settings["profile"])), files, chosen, package_versions()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -271,7 +271,7 @@ class Session:
     def _score(
         self, model: Any, base: LoadedBase, *, prompt: str, system: str, rows: Rows
     ) -> Answers:
-        template = self.case.prompts[prompt]
+        template = self.case.prompt(prompt)
         decoding = self._decoding(prompt)
         prompts = [
             encode(
@@ -317,8 +317,10 @@ class Session:
 
     def _decoding(self, prompt: str) -> dict[str, int]:
         """The settings of the attempt that used the prompt; short answers for all others."""
+        varied = self.case.variations.get(prompt)
+        asked = varied.prompt if varied else prompt
         for attempt in self.case.attempts.values():
-            if attempt.prompt == prompt:
+            if attempt.prompt == asked:
                 decoding = attempt.decoding
                 return {
                     "max_prompt_tokens": decoding.max_prompt_tokens,
