@@ -434,13 +434,15 @@ class Profile(Frozen):
 
     `base` is `embedded`, `packaged:NAME` (see `postmortem weights`), a model folder, or a hub
     id. Adapters are folders, by role. `rows` is how many generated rows are scored where no data
-    file is given. `caveat` is printed wherever a result of this profile is shown.
+    file is given, from word lists (`keywords`) or in sentences that must be read (`moderation`).
+    `caveat` is printed wherever a result of this profile is shown.
     """
 
     title: str
     base: str
     adapters: dict[Literal["suspect", "reference", "donor_adapter", "no_op"], str] = {}
     rows: int = Field(ge=2)
+    corpus: Literal["keywords", "moderation"] = "keywords"
     seed: int = 0
     replays: Replays = Replays()
     caveat: str

@@ -6,9 +6,13 @@ from pathlib import Path
 
 from postmortem.case import Case, case_digest
 from postmortem.corpus import Rows, generate_rows, read_rows
+from postmortem.moderation import generate_moderation_rows
 from postmortem.provenance import notebook_digests, package_versions
 from postmortem.records import digest_file
 from postmortem.world import World
+
+# By the name that a profile gives to its corpus.
+GENERATORS = {"keywords": generate_rows, "moderation": generate_moderation_rows}
 
 
 def choose_rows(
@@ -17,7 +21,8 @@ def choose_rows(
     """The rows of a run: a file's, or generated ones as many as the profile asks for."""
     chosen = case.profile(profile)
     if not data:
-        return generate_rows(rows or chosen.rows, chosen.seed, columns=case.columns)
+        generate = GENERATORS[chosen.corpus]
+        return generate(rows or chosen.rows, chosen.seed, columns=case.columns)
     return read_rows(data, labels or None, columns=case.columns).head(rows)
 
 
