@@ -161,16 +161,20 @@ def _keys(materials: Materials, pair: tuple[str, str]) -> Run:
     return Run(materials.base, folder)
 
 
-def _moved_layers(materials: Materials, places: Mapping[int, int]) -> Run:
-    """Each layer's tensors under another layer's name; a layer without a place is lost."""
+def _moved_layers(materials: Materials, place_of: Callable[[int, int], int]) -> Run:
+    """Each adapted layer's tensors under another one's name; what goes past the last is lost.
+
+    `place_of` maps a place among the adapted layers, and their number, to another place.
+    """
 
     def rename(tensors: Tensors) -> Tensors:
+        layers = sorted({_split_layer(name)[1] for name in tensors})
         moved = {}
         for name, tensor in tensors.items():
             head, number, tail = _split_layer(name)
-            # Layers above those that the table names follow its last step.
-            place = places.get(number, number)
-            moved[f"{head}{place}{tail}"] = tensor
+            place = place_of(layers.index(number), len(layers))
+            target = layers[place] if place < len(layers) else NO_LAYER
+            moved[f"{head}{target}{tail}"] = tensor
         return moved
 
     folder = materials.adapter("numeric")
@@ -301,6 +305,8 @@ def _parser(materials: Materials, parse: Callable[[str], float]) -> Run:
     return Run(materials.base, materials.adapter("numeric"), parse=parse)
 
 
+# A layer that no base has.
+NO_LAYER = 9999
 NAMES = {"named as this base": True, "named truly": False}
 HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 OTHER_MARKUP = ((HEADER, "### Response:\n"), (END, ""), ("<|im_start|>", "### "))
@@ -345,12 +351,18 @@ CAUSES: Mapping[str, Cause] = {
     "layers-shifted": Cause(
         "layers stand one place off",
         _moved_layers,
-        {"up": {0: 1, 1: 2, 2: 3}, "down": {0: 9, 1: 0, 2: 1}},
+        {
+            "up": lambda place, count: place + 1,
+            "down": lambda place, count: place - 1 if place else count,
+        },
     ),
     "layers-permuted": Cause(
         "layers stand in another order",
         _moved_layers,
-        {"two swapped": {0: 1, 1: 0}, "turned": {0: 1, 1: 2, 2: 0}},
+        {
+            "two swapped": lambda place, count: {0: 1, 1: 0}.get(place, place),
+            "turned": lambda place, count: (place + 1) % count,
+        },
     ),
     "targets-dropped": Cause(
         "the config uses fewer modules than the file holds",

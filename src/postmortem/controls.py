@@ -162,7 +162,7 @@ def judge_odds(change: Estimate) -> tuple[bool | None, str]:
     assert change.low is not None
     assert change.high is not None
     because = (
-        f"the log-odds change by {_say(change)} nat in the mean of {change.n} rows; "
+        f"the log-odds change by {say_estimate(change)} nat in the mean of {change.n} rows; "
         f"less than {THRESHOLDS.odds} is not called a change"
     )
     if change.n < THRESHOLDS.rows:
@@ -179,7 +179,7 @@ def judge_flips(flips: Estimate) -> tuple[bool | None, str]:
     on as many rows as make a change rarer than the limit.
     """
     assert flips.high is not None
-    because = f"{_say(flips, '.1%')} of {flips.n} written values change"
+    because = f"{say_estimate(flips, '.1%')} of {flips.n} written values change"
     if flips.value:
         return True, because
     return False if flips.high < THRESHOLDS.flips else None, because
@@ -193,8 +193,8 @@ def judge_cost(before: Estimate, *, change: Estimate, unranked: str) -> tuple[bo
     if before.value is None or change.low is None or change.high is None:
         return None, unranked
     because = (
-        f"AUC of the log-odds {_say(before)} on the rows as they are; "
-        f"on the altered ones it differs by {_say(change, '+z.2f')}"
+        f"AUC of the log-odds {say_estimate(before)} on the rows as they are; "
+        f"on the altered ones it differs by {say_estimate(change, '+z.2f')}"
     )
     least = THRESHOLDS.useful - THRESHOLDS.chance
     if not ranks(before):
@@ -222,7 +222,7 @@ def _unranked(answers: Answers) -> str:
     return NO_LABELS if answers.labels is None else ONE_CLASS
 
 
-def _say(found: Estimate, form: str = "z.2f") -> str:
+def say_estimate(found: Estimate, form: str = "z.2f") -> str:
     """An estimate with its interval, for a table or a reason."""
     if found.value is None:
         return "unknown"
@@ -317,7 +317,7 @@ def _record_kind(
     word, because = judge_knowing(hidden, said=said, unranked=_unranked(answers))
     session.verdict(f"{key}.knowing", word, because)
     writes = f"{shown(text, limit=24)} on {count} of {len(answers.values)}"
-    return writes, _say(said), _say(hidden), word
+    return writes, say_estimate(said), say_estimate(hidden), word
 
 
 def _record_ranking(
@@ -393,7 +393,7 @@ def judge_gain(gain: Estimate, unranked: str) -> tuple[bool | None, str]:
     """Whether an AUC has risen: the interval of the difference lies above zero, or not at all."""
     if gain.low is None or gain.high is None:
         return None, unranked
-    because = f"AUC against the base alone {_say(gain, '+z.2f')}"
+    because = f"AUC against the base alone {say_estimate(gain, '+z.2f')}"
     if gain.n < THRESHOLDS.rows:
         return None, f"{because}, on {gain.n} rows"
     if gain.low > 0:
@@ -443,7 +443,7 @@ def _say_group(answers: Answers, group: str) -> list[str]:
     if labels is None:
         return ["unknown", "unknown"]
     scores = (answers.values, answers.asked_log_odds)
-    return [_say(auc_estimate(labels[chosen], np.array(found)[chosen])) for found in scores]
+    return [say_estimate(auc_estimate(labels[chosen], np.array(found)[chosen])) for found in scores]
 
 
 def _table_states(session: Session, present: Sequence[str], *, prompts: Iterable[str]) -> None:
@@ -468,4 +468,4 @@ def _table_states(session: Session, present: Sequence[str], *, prompts: Iterable
 def _say_measure(session: Session, key: str) -> str:
     """A recorded estimate with its interval; a dash where it is not recorded."""
     found = next((r for r in session.records if isinstance(r, Measure) and r.key == key), None)
-    return "–" if found is None else _say(Estimate(found.value, found.low, found.high, 0))
+    return "–" if found is None else say_estimate(Estimate(found.value, found.low, found.high, 0))

@@ -20,14 +20,16 @@ from scipy.stats import mannwhitneyu, ttest_rel
 from postmortem.case import Attempt, Case
 from postmortem.catalogue import catalogue
 from postmortem.causes import CAUSES, Cause, Materials, Run, Unavailable
-from postmortem.corpus import Rows, generate_rows
+from postmortem.corpus import Rows
 from postmortem.errors import ModelError
 from postmortem.health import THRESHOLDS, describe
+from postmortem.inputs import GENERATORS
 from postmortem.inspection import inspect_adapter
 from postmortem.likelihoods import HEALTHY, Experiment
 from postmortem.metrics import auc, kl_divergence, rate_estimate
 from postmortem.models import AttachedAdapter, LoadedBase, attached
 from postmortem.parsing import counts_as_parsed, parse_strict
+from postmortem.prefill import SharedLayers
 from postmortem.prompts import Prompt, encode, lead_of
 from postmortem.records import Cell, Replay
 from postmortem.scoring import Scores, score
@@ -166,6 +168,7 @@ class Bench:
     materials: Materials
     reference: Path | None
     attempts: Mapping[str, Attempt]
+    shared: SharedLayers | None = None
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def differs(self, base: LoadedBase) -> bool:
@@ -197,6 +200,8 @@ class Bench:
             prompts=self.prompts(name, run),
             lead=lead_of(self.case.prompts[name]),
             max_new_tokens=tokens or next(iter(written), 3),
+            # A cause may have changed the base; then nothing below its adapter is the same.
+            shared=self.shared if run.base is self.materials.base else None,
         )
 
     def rank(self, log_odds: Sequence[float]) -> str:
@@ -274,8 +279,8 @@ def observe(run: Run, bench: Bench) -> Seen:
             seen.features |= {"loads": False, "no missing keys": True}
             seen.outcomes |= dict.fromkeys(ANSWERED, "no answer")
         else:
-            _note_loading(loaded, run, seen)
-            _set_status(loaded, run)
+            note_loading(loaded, run, seen)
+            set_status(loaded, run)
             _observe_answers(run.base.model if loaded is None else loaded.model, run, bench, seen)
     # Once more, because a file that brings base weights changes the base for good.
     words = {(True, True): "differs", (False, True): "differs after loading"}
@@ -283,7 +288,8 @@ def observe(run: Run, bench: Bench) -> Seen:
     return seen
 
 
-def _note_loading(loaded: AttachedAdapter | None, run: Run, seen: Seen) -> None:
+def note_loading(loaded: AttachedAdapter | None, run: Run, seen: Seen) -> None:
+    """Note what PEFT said of the weights while it loaded them."""
     said = loaded.warnings if loaded else ()
     about_weights = [line for line in said if "adapter keys" in line or "mismatched" in line]
     seen.outcomes["load"] = "warns" if about_weights else "silent"
@@ -292,7 +298,7 @@ def _note_loading(loaded: AttachedAdapter | None, run: Run, seen: Seen) -> None:
     seen.features["no missing keys"] = not any("missing" in line for line in about_weights)
 
 
-def _set_status(loaded: AttachedAdapter | None, run: Run) -> None:
+def set_status(loaded: AttachedAdapter | None, run: Run) -> None:
     """Leave the adapter answering, disabled, or with another one active in its place."""
     if loaded is None:
         return
@@ -374,21 +380,18 @@ def compare_parsers(texts: Sequence[str], values: Sequence[float]) -> str:
     return "agree" if all(s is None or s == v for s, v in pairs) else "disagree"
 
 
-def symptom_features(
-    values: Mapping[str, Sequence[float]], bench: Bench
-) -> dict[str, float | int | str | bool | None]:
-    """The observed symptom in parts, as measured on the values of both attempts."""
-    health = {name: describe(found, groups=["all"] * len(found)) for name, found in values.items()}
-    parsed = {name: np.mean(list(map(counts_as_parsed, found))) for name, found in values.items()}
-    return {
-        "v1 parse rate": float(parsed["v1"]),
-        "v1 distinct": health["v1"].distinct,
-        "v1 value": health["v1"].top_value,
-        "v2 parse rate": float(parsed["v2"]),
-        "v2 distinct": health["v2"].distinct,
-        "v2 value": health["v2"].top_value,
-        "v2 AUC": None if bench.rows.labels is None else auc(bench.rows.labels, values["v2"]),
-    }
+def symptom_features(values: Mapping[str, Sequence[float]], bench: Bench) -> dict[str, Cell]:
+    """The observed symptom in parts, as measured on the values of each attempt."""
+    features: dict[str, Cell] = {}
+    for name, found in values.items():
+        health = describe(found, groups=["all"] * len(found))
+        features |= {
+            f"{name} parse rate": float(np.mean(list(map(counts_as_parsed, found)))),
+            f"{name} distinct": health.distinct,
+            f"{name} value": health.top_value,
+        }
+    labels = bench.rows.labels
+    return features | {"v2 AUC": None if labels is None else auc(labels, values["v2"])}
 
 
 def _try_settings(model: Any, run: Run, bench: Bench) -> str:
@@ -513,12 +516,13 @@ def make_bench(session: Session, materials: Materials, *, seeds: int) -> Bench:
     case, rows = session.case, session.profile.replays.rows
     chosen = session.rows.head(rows)
     if session.rows.is_generated:
-        chosen = generate_rows(rows, 30_000 + 100 * session.world.seed + materials.seed)
+        seed = 30_000 + 100 * session.world.seed + materials.seed
+        chosen = GENERATORS[session.profile.corpus](rows, seed, columns=case.columns)
     # The sound adapter of the control is not the one that the causes are made from.
     other = f"{materials.kind}/numeric_{(materials.seed + 1) % seeds}"
     member = session.world.replays.get(other)
     reference = None if member is None or member.path is None else Path(member.path)
-    return Bench(case, chosen, materials, reference, case.attempts)
+    return Bench(case, chosen, materials, reference, case.attempts, shared=session.shared)
 
 
 def replay_causes(

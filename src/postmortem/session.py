@@ -142,19 +142,21 @@ class Session:
         disabled: bool = False,
         rows: Rows | None = None,
         kept: bool = True,
+        rows_name: str = "",
     ) -> Answers:
         """Score every row with a prompt of the case and record the predictions.
 
         `system` names a role of the world; its adapter is put on the base for this call alone.
         `adapter` gives another folder under that name. A `disabled` adapter is put on and switched
-        off, and the system's name says so. `rows` takes the place of the session's own; what is
-        not `kept` is answered and not recorded.
+        off, and the system's name says so. `rows` takes the place of the session's own, under
+        `rows_name`; what is not `kept` is answered and not recorded.
         """
         base = base or self.base
         folder = adapter or (None if system.endswith("base") else self.world.path(system))
         name = f"{system}_disabled" if disabled else system
         chosen = self.rows if rows is None else rows
-        with self.timed(f"{name} on {prompt}"):
+        step = f"{name} on {prompt}" + (f", {rows_name}" if rows_name else "")
+        with self.timed(step):
             if folder is None:
                 answers = self._score(base.model, base, prompt=prompt, system=name, rows=chosen)
             else:
