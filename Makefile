@@ -5,6 +5,7 @@ CASE ?= cases/qwen-lora.yml
 PROFILE ?= embedded
 DATA ?=
 LABELS ?=
+FILES ?=
 ROWS ?= 0
 SUSPECT ?=
 REFERENCE ?=
@@ -17,7 +18,7 @@ BIN := $(abspath $(VENV))/bin
 # The graph calls `postmortem` and `snakemake` of this environment by name.
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := book
-.PHONY: book replay weights test lint clean environment
+.PHONY: book replay record weights test lint clean environment
 
 environment: $(VENV)/.installed
 
@@ -38,6 +39,10 @@ book: environment
 replay: environment
 	@postmortem replay --case "$(CASE)" --profile "$(PROFILE)" --worlds "$(WORLDS)" \
 	  --cores "$(CORES)"
+
+record: environment
+	@postmortem record --case "$(CASE)" --profile "$(PROFILE)" --files "$(FILES)" \
+	  --device "$(DEVICE)" --dtype "$(DTYPE)" --cores "$(CORES)"
 
 weights: environment
 	@postmortem weights "$(PROFILE)"

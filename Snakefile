@@ -134,6 +134,24 @@ rule replay_notebook:
         " --world {input.world:q} --whole"
 
 
+# Kept under version control, so made only where it is missing or asked for.
+rule record:
+    input:
+        notebook="notebooks/recorded/real_model.ipynb",
+        world=f"{RUN}/world.json",
+    output:
+        records=f"results/{SETTINGS['profile']}/real_model.jsonl",
+        executed=f"{RUN}/recorded/real_model.ipynb",
+    params:
+        depends=notebook_digests("notebooks/recorded/real_model.ipynb"),
+        settings=settings_digest(CASE, SETTINGS),
+        files=SETTINGS.get("files", ""),
+    threads: THREADS
+    shell:
+        "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
+        " --records {output.records:q} --executed {output.executed:q} --world {input.world:q}"
+
+
 rule replay_world:
     input:
         lambda wildcards: lineages_of(int(wildcards.seed)),

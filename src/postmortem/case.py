@@ -429,13 +429,22 @@ class Replays(Frozen):
     rows: int = Field(default=10, ge=2)
 
 
+class Recording(Frozen):
+    """What `make record` runs: generated rows, those of each file, and those of each cause."""
+
+    rows: int = Field(ge=2)
+    file_rows: int = Field(ge=2)
+    cause_rows: int = Field(ge=2)
+
+
 class Profile(Frozen):
     """A world to run the case in.
 
     `base` is `embedded`, `packaged:NAME` (see `postmortem weights`), a model folder, or a hub
     id. Adapters are folders, by role. `rows` is how many generated rows are scored where no data
     file is given, from word lists (`keywords`) or in sentences that must be read (`moderation`).
-    `caveat` is printed wherever a result of this profile is shown.
+    `caveat` is printed wherever a result of this profile is shown, and `recorded` sizes the
+    run that is kept for the book.
     """
 
     title: str
@@ -445,6 +454,7 @@ class Profile(Frozen):
     corpus: Literal["keywords", "moderation"] = "keywords"
     seed: int = 0
     replays: Replays = Replays()
+    recorded: Recording | None = None
     caveat: str
 
 
@@ -540,7 +550,7 @@ def case_digest(case: Case, profile: str | None = None) -> str:
     """
     names = {"name", "true_size", "loading_warning", "forensics", "adapter_filter", "columns"}
     names |= {"prompts", "variations", "attempts", "observed", "path"}
-    runs = {"base", "adapters", "corpus", "rows", "seed", "replays"}
+    runs = {"base", "adapters", "corpus", "rows", "seed", "replays", "recorded"}
     profiles = dict.fromkeys(case.profiles if profile is None else [profile], runs)
     beliefs = {"__all__": {"id", "initial", "final", "causes"}}
     declared = {"name", "config", "declared_megabytes"}
@@ -626,6 +636,8 @@ def _check_references(path: Path, case: Case) -> None:
                 expected=f"one of {', '.join(case.prompts)}",
                 found=repr(attempt.prompt),
             )
+    for name, varied in case.variations.items():
+        _check_variation(path, case, f"variations.{name}", varied=varied)
     if case.forensics is not None:
         _check_forensics(path, case, facts=case.forensics)
     items = {
@@ -648,6 +660,24 @@ def _check_references(path: Path, case: Case) -> None:
         if repeated:
             raise CaseError(
                 f"{path}, key `{kind}`", expected="distinct ids", found=f"{repeated[0]!r} twice"
+            )
+
+
+def _check_variation(path: Path, case: Case, key: str, *, varied: Variation) -> None:
+    """A variation changes a prompt of the case, and each passage that it names is there."""
+    prompt = case.prompts.get(varied.prompt)
+    if prompt is None:
+        raise CaseError(
+            f"{path}, key `{key}.prompt`",
+            expected=f"one of {', '.join(case.prompts)}",
+            found=repr(varied.prompt),
+        )
+    for part in varied.replace:
+        if part.old not in prompt.system + prompt.template:
+            raise CaseError(
+                f"{path}, key `{key}.replace`",
+                expected=f"passages of the prompt {varied.prompt}",
+                found=f"{_shorten(part.old)}, which it does not hold",
             )
 
 

@@ -62,14 +62,14 @@ class Materials:
     def adapter(self, recipe: str, *, lineage: str = "", renamed: bool = False) -> Path:
         """A copy of an adapter, free to be changed; `Unavailable` where the world has none.
 
-        A `renamed` one names this base, whatever it was trained on.
+        One of this base's own names it, and so does a `renamed` one, whatever it was trained on.
         """
         name = f"{lineage or self.kind}/{recipe}_{self.seed}"
         member = self.world.replays.get(name)
         if member is None or member.path is None:
             raise Unavailable(f"this profile has no adapter trained as {recipe.replace('_', ' ')}")
         folder = Path(shutil.copytree(member.path, self._place()))
-        if renamed:
+        if renamed or not lineage:
             edit_config(folder, base_model_name_or_path=self.role)
         return folder
 

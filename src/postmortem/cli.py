@@ -104,6 +104,33 @@ def replay(
 
 
 @app.command()
+def record(
+    case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
+    profile: Annotated[str, typer.Option(help="A profile of the case.")] = "smollm2",
+    files: Annotated[
+        str, typer.Option(help="CSV files of real rows, each with :LABELS where they are apart.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+) -> None:
+    """Run a real model's experiments once and keep the records, which the book reads."""
+    from postmortem import graph
+
+    settings: dict[str, str | int] = {
+        **dict.fromkeys(("data", "labels", "suspect", "reference"), ""),
+        "case": case,
+        "profile": profile,
+        "files": files,
+        "device": device,
+        "dtype": dtype,
+        "rows": 0,
+        "worlds": 1,
+    }
+    print(graph.record(settings, cores=cores or len(os.sched_getaffinity(0))))
+
+
+@app.command()
 def diagnose(
     case: Annotated[Path, typer.Argument(help="A case file whose book has been built.")],
     profile: Annotated[str, typer.Option(help="A profile of the case.")] = "embedded",
@@ -234,11 +261,10 @@ def execute_notebook(
     whole: Annotated[bool, typer.Option("--whole")] = False,
 ) -> None:
     """Execute one notebook."""
-    from postmortem.runner import run_notebook
+    from postmortem.runner import declared_parameters, run_notebook
 
     chosen = _settings()
-    names = ("case", "profile", "data", "labels", "rows", "device", "dtype")
-    parameters = {name: chosen[name] for name in names}
+    parameters = {name: chosen[name] for name in declared_parameters(notebook) if name in chosen}
     parameters |= {"notebook": str(notebook), "records": str(records), "world": world}
     if earlier:
         parameters["earlier"] = earlier

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from postmortem.case import load_case
 from postmortem.errors import BookError, DataError
-from postmortem.records import write_text
+from postmortem.records import read_records, write_text
 
-BUILD = Path("_build")
+BUILD, RECORDED = Path("_build"), Path("results")
 DEVICES = re.compile(r"auto|cpu|cuda|cuda:[0-9]+|mps")
 DTYPES = re.compile("auto|float32|bfloat16|float16")
 Settings = Mapping[str, str | int]
@@ -46,6 +46,21 @@ def replay(settings: Settings, *, cores: int) -> str:
         _run_graph("replay", settings, cores=cores)
     told = json.loads((BUILD / "replays.json").read_text(encoding="utf-8"))
     return f"replay: {told['line']}"
+
+
+def record(settings: Settings, *, cores: int) -> str:
+    """Run a profile's heavy experiments for the record; return the line that says where it is."""
+    start = time.perf_counter()
+    check_settings(settings)
+    for source in str(settings["files"]).split():
+        for path in filter(None, source.split(":")):
+            if not Path(path).is_file():
+                raise DataError(path, expected="a file of rows or labels", found="no such file")
+    with one_build():
+        _run_graph("record", settings, cores=cores)
+    place = RECORDED / str(settings["profile"]) / "real_model.jsonl"
+    counts = f"{len(read_records(place).records)} records, {time.perf_counter() - start:.0f} s"
+    return f"record: {place} ({counts})"
 
 
 def check_settings(settings: Settings) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from postmortem.case import Case, Knowing, Profile, Verdict, load_case
+from postmortem.case import Case, Knowing, Profile, Recording, Verdict, load_case
 from postmortem.corpus import Rows
-from postmortem.errors import RecordError
+from postmortem.errors import CaseError, RecordError
 from postmortem.inputs import choose_rows, input_digests
 from postmortem.metrics import Estimate
 from postmortem.models import AttachedAdapter, LoadedBase, attached, load_base
@@ -389,3 +389,26 @@ def open_session(
         device=device,
         dtype=dtype,
     )
+
+
+def open_recording(
+    notebook: str,
+    *,
+    case: str,
+    profile: str,
+    world: str,
+    records: str,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> tuple[Session, Recording]:
+    """Open a session on generated rows, as many as the profile records, and say all its sizes."""
+    sizes = load_case(case).profile(profile).recorded
+    if sizes is None:
+        raise CaseError(
+            f"{case}, key `profiles.{profile}`",
+            expected="`recorded`, which says how many rows to record",
+            found="none",
+        )
+    parts = {"case": case, "profile": profile, "world": world, "records": records}
+    session = open_session(notebook, **parts, rows=sizes.rows, device=device, dtype=dtype)
+    return session, sizes

@@ -121,8 +121,21 @@ def resolve_world(
         caveat=profile.caveat,
         seed=profile.seed if seed is None else seed,
         members=members,
-        replays=_find_replays(Path(trained)) if profile.base == "embedded" else {},
+        replays=(
+            _find_replays(Path(trained)) if profile.base == "embedded" else _own_replays(members)
+        ),
     )
+
+
+def _own_replays(members: Mapping[str, Member]) -> dict[str, Member]:
+    """On one real base: its sound adapter and its suspect, whatever the base turns out to do."""
+    recipes = {"numeric": members["reference"], "yes_no_short": members["suspect"]}
+    return {
+        f"{kind}/{recipe}_0": member
+        for kind in ("silent", "speaking")
+        for recipe, member in recipes.items()
+        if member.path is not None
+    }
 
 
 def _find_replays(trained: Path) -> dict[str, Member]:
