@@ -6,6 +6,7 @@ import pytest
 
 from postmortem import provenance
 from postmortem.provenance import (
+    digest_code,
     modules_behind,
     notebook_digests,
     notebook_sources,
@@ -67,13 +68,21 @@ def test_what_is_no_import_of_a_module_does_not_count(library, source):
     assert modules_behind([source]) == {}
 
 
-def test_digest_is_that_of_the_file(library):
-    """A module's digest changes with its file and with no other."""
+def test_digest_is_that_of_the_code(library):
+    """A module's digest changes with its code and with no other."""
     before = modules_behind(["import postmortem.a, postmortem.c"])
     (library / "b.py").write_text("x = 2")
     after = modules_behind(["import postmortem.a, postmortem.c"])
     assert [name for name in before if before[name] != after[name]] == ["module b"]
-    assert after["module b"] == digest_file(library / "b.py")
+    assert after["module b"] == digest_code("x = 2")
+
+
+def test_comments_and_docstrings_are_not_code():
+    """A digest stays the same while only comments, layout and docstrings change."""
+    plain = "def f(x):\n    return x + 1\n"
+    dressed = '"""A module."""\n# why\ndef f( x ):\n    """Adds one."""\n\n    return (x + 1)\n'
+    assert digest_code(plain) == digest_code(dressed)
+    assert digest_code(plain) != digest_code(plain.replace("1", "2"))
 
 
 def test_table_beside_a_module_counts(library):
@@ -103,7 +112,7 @@ def test_every_module_can_be_read():
     names = {path.stem for path in LIBRARY.glob("*.py")} - {"__init__", "errors"}
     found = modules_behind([f"import postmortem.{name}" for name in sorted(names)])
     assert names <= {name.removeprefix("module ") for name in found}
-    assert found["module parsing"] == digest_file(LIBRARY / "parsing.py")
+    assert found["module parsing"] == digest_code((LIBRARY / "parsing.py").read_text())
 
 
 def test_notebook_sources_are_its_code_cells(tmp_path):

@@ -1,6 +1,7 @@
 """What a number depends on: the library modules behind a notebook, and package versions."""
 
 import ast
+import hashlib
 import json
 import sys
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ VERSIONED = ("torch", "transformers", "peft", "numpy", "pandas", "papermill")
 
 
 def modules_behind(sources: Iterable[str]) -> dict[str, str]:
-    """Digest of each library module that the source texts import, directly or through others.
+    """Digest of the code of each library module that the source texts import, at any remove.
 
     A table or text that lies beside a module under its name counts as well.
 
@@ -30,11 +31,21 @@ def modules_behind(sources: Iterable[str]) -> dict[str, str]:
         path = Path(__file__).with_name(f"{name}.py")
         if name in found or name in HARMLESS or not path.is_file():
             continue
-        found[name] = digest_file(path)
+        found[name] = digest_code(path.read_text(encoding="utf-8"))
         beside = [path.with_suffix(suffix) for suffix in (".csv", ".yml")]
         found |= {data.name: digest_file(data) for data in beside if data.is_file()}
         waiting += _imports(path.read_text(encoding="utf-8"))
     return {f"module {name}": found[name] for name in sorted(found)}
+
+
+def digest_code(source: str) -> str:
+    """Digest of what a module does: its syntax tree without comments, layout and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
 def notebook_sources(path: str | Path) -> list[str]:

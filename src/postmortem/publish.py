@@ -10,6 +10,7 @@ from postmortem.case import Case, ClaimVerdict, Practice, RunTest, load_case
 from postmortem.errors import RecordError
 from postmortem.figures import draw_all, save_drawings
 from postmortem.inputs import choose_rows, input_digests
+from postmortem.recorded import add_recorded, read_recorded
 from postmortem.records import (
     NO_MODEL,
     Cell,
@@ -56,6 +57,8 @@ def publish(
     add_run_values(values, files, world=members)
     values["texts"]["rows.source"] = scored.source
     values["measures"]["rows.count"] = _number(len(scored))
+    recorded = read_recorded(loaded)
+    add_recorded(values, recorded)
     add_case_values(values, loaded)
     drawings, missing = draw_all(files, loaded)
     save_drawings(drawings, missing, Path(out) / "figures")

@@ -43,6 +43,12 @@ COPY_LIMIT = 2 << 30
 MISMATCH_ROWS = 16
 
 
+def record_members(session: Session) -> None:
+    """Record the digest of each model and adapter, which tells later whether it is the same."""
+    rows = [(m.role, m.digest) for m in session.world.members.values() if m.digest]
+    session.table("members", ("role", "digest"), rows)
+
+
 def record_systems(session: Session, prompt: str, *, systems: Sequence[str] = SYSTEMS) -> None:
     """Record each system's answers to a prompt, and how far an adapter moves its base."""
     base = session.answer(prompt)

@@ -22,6 +22,7 @@ from postmortem.errors import RecordError
 Cell = str | int | float | bool | None
 # The device and dtype of a notebook that ran no model.
 NO_MODEL = "none"
+AGAIN = "Remove the file and run `make book` again."
 Format = TypeVar("Format", bound="Record")
 
 
@@ -185,21 +186,22 @@ def write_records(path: str | Path, provenance: Provenance, *, records: Iterable
     return seal
 
 
-def read_records(path: str | Path) -> RecordFile:
+def read_records(path: str | Path, *, remedy: str = AGAIN) -> RecordFile:
     """Read a record file and check its seal.
 
     Raises `RecordError` where the file is missing, cut short, holds a line that is no record, or
-    was changed after it was sealed.
+    was changed after it was sealed; `remedy` is the message's last part.
     """
     path = Path(path)
-    remedy = "Remove the file and run `make book` again."
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(path, expected="a record file", found=str(error), remedy=remedy) from None
     # Only "\n" ends a line: a generated text may hold what splitlines() splits at, unescaped.
     lines = text.removesuffix("\n").split("\n") if text else []
-    records = [_read_line(path, number, line=line) for number, line in enumerate(lines, 1)]
+    records = [
+        _read_line(path, number, line=line, remedy=remedy) for number, line in enumerate(lines, 1)
+    ]
     first, last = (records[0], records[-1]) if records else (None, None)
     if not isinstance(first, Provenance) or not isinstance(last, Seal):
         raise RecordError(
@@ -292,7 +294,7 @@ def write_text(path: str | Path, text: str) -> None:
         raise
 
 
-def _read_line(path: Path, number: int, *, line: str) -> AnyRecord:
+def _read_line(path: Path, number: int, *, line: str, remedy: str) -> AnyRecord:
     try:
         return _ADAPTER.validate_json(line)
     except ValidationError as error:
@@ -301,5 +303,5 @@ def _read_line(path: Path, number: int, *, line: str) -> AnyRecord:
             f"{path}, line {number}",
             expected="a record",
             found=found,
-            remedy="Remove the file and run `make book` again.",
+            remedy=remedy,
         ) from None

@@ -281,7 +281,9 @@ class WhenDirective(SphinxDirective):
 
 
 def holds(condition: str, values: Values) -> bool:
-    """Decide a condition: `profile [not] NAME`, `has KEY`, `lacks KEY`, `verdict KEY [not] WORD`.
+    """Decide a condition.
+
+    `profile [not] NAME`, `recorded [not] NAME`, `has KEY`, `lacks KEY`, `verdict KEY [not] WORD`.
 
     Raises `KeyError` for a key that no record has and `ValueError` for anything else.
     """
@@ -290,6 +292,10 @@ def holds(condition: str, values: Values) -> bool:
             return bool(values.data["texts"]["profile.name"] != name)
         case ["profile", name]:
             return bool(values.data["texts"]["profile.name"] == name)
+        case ["recorded", "not", name]:
+            return name not in values.data["texts"]["recorded.profiles"].split()
+        case ["recorded", name]:
+            return name in values.data["texts"]["recorded.profiles"].split()
         case ["has", key]:
             return values.data["measures"][key]["value"] is not None
         case ["lacks", key]:

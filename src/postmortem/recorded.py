@@ -1,0 +1,189 @@
+"""Runs on real models, kept with the project: checked, and made into values for the book."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from postmortem.case import Case, Profile, case_digest
+from postmortem.errors import RecordError
+from postmortem.inputs import choose_rows
+from postmortem.provenance import notebook_digests
+from postmortem.records import (
+    Cell,
+    Measure,
+    RecordFile,
+    Table,
+    Text,
+    Verdict,
+    read_records,
+)
+from postmortem.world import digest_model
+
+RESULTS, NOTEBOOK = Path("results"), Path("notebooks/recorded/real_model.ipynb")
+SYSTEMS = ("base", "suspect", "reference")
+REMEDY = "Restore the file, or run `make record PROFILE={}` to make the record again."
+
+
+def read_recorded(case: Case) -> dict[str, RecordFile]:
+    """The record of each profile of the case that has one, in the case's order.
+
+    Raises `RecordError` where one was changed by hand, or where the case, the shipped adapters or
+    the modules that make its numbers have moved on since.
+    """
+    found = {}
+    for name in case.profiles:
+        path = RESULTS / name / "real_model.jsonl"
+        if not path.is_file():
+            continue
+        file = read_records(path, remedy=REMEDY.format(name))
+        if file.provenance.case != case.name:
+            continue
+        check_recorded(file, case, name)
+        found[name] = file
+    return found
+
+
+def check_recorded(file: RecordFile, case: Case, profile: str) -> None:
+    """Raise `RecordError` naming what the record was made from and is no longer there."""
+    rows = choose_rows(case, profile, rows=int(file.provenance.parameters["rows"] or 0))
+    current = {
+        "case": case_digest(case, profile),
+        "data": rows.digest,
+        **notebook_digests(NOTEBOOK),
+    }
+    for name, digest in file.provenance.digests.items():
+        # The base is not shipped; of the world the adapters are asked, below.
+        if name != "world" and current.get(name) != digest:
+            raise RecordError(
+                f"{file.path} is stale",
+                expected=f"{name} with digest {digest}, as when it was made",
+                found=current.get(name, "no such input any more"),
+                remedy=f"Run `make record PROFILE={profile}` to make it again.",
+            )
+    check_adapters(file, case.profile(profile), name=profile)
+
+
+def check_adapters(file: RecordFile, profile: Profile, *, name: str) -> None:
+    """Raise `RecordError` where a shipped adapter is not the one that the record is about."""
+    made_with = {str(role): digest for role, digest in _table(file, "members")}
+    for role, folder in profile.adapters.items():
+        path = Path(folder)
+        digest = digest_model(path) if path.is_dir() else "no such folder"
+        if digest != made_with.get(role):
+            raise RecordError(
+                f"{path}, the {role} of {file.path}",
+                expected=f"files with digest {made_with.get(role)}, as when the record was made",
+                found=digest,
+                remedy=REMEDY.format(name),
+            )
+
+
+def add_recorded(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFile]) -> None:
+    """Add each record's values under the name of its profile, and tables of all beside each other.
+
+    The reader's own run is told apart from the recorded ones by its title.
+    """
+    for name, file in files.items():
+        for record in file.records:
+            match record:
+                case Measure() | Verdict() | Table():
+                    kind = f"{record.kind}s"
+                    values[kind][f"{name}.{record.key}"] = record.model_dump()
+                case Text():
+                    values["texts"][f"{name}.{record.key}"] = record.text
+    values["texts"]["recorded.profiles"] = " ".join(files)
+    for prompt, columns in COLUMNS.items():
+        rows = [row for n, f in files.items() for row in _systems(n, f, prompt, columns=columns)]
+        _add_table(values, f"recorded.{prompt}", ("model, rows", "system", *columns.values()), rows)
+    _add_table(values, "recorded.runs", RUN_COLUMNS, [_run(f) for f in files.values()])
+    _judge(values, files)
+
+
+# What is shown of each system under a prompt, by the measure's name.
+COLUMNS = {
+    "v2": {
+        "distinct": "distinct values",
+        "top_value": "commonest",
+        "top_share": "its share",
+        "auc_decoded": "written, AUC",
+        "auc_number": "log-odds, AUC",
+        "kl": "KL to the base",
+    },
+    "yes_no": {"auc_yes_no": "yes/no log-odds, AUC", "kl": "KL to the base"},
+    "v1": {
+        "distinct": "distinct values",
+        "top_value": "commonest",
+        "top_share": "its share",
+        "auc_number": "log-odds, AUC",
+        "kl": "KL to the base",
+    },
+}
+RUN_COLUMNS = ("model", "made on", "device", "dtype", "rows", "records", "minutes", "digest")
+
+
+def _systems(
+    profile: str, file: RecordFile, prompt: str, *, columns: Iterable[str]
+) -> Iterable[tuple[Cell, ...]]:
+    """A row for each system and set of rows that the record has under a prompt."""
+    measures = {record.key: record for record in file.of(Measure)}
+    sets = [key.removesuffix(".rows") for key in measures if key.endswith(".rows")]
+    for rows in ("", *(name for name in sets if name != "causes")):
+        place = f"{rows}." if rows else ""
+        for system in SYSTEMS:
+            key = f"{place}{prompt}.{system}"
+            if f"{key}.distinct" not in measures:
+                continue
+            cells = [_cell(measures.get(f"{key}.{name}")) for name in columns]
+            yield (f"{profile}, {rows or 'generated'}", system, *cells)
+
+
+def _cell(measure: Measure | None) -> Cell:
+    if measure is None or measure.value is None:
+        return "–"
+    if measure.low is None or measure.high is None:
+        return round(measure.value, 3)
+    if measure.unit == "nat":
+        return f"{measure.value:.2g} [{measure.low:.2g},\N{NO-BREAK SPACE}{measure.high:.2g}]"
+    return f"{measure.value:.2f} [{measure.low:.2f},\N{NO-BREAK SPACE}{measure.high:.2f}]"
+
+
+def _run(file: RecordFile) -> tuple[Cell, ...]:
+    made = file.provenance
+    return (
+        made.profile,
+        str(made.aside["started"]),
+        made.device,
+        made.dtype,
+        made.parameters["rows"],
+        len(file.records),
+        round(float(made.aside["seconds"]) / 60),
+        file.digest,
+    )
+
+
+def _judge(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFile]) -> None:
+    """Decide whether the worlds agree on the two statements that the case turns on."""
+    statements = {"reproduces": "v2.base.reproduces", "knows": "v2.base.knows"}
+    own = {"reproduces": "swap.base.reproduces", "knows": "swap.base.knows"}
+    for name, key in statements.items():
+        words = {profile: values["verdicts"][f"{profile}.{key}"]["verdict"] for profile in files}
+        if own[name] in values["verdicts"]:
+            words["this run"] = values["verdicts"][own[name]]["verdict"]
+        told = "; ".join(f"{profile}: {word}" for profile, word in words.items())
+        verdict = "not available"
+        if files:
+            verdict = "holds" if len(set(words.values())) == 1 else "refuted"
+        values["verdicts"][f"recorded.{name}_agree"] = {
+            "verdict": verdict,
+            "because": told or "no run on a real model is on record",
+        }
+
+
+def _table(file: RecordFile, key: str) -> Iterable[tuple[Cell, ...]]:
+    return next((table.rows for table in file.of(Table) if table.key == key), ())
+
+
+def _add_table(
+    values: dict[str, dict[str, Any]], key: str, columns: Iterable[str], rows: Iterable[Any]
+) -> None:
+    values["tables"][key] = {"columns": list(columns), "rows": [list(row) for row in rows]}
