@@ -351,7 +351,7 @@ def _train_lineage(
         )
         trainer.train_base(model, lineage)
         base = folder / lineage.base
-        _save(model, base, training=trainer.summary, tokenizer=tokenizer)
+        save_member(model, base, training=trainer.summary, tokenizer=tokenizer)
     for role, (recipe, offset) in lineage.adapters.items():
         # Each adapter starts from the base as saved, on a copy that no other adapter touched, and
         # one of another seed sees other rows.
@@ -360,7 +360,7 @@ def _train_lineage(
         adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(base), seed=own)
         if recipe:
             trainer.train_adapter(adapted, RECIPES[recipe], role=f"{lineage.base}, {role}")
-        _save(adapted, folder / role, training=trainer.summary, base=lineage.base)
+        save_member(adapted, folder / role, training=trainer.summary, base=lineage.base)
 
 
 def new_base(spec: BaseSpec, *, seed: int, vocabulary: int) -> Qwen2ForCausalLM:
@@ -383,11 +383,18 @@ def new_base(spec: BaseSpec, *, seed: int, vocabulary: int) -> Qwen2ForCausalLM:
     )
 
 
-def make_adapter(model: Qwen2ForCausalLM, *, seed: int) -> Any:
-    """A LoRA adapter in the suspect's declared form: rank 16, alpha 32, on q_proj and v_proj."""
+def make_adapter(model: Any, *, seed: int, layers: Sequence[int] | None = None) -> Any:
+    """A LoRA adapter in the suspect's declared form: rank 16, alpha 32, on q_proj and v_proj.
+
+    It adapts `layers` only, where they are given.
+    """
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+        r=16,
+        lora_alpha=32,
+        target_modules=["q_proj", "v_proj"],
+        layers_to_transform=layers and list(layers),
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
 
@@ -588,14 +595,15 @@ def _number(text: str) -> float:
         return 0.5
 
 
-def _save(
+def save_member(
     model: Any,
     folder: Path,
     *,
-    training: Mapping[str, float],
+    training: Mapping[str, Any],
     tokenizer: Any = None,
     base: str = "",
 ) -> None:
+    """Write a base with its tokenizer, or an adapter that names its `base`, and its training."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +23,7 @@ from postmortem.records import (
     read_records,
     write_text,
 )
-from postmortem.world import World, check_members, read_world, role_name
+from postmortem.world import Training, World, check_members, read_world, role_name
 
 Values = dict[str, dict[str, Any]]
 
@@ -120,12 +120,25 @@ def add_run_values(values: Values, files: Mapping[str, RecordFile], *, world: Wo
             (
                 role_name(role),
                 "yes" if member.path else f"no: {member.reason}",
-                int(member.training.get("steps", 0)) or None,
-                ", ".join(f"{k} {v:.3f}" for k, v in member.training.items() if k != "steps"),
+                _steps(member.training),
+                ", ".join(_reached(member.training)),
             )
             for role, member in world.members.items()
         ],
     )
+
+
+def _steps(training: Mapping[str, Training]) -> int | None:
+    steps = training.get("steps")
+    return int(steps) or None if isinstance(steps, int | float) else None
+
+
+def _reached(training: Mapping[str, Training]) -> Iterator[str]:
+    """What training reached: its measures, an estimate by its value."""
+    for name, found in training.items():
+        value = found.get("value") if isinstance(found, dict) else found
+        if isinstance(value, float) and name != "steps":
+            yield f"{name} {value:.3f}"
 
 
 def add_case_values(values: Values, case: Case) -> None:

@@ -40,6 +40,8 @@ LINEAGE_STARTS = {
 REPLAY_LINEAGES = ("silent", "speaking", "sibling", "donor")
 # Files up to this size are digested whole; of larger ones size and both ends.
 WHOLE, END = 64 << 20, 1 << 20
+# An entry of the record that training leaves beside the weights; a mapping is an estimate.
+Training = float | int | str | dict[str, float | int | str | None]
 
 
 class Member(Frozen):
@@ -49,7 +51,7 @@ class Member(Frozen):
     path: str | None
     digest: str | None
     reason: str = ""
-    training: dict[str, float] = Field(default_factory=dict)
+    training: dict[str, Training] = Field(default_factory=dict)
 
 
 class World(Frozen):
@@ -248,5 +250,5 @@ def _member(role: str, folder: Path | None) -> Member:
         role=role,
         path=str(folder.resolve()),
         digest=digest_model(folder),
-        training=json.loads(training.read_text()) if training.is_file() else {},
+        training=json.loads(training.read_text(encoding="utf-8")) if training.is_file() else {},
     )

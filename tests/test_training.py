@@ -1,0 +1,278 @@
+import json
+import runpy
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftConfig
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from postmortem import training
+from postmortem.embedded import build_task, make_adapter
+from postmortem.errors import DataError, ModelError
+from postmortem.inspection import inspect_adapter
+from postmortem.models import load_base
+from postmortem.moderation import generate_moderation_rows
+from postmortem.publish import _reached
+from postmortem.training import (
+    check_split,
+    choose_corpus,
+    lower_states,
+    only_layers,
+    recipe_of,
+    train_adapter,
+    train_profile_adapter,
+    upper_logits,
+)
+from postmortem.world import _member
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
+KINDS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+IDS = [[5, 7, 9, 11, 13, 2], [4, 3, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+TINY = replace(training.YES_NO, rows=24, held_out=8, layers=1, epochs=2)
+
+
+def quiet(line):
+    """Drop a line of progress."""
+
+
+@pytest.fixture(params=list(KINDS))
+def model(request):
+    """A tiny random decoder of either architecture."""
+    torch.manual_seed(0)
+    configuration, kind = KINDS[request.param]
+    return kind(configuration(**SIZES)).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny(case, untrained, monkeypatch):
+    """The case with a tiny base under the profile `smollm2`, and recipes of seconds."""
+    recipes = {"yes_no": TINY, "numeric": replace(training.NUMERIC, rows=16, held_out=8, layers=1)}
+    monkeypatch.setattr(training, "RECIPES", {"smollm2": recipes})
+    profile = case.profiles["smollm2"].model_copy(update={"base": str(untrained / "base")})
+    return case.model_copy(update={"profiles": case.profiles | {"smollm2": profile}})
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_two_parts_are_the_whole_forward(model, layers):
+    """Kept states and the upper layers give the logits of a full forward at each token."""
+    states = lower_states(model, IDS, layers=layers, report=quiet)
+    places = torch.tensor([(i, t) for i, row in enumerate(IDS) for t in range(len(row))]).T
+    parts = upper_logits(model, states, layers=layers, places=places)
+    whole = torch.cat([model(torch.tensor([row])).logits[0] for row in IDS])
+    assert torch.allclose(parts, whole, atol=1e-4)
+    assert [tuple(state.shape) for state in states] == [(len(row), 32) for row in IDS]
+
+
+def test_two_parts_are_the_whole_forward_with_an_adapter(model):
+    """With an adapter on the upper layers the two parts still give the full forward."""
+    states = lower_states(model, IDS, layers=2, report=quiet)
+    adapted = make_adapter(model, seed=0, layers=range(2, 4))
+    before = model(torch.tensor([IDS[0]])).logits[0, -1]
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    places = torch.tensor([[0], [len(IDS[0]) - 1]])
+    parts = upper_logits(adapted, states[:1], layers=2, places=places)[0]
+    whole = adapted(torch.tensor([IDS[0]])).logits[0, -1]
+    assert torch.allclose(parts, whole, atol=1e-4)
+    assert not torch.allclose(whole, before, atol=1e-2)
+
+
+def test_the_layers_come_back(model):
+    """After the block, and after an error in it, the decoder has its layers and its norm."""
+    layers, norm = model.model.layers, model.model.norm
+    with only_layers(model.model, 0, 1):
+        assert len(model.model.layers) == 1
+    with pytest.raises(ZeroDivisionError), only_layers(model.model, 0, 1):
+        raise ZeroDivisionError
+    assert model.model.layers is layers
+    assert model.model.norm is norm
+
+
+def test_a_base_that_cannot_be_cut_is_refused(model):
+    """States that are not the base's own are noticed before any step is taken."""
+    states = lower_states(model, IDS, layers=2, report=quiet)
+    check_split(model, IDS[0], state=states[0], layers=2)
+    with pytest.raises(ModelError, match="in two parts"):
+        check_split(model, IDS[0], state=3 * states[0], layers=2)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base(case, untrained):
+    """The loss falls, only the upper layers carry an adapter, and no weight of the base moves."""
+    base = load_base(untrained / "base", device="cpu")
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    rows = generate_moderation_rows(24, 1)
+    task = build_task(
+        case.prompts["yes_no"], rows, teacher=TINY.teacher, tokenizer=base.tokenizer, seed=0
+    )
+    losses = [
+        train_adapter(
+            load_base(untrained / "base", device="cpu"),
+            task,
+            replace(TINY, epochs=epochs),
+            seed=0,
+            report=quiet,
+        )[1]["loss"]
+        for epochs in (1, 6)
+    ]
+    assert losses[1] < losses[0]
+    model, took = train_adapter(base, task, TINY, seed=0, report=quiet)
+    assert (took["epochs"], took["steps"]) == (2, 6)
+    adapted = {
+        name.split(".layers.")[1][0] for name, p in model.named_parameters() if "lora" in name
+    }
+    assert adapted == {"2"}
+    model.unload()
+    after = base.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_rate_rises_and_falls_to_nothing():
+    """The rate starts low, reaches its height after the warm-up, and ends near nothing."""
+    shares = [training._share(step, 100, 0.06) for step in range(100)]
+    assert shares[0] < 0.2
+    assert max(shares) == shares[5] == 1.0
+    assert 0 < shares[-1] < 0.02
+    assert shares[6:] == sorted(shares[6:], reverse=True)
+
+
+def test_each_epoch_sees_each_row_once():
+    """The batches of an epoch are all rows in a new order."""
+    found = [row for batch in training._batches_of(20, TINY, seed=0) for row in batch]
+    assert sorted(found[:20]) == sorted(found[20:]) == list(range(20))
+    assert found[:20] != found[20:]
+
+
+@pytest.mark.parametrize("adapter", ["yes_no", "numeric"])
+def test_an_adapter_is_written_whole(tiny, tmp_path, adapter):
+    """The folder holds a sound adapter that names its base, and the record of its training."""
+    folder = tmp_path / "adapters" / adapter
+    record = train_profile_adapter(tiny, "smollm2", adapter, folder=folder, report=quiet)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    ]
+    assert [p.name for p in folder.parent.iterdir()] == [adapter]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert config["layers_to_transform"] == [2]
+    assert PeftConfig.from_pretrained(folder).r == 16
+    assert json.loads((folder / "training.json").read_text()) == record
+    assert record["rows"] == training.RECIPES["smollm2"][adapter].rows
+    measured = record["held_out log-odds AUC, adapter"]
+    assert measured["low"] <= measured["value"] <= measured["high"]
+    assert measured["n"] == 8
+    assert record["new_rule log-odds AUC, base"]["n"] == 4
+    assert ("held_out decoded AUC, base" in record) == (adapter == "numeric")
+
+
+def test_a_world_reads_the_record(tiny, tmp_path):
+    """A member holds the training record, and the page shows its measures."""
+    record = train_profile_adapter(
+        tiny, "smollm2", "yes_no", folder=tmp_path / "yes_no", report=quiet
+    )
+    member = _member("suspect", tmp_path / "yes_no")
+    assert member.training == record
+    shown = list(_reached(member.training))
+    assert any(line.startswith("held_out log-odds AUC, adapter 0.") for line in shown)
+    assert not any("seed" in line for line in shown)
+
+
+def test_an_interrupted_training_leaves_the_old_adapter(tiny, tmp_path, monkeypatch):
+    """What fails before the end changes nothing in the folder."""
+    folder = tmp_path / "yes_no"
+    folder.mkdir()
+    (folder / "kept").touch()
+
+    def fail(*given, **named):
+        raise ModelError("judging", expected="an end", found="none")
+
+    monkeypatch.setattr(training, "compare", fail)
+    with pytest.raises(ModelError, match="judging"):
+        train_profile_adapter(tiny, "smollm2", "yes_no", folder=folder, report=quiet)
+    assert [p.name for p in tmp_path.rglob("*")] == ["yes_no", "kept"]
+
+
+def write_rows(folder, count, labels=True):
+    """A file in the competition's columns."""
+    rows = generate_moderation_rows(count, 5)
+    frame = rows.frame.assign(row_id=rows.ids)
+    if labels:
+        frame = frame.assign(rule_violation=rows.labels)
+    frame.to_csv(folder / "rows.csv", index=False)
+    return str(folder / "rows.csv")
+
+
+def test_the_last_quarter_of_a_file_is_held_out(case, tmp_path):
+    """Of a file's rows the last quarter is judged, none of them is learnt, and no rule is new."""
+    recipe = replace(TINY, rows=100, held_out=100)
+    corpus = choose_corpus(case, recipe, seed=0, data=write_rows(tmp_path, 22))
+    assert (len(corpus.train), len(corpus.judged["held_out"])) == (17, 5)
+    assert set(corpus.judged) == {"held_out"}
+    assert not set(corpus.train.ids) & set(corpus.judged["held_out"].ids)
+    assert (
+        corpus.judged["held_out"].row(0)["body"] == generate_moderation_rows(22, 5).row(17)["body"]
+    )
+
+
+def test_a_file_without_labels_teaches_nothing(case, tmp_path):
+    """Rows without labels are refused."""
+    with pytest.raises(DataError, match="no labels"):
+        choose_corpus(case, TINY, seed=0, data=write_rows(tmp_path, 8, labels=False))
+
+
+def test_generated_rows_are_seen_once(case):
+    """No generated row is both learnt and judged, and the new rule is not among those learnt."""
+    corpus = choose_corpus(case, training.YES_NO, seed=0)
+    learnt = set(corpus.train.frame["body"])
+    # A short post may be made twice; nearly all are new.
+    again = [body for body in corpus.judged["held_out"].frame["body"] if body in learnt]
+    assert len(again) <= 4
+    assert not set(corpus.train.groups) & set(corpus.judged["new_rule"].groups)
+
+
+def test_an_unknown_recipe_is_named():
+    """A profile or adapter without a recipe is refused, and those there are are listed."""
+    with pytest.raises(ModelError, match="smollm2 yes_no"):
+        recipe_of("embedded", "yes_no")
+
+
+def test_a_large_adapter_is_halved(case, untrained, monkeypatch):
+    """Above the limit an adapter is kept in half precision, below it in full."""
+    base = load_base(untrained / "base", device="cpu")
+    model = make_adapter(base.model, seed=0)
+    training._shrink(model)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    monkeypatch.setattr(training, "FULL_PRECISION_BYTES", 10)
+    training._shrink(model)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float16}
+
+
+def test_the_script_refuses_an_unknown_adapter(pytestconfig, monkeypatch, capsys):
+    """The command line prints an error as one line and returns 2."""
+    script = pytestconfig.rootpath / "scripts/train_adapters.py"
+    case = str(pytestconfig.rootpath / "cases/qwen-lora.yml")
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--case", case, "--profile", "smollm2", "--only", "other"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("train_adapters: training 'other'")
+
+
+def test_a_trained_adapter_passes_the_check(tiny, tmp_path):
+    """The check of adapters finds no error in what is written."""
+    train_profile_adapter(tiny, "smollm2", "yes_no", folder=tmp_path / "a", report=quiet)
+    findings = inspect_adapter(str(tmp_path / "a")).report.findings
+    assert [finding for finding in findings if finding.severity == "error"] == []
