@@ -6,6 +6,7 @@ from pathlib import Path
 from postmortem.case import case_digest, load_case
 from postmortem.inputs import settings_digest
 from postmortem.provenance import modules_behind, notebook_digests
+from postmortem.recorded import kept_inputs
 from postmortem.world import LINEAGE_STARTS, embedded_digest, folder_digests
 
 BUILD = "_build"
@@ -27,6 +28,9 @@ REPLAYS = f"{BUILD}/replays/{CASE.name}/{SETTINGS['profile']}"
 STARTS = LINEAGE_STARTS if EMBEDDED else {}
 # The embedded models are too small for two threads to help; a real one takes all there are.
 THREADS = 1 if EMBEDDED else workflow.cores
+# Runs on real models that are kept; `make record` and `make bench` make them again.
+KEPT = sorted(str(path) for path in Path("results").glob("*/*.jsonl"))
+HEAVY = SETTINGS.get("heavy", "")
 # Notebooks that read what an earlier one recorded.
 EARLIER = {"02_v2_run": "01_v1_run", "09_diagnosis": "07_replay"}
 
@@ -57,12 +61,15 @@ rule publish:
         world=f"{RUN}/world.json",
         case=SETTINGS["case"],
         records=expand(f"{RUN}/records/{{name}}.jsonl", name=NOTEBOOKS),
+        recorded=KEPT,
     output:
         f"{RUN}/values.json",
         f"{RUN}/figures/figures.json",
     params:
         run=RUN,
         code=modules_behind(["import postmortem.publish"]),
+        # What a kept record is held against.
+        behind=[kept_inputs(name, CASE) for name in KEPT],
     shell:
         "postmortem step publish --run {params.run:q}"
 
@@ -134,22 +141,20 @@ rule replay_notebook:
         " --world {input.world:q} --whole"
 
 
-# Kept under version control, so made only where it is missing or asked for.
-rule record:
-    input:
-        notebook="notebooks/recorded/real_model.ipynb",
-        world=f"{RUN}/world.json",
-    output:
-        records=f"results/{SETTINGS['profile']}/real_model.jsonl",
-        executed=f"{RUN}/recorded/real_model.ipynb",
-    params:
-        depends=notebook_digests("notebooks/recorded/real_model.ipynb"),
-        settings=settings_digest(CASE, SETTINGS),
-        files=SETTINGS.get("files", ""),
-    threads: THREADS
-    shell:
-        "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
-        " --records {output.records:q} --executed {output.executed:q} --world {input.world:q}"
+if HEAVY:
+
+    # Only where it is asked for: to a build of the book a kept record is a source.
+    rule keep:
+        input:
+            notebook=f"notebooks/recorded/{HEAVY}.ipynb",
+            world=f"{RUN}/world.json",
+        output:
+            records=f"results/{SETTINGS['profile']}/{HEAVY}.jsonl",
+            executed=f"{RUN}/recorded/{HEAVY}.ipynb",
+        threads: workflow.cores
+        shell:
+            "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
+            " --records {output.records:q} --executed {output.executed:q} --world {input.world:q}"
 
 
 rule replay_world:

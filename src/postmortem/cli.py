@@ -127,7 +127,8 @@ def record(
         "rows": 0,
         "worlds": 1,
     }
-    print(graph.record(settings, cores=cores or len(os.sched_getaffinity(0))))
+    _, line = graph.keep("real_model", settings, cores=cores or len(os.sched_getaffinity(0)))
+    print(line)
 
 
 @app.command()

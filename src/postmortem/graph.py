@@ -7,18 +7,18 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from postmortem.case import load_case
 from postmortem.errors import BookError, DataError
-from postmortem.records import read_records, write_text
+from postmortem.records import RecordFile, read_records, write_text
 
 BUILD, RECORDED = Path("_build"), Path("results")
 DEVICES = re.compile(r"auto|cpu|cuda|cuda:[0-9]+|mps")
 DTYPES = re.compile("auto|float32|bfloat16|float16")
-Settings = Mapping[str, str | int]
+Settings = dict[str, str | int]
 
 
 def build(settings: Settings, *, cores: int) -> str:
@@ -48,19 +48,19 @@ def replay(settings: Settings, *, cores: int) -> str:
     return f"replay: {told['line']}"
 
 
-def record(settings: Settings, *, cores: int) -> str:
-    """Run a profile's heavy experiments for the record; return the line that says where it is."""
+def keep(notebook: str, settings: Settings, *, cores: int) -> tuple[RecordFile, str]:
+    """Run a heavy notebook again and keep its record; return it and the line that says where."""
     start = time.perf_counter()
     check_settings(settings)
-    for source in str(settings["files"]).split():
-        for path in filter(None, source.split(":")):
-            if not Path(path).is_file():
-                raise DataError(path, expected="a file of rows or labels", found="no such file")
+    for path in str(settings["files"]).replace(":", " ").split():
+        if not Path(path).is_file():
+            raise DataError(path, expected="a file of rows or labels", found="no such file")
+    place = RECORDED / str(settings["profile"]) / f"{notebook}.jsonl"
     with one_build():
-        _run_graph("record", settings, cores=cores)
-    place = RECORDED / str(settings["profile"]) / "real_model.jsonl"
-    counts = f"{len(read_records(place).records)} records, {time.perf_counter() - start:.0f} s"
-    return f"record: {place} ({counts})"
+        _run_graph("keep", settings | {"heavy": notebook}, cores=cores, again=True)
+    kept = read_records(place)
+    counts = f"{len(kept.records)} records, {time.perf_counter() - start:.0f} s"
+    return kept, f"record: {place} ({counts})"
 
 
 def check_settings(settings: Settings) -> None:
@@ -97,9 +97,10 @@ def one_build() -> Iterator[None]:
         yield
 
 
-def _run_graph(target: str, settings: Settings, *, cores: int) -> None:
+def _run_graph(target: str, settings: Settings, *, cores: int, again: bool = False) -> None:
     write_text(BUILD / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
     command = [target, "--cores", str(cores), "--quiet", "all", "--rerun-incomplete", "--nolock"]
+    command += ["--forcerun", target] if again else []
     environment = os.environ | {
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",

@@ -43,6 +43,20 @@ def read_recorded(case: Case) -> dict[str, RecordFile]:
     return found
 
 
+def kept_inputs(path: str | Path, case: Case) -> dict[str, str]:
+    """Digests of what a kept record is held against: its notebook, code, case and adapters."""
+    path = Path(path)
+    profile = path.parent.name
+    if profile not in case.profiles:
+        return {}
+    folders = map(Path, case.profiles[profile].adapters.values())
+    return {
+        "case": case_digest(case, profile),
+        **notebook_digests(NOTEBOOK.with_name(f"{path.stem}.ipynb")),
+        **{str(folder): digest_model(folder) for folder in folders if folder.is_dir()},
+    }
+
+
 def check_recorded(file: RecordFile, case: Case, profile: str) -> None:
     """Raise `RecordError` naming what the record was made from and is no longer there."""
     rows = choose_rows(case, profile, rows=int(file.provenance.parameters["rows"] or 0))
