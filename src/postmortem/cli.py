@@ -132,6 +132,32 @@ def record(
 
 
 @app.command()
+def bench(
+    case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
+    profile: Annotated[str, typer.Option(help="A profile of the case.")] = "smollm2",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+) -> None:
+    """Time the incident's loop and ours in one run, keep the record, and say the ratios."""
+    from postmortem import graph
+    from postmortem.recorded import describe_bench
+
+    settings: dict[str, str | int] = {
+        **dict.fromkeys(("data", "labels", "suspect", "reference", "files"), ""),
+        "case": case,
+        "profile": profile,
+        "device": device,
+        "dtype": dtype,
+        "rows": 0,
+        "worlds": 1,
+    }
+    kept, line = graph.keep("bench", settings, cores=cores or len(os.sched_getaffinity(0)))
+    print(line)
+    print(f"bench: {describe_bench(kept)}")
+
+
+@app.command()
 def diagnose(
     case: Annotated[Path, typer.Argument(help="A case file whose book has been built.")],
     profile: Annotated[str, typer.Option(help="A profile of the case.")] = "embedded",

@@ -10,7 +10,7 @@ from postmortem.case import Case, ClaimVerdict, Practice, RunTest, load_case
 from postmortem.errors import RecordError
 from postmortem.figures import draw_all, save_drawings
 from postmortem.inputs import choose_rows, input_digests
-from postmortem.recorded import add_recorded, read_recorded
+from postmortem.recorded import add_bench, add_recorded, read_kept
 from postmortem.records import (
     NO_MODEL,
     Cell,
@@ -57,8 +57,8 @@ def publish(
     add_run_values(values, files, world=members)
     values["texts"]["rows.source"] = scored.source
     values["measures"]["rows.count"] = _number(len(scored))
-    recorded = read_recorded(loaded)
-    add_recorded(values, recorded)
+    add_recorded(values, read_kept(loaded, "real_model"))
+    add_bench(values, read_kept(loaded, "bench"))
     add_case_values(values, loaded)
     drawings, missing = draw_all(files, loaded)
     save_drawings(drawings, missing, Path(out) / "figures")

@@ -15,32 +15,44 @@ from postmortem.records import (
     Table,
     Text,
     Verdict,
+    check_fresh,
     read_records,
 )
 from postmortem.world import digest_model
 
-RESULTS, NOTEBOOK = Path("results"), Path("notebooks/recorded/real_model.ipynb")
+# A heavy notebook, and the target of `make` that runs it.
+TARGETS = {"real_model": "record", "bench": "bench"}
+RESULTS, NOTEBOOKS = Path("results"), Path("notebooks/recorded")
 SYSTEMS = ("base", "suspect", "reference")
-REMEDY = "Restore the file, or run `make record PROFILE={}` to make the record again."
+REMEDY = "Restore the file, or run `make {name} PROFILE={profile}` to make the record again."
 
 
-def read_recorded(case: Case) -> dict[str, RecordFile]:
-    """The record of each profile of the case that has one, in the case's order.
+def read_kept(case: Case, name: str) -> dict[str, RecordFile]:
+    """The kept record of a heavy notebook by profile, in the case's order.
 
     Raises `RecordError` where one was changed by hand, or where the case, the shipped adapters or
     the modules that make its numbers have moved on since.
     """
     found = {}
-    for name in case.profiles:
-        path = RESULTS / name / "real_model.jsonl"
+    for profile in case.profiles:
+        path = RESULTS / profile / f"{name}.jsonl"
         if not path.is_file():
             continue
-        file = read_records(path, remedy=REMEDY.format(name))
-        if file.provenance.case != case.name:
-            continue
-        check_recorded(file, case, name)
-        found[name] = file
+        file = read_records(path, remedy=REMEDY.format(name=TARGETS[name], profile=profile))
+        if file.provenance.case == case.name:
+            check_kept(file, case, profile)
+            found[profile] = file
     return found
+
+
+def describe_bench(file: RecordFile) -> str:
+    """The ratios of a benchmark in a line."""
+    found = {record.key: record.value or 0.0 for record in file.of(Measure)}
+    return (
+        f"numeric x{found['bench.v2.numeric.ratio']:.1f}, "
+        f"readout x{found['bench.yes_no.readout.ratio']:.1f}, "
+        f"gemm share {found['bench.share']:.2f}"
+    )
 
 
 def kept_inputs(path: str | Path, case: Case) -> dict[str, str]:
@@ -52,32 +64,28 @@ def kept_inputs(path: str | Path, case: Case) -> dict[str, str]:
     folders = map(Path, case.profiles[profile].adapters.values())
     return {
         "case": case_digest(case, profile),
-        **notebook_digests(NOTEBOOK.with_name(f"{path.stem}.ipynb")),
+        **notebook_digests(NOTEBOOKS / f"{path.stem}.ipynb"),
         **{str(folder): digest_model(folder) for folder in folders if folder.is_dir()},
     }
 
 
-def check_recorded(file: RecordFile, case: Case, profile: str) -> None:
+def check_kept(file: RecordFile, case: Case, profile: str) -> None:
     """Raise `RecordError` naming what the record was made from and is no longer there."""
+    name = file.path.stem
+    remedy = REMEDY.format(name=TARGETS[name], profile=profile)
     rows = choose_rows(case, profile, rows=int(file.provenance.parameters["rows"] or 0))
     current = {
         "case": case_digest(case, profile),
         "data": rows.digest,
-        **notebook_digests(NOTEBOOK),
-    }
-    for name, digest in file.provenance.digests.items():
+        **notebook_digests(NOTEBOOKS / f"{name}.ipynb"),
         # The base is not shipped; of the world the adapters are asked, below.
-        if name != "world" and current.get(name) != digest:
-            raise RecordError(
-                f"{file.path} is stale",
-                expected=f"{name} with digest {digest}, as when it was made",
-                found=current.get(name, "no such input any more"),
-                remedy=f"Run `make record PROFILE={profile}` to make it again.",
-            )
-    check_adapters(file, case.profile(profile), name=profile)
+        "world": file.provenance.digests["world"],
+    }
+    check_fresh(file, current, remedy=remedy)
+    check_adapters(file, case.profile(profile), remedy=remedy)
 
 
-def check_adapters(file: RecordFile, profile: Profile, *, name: str) -> None:
+def check_adapters(file: RecordFile, profile: Profile, *, remedy: str) -> None:
     """Raise `RecordError` where a shipped adapter is not the one that the record is about."""
     made_with = {str(role): digest for role, digest in _table(file, "members")}
     for role, folder in profile.adapters.items():
@@ -88,29 +96,40 @@ def check_adapters(file: RecordFile, profile: Profile, *, name: str) -> None:
                 f"{path}, the {role} of {file.path}",
                 expected=f"files with digest {made_with.get(role)}, as when the record was made",
                 found=digest,
-                remedy=REMEDY.format(name),
+                remedy=remedy,
             )
 
 
 def add_recorded(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFile]) -> None:
     """Add each record's values under the name of its profile, and tables of all beside each other.
 
-    The reader's own run is told apart from the recorded ones by its title.
+    The words that the reader's own run came to stand beside theirs.
     """
     for name, file in files.items():
-        for record in file.records:
-            match record:
-                case Measure() | Verdict() | Table():
-                    kind = f"{record.kind}s"
-                    values[kind][f"{name}.{record.key}"] = record.model_dump()
-                case Text():
-                    values["texts"][f"{name}.{record.key}"] = record.text
+        _place(values, file, prefix=f"{name}.")
     values["texts"]["recorded.profiles"] = " ".join(files)
     for prompt, columns in COLUMNS.items():
         rows = [row for n, f in files.items() for row in _systems(n, f, prompt, columns=columns)]
         _add_table(values, f"recorded.{prompt}", ("model, rows", "system", *columns.values()), rows)
     _add_table(values, "recorded.runs", RUN_COLUMNS, [_run(f) for f in files.values()])
     _judge(values, files)
+
+
+def add_bench(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFile]) -> None:
+    """Add the first benchmark on record, and where it ran."""
+    values["texts"]["bench.profile"] = next(iter(files), "")
+    for file in list(files.values())[:1]:
+        _place(values, file, prefix="")
+        _add_table(values, "bench.run", RUN_COLUMNS, [_run(file)])
+
+
+def _place(values: dict[str, dict[str, Any]], file: RecordFile, *, prefix: str) -> None:
+    for record in file.records:
+        match record:
+            case Measure() | Verdict() | Table():
+                values[f"{record.kind}s"][f"{prefix}{record.key}"] = record.model_dump()
+            case Text():
+                values["texts"][f"{prefix}{record.key}"] = record.text
 
 
 # What is shown of each system under a prompt, by the measure's name.

@@ -232,10 +232,16 @@ def digest_records(provenance: Provenance, records: Iterable[Record]) -> str:
     return state.hexdigest()[:16]
 
 
-def check_fresh(file: RecordFile, current: Mapping[str, str]) -> None:
+def check_fresh(
+    file: RecordFile,
+    current: Mapping[str, str],
+    *,
+    remedy: str = "Run `make book` to make it again.",
+) -> None:
     """Raise `RecordError` naming what has changed since the records were made.
 
-    `current` holds today's digest of each input that the provenance names.
+    `current` holds today's digest of each input that the provenance names, and `remedy` is the
+    message's last part.
     """
     for name, digest in file.provenance.digests.items():
         if current.get(name) != digest:
@@ -243,7 +249,7 @@ def check_fresh(file: RecordFile, current: Mapping[str, str]) -> None:
                 f"{file.path} is stale",
                 expected=f"{name} with digest {digest}, as when it was made",
                 found=current.get(name, "no such input any more"),
-                remedy="Run `make book` to make it again.",
+                remedy=remedy,
             )
 
 

@@ -1,0 +1,298 @@
+"""How fast answers come: the incident's own loop beside other ways, as ratios within one run."""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import batched
+from typing import Any
+
+import psutil
+import torch
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+
+from postmortem.models import LoadedBase
+from postmortem.prefill import prefix_length
+from postmortem.prompts import Prompt, encode, lead_of
+from postmortem.records import Cell, Measure
+from postmortem.scoring import alike_batches, score, suited_batch
+from postmortem.session import Session
+
+NEW_TOKENS = 10  # as many as the incident's second attempt
+BATCH_ROWS = 8
+ROWS, ROUNDS = 24, 3
+LENGTHS = (64, 128, 256, 512, 1024)
+BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
+COUNTS = (1, 4, 16, 64)
+INCIDENT, BATCHED, NUMERIC, READ_OUT = "incident", "batched", "numeric", "readout"
+TITLES = {
+    INCIDENT: "one row at a time, generate(10)",
+    BATCHED: "rows in batches, generate(10)",
+    NUMERIC: "ours: read-outs and text",
+    READ_OUT: "ours: read-outs alone",
+}
+# Kinds of work by what torch calls them; the rest is "other".
+KINDS = {
+    "matrix products": ("addmm", "::mm", "linear", "matmul", "bmm"),
+    "attention": ("attention",),
+    "copies": ("copy", "::cat", "contiguous"),
+    "elementwise": ("mul", "add", "silu", "pow", "mean", "rsqrt", "neg", "sub", "softmax"),
+}
+
+
+@dataclass
+class Timings:
+    """Seconds of each round, and the most memory in bytes that a way took beyond its start."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+
+
+def record_bench(session: Session) -> None:
+    """Time every way on both prompts, in turn, and record ratios, shares and memory."""
+    base, rows = session.base, session.rows.head(ROWS)
+    prompts = {
+        name: [
+            encode(session.case.prompts[name], rows.row(i), tokenizer=base.tokenizer, limit=512)
+            for i in range(len(rows))
+        ]
+        for name in ("v2", "yes_no")
+    }
+    times: dict[tuple[str, str], Timings] = {}
+    said: dict[tuple[str, str], list[str]] = {}
+    for turn in range(ROUNDS):
+        for name, asked in prompts.items():
+            ways = list(ways_of(base, asked, lead=lead_of(session.case.prompts[name])).items())
+            # Each round begins with another way, so that none always runs on a cold machine.
+            for way, run in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
+                found = times.setdefault((name, way), Timings())
+                with _watched(found):
+                    said[name, way] = run()
+        session.say(f"round {turn + 1} of {ROUNDS}")
+    gemm = gemm_rate(base.model, suited_batch(base.model))
+    session.measure("bench.gemm", gemm / 1e9, unit="GFLOP/s")
+    session.measure("bench.rows", len(rows), unit="rows")
+    session.measure("bench.rounds", ROUNDS)
+    _record_ways(session, prompts, times, gemm=gemm)
+    same = [a == b for a, b in zip(said["v2", INCIDENT], said["v2", NUMERIC], strict=True)]
+    session.verdict(
+        "bench.same_text", all(same), f"{sum(same)} of {len(same)} texts are those of generate"
+    )
+    gap = log_odds_gap(base, prompts["yes_no"])
+    session.measure("bench.log_odds_gap", gap, unit="nat")
+    session.verdict("bench.same_log_odds", gap < 1e-4, f"they differ by {gap:.1g} at most")
+    _record_scaling(session, base, prompts["v2"], gemm=gemm)
+    _record_profile(session, base, prompts["v2"])
+
+
+def ways_of(
+    base: LoadedBase, prompts: Sequence[Prompt], *, lead: str
+) -> dict[str, Callable[[], list[str]]]:
+    """Each way to answer the prompts, as something to run that returns the texts."""
+
+    def ours(count: int) -> list[str]:
+        scores = score(base.model, base.tokenizer, prompts=prompts, lead=lead, max_new_tokens=count)
+        return [reply.text for reply in scores.replies]
+
+    return {
+        INCIDENT: lambda: generate_rows(base, prompts, size=1),
+        BATCHED: lambda: generate_rows(base, prompts, size=BATCH_ROWS),
+        NUMERIC: lambda: ours(NEW_TOKENS),
+        READ_OUT: lambda: ours(1),
+    }
+
+
+def generate_rows(base: LoadedBase, prompts: Sequence[Prompt], *, size: int) -> list[str]:
+    """Texts by the library's own `generate`, `size` prompts at a time, padded on the left."""
+    texts = []
+    for batch in batched(prompts, size):
+        width = max(len(prompt.token_ids) for prompt in batch)
+        pads = [width - len(prompt.token_ids) for prompt in batch]
+        ids = torch.tensor([(0,) * n + p.token_ids for n, p in zip(pads, batch, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads])
+        with torch.inference_mode():
+            answers = base.model.generate(
+                input_ids=ids.to(base.model.device),
+                attention_mask=mask.to(base.model.device),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                pad_token_id=0,
+            )
+        texts += base.tokenizer.batch_decode(answers[:, width:], skip_special_tokens=True)
+    return texts
+
+
+def log_odds_gap(base: LoadedBase, prompts: Sequence[Prompt]) -> float:
+    """The largest difference between our Yes/No log-odds and those of a plain forward, in nats."""
+    yes, no = (
+        base.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No")
+    )
+    scores = score(base.model, base.tokenizer, prompts=prompts, lead="", max_new_tokens=1)
+    gaps = []
+    for prompt, reply in zip(prompts, scores.replies, strict=True):
+        ids = torch.tensor([prompt.token_ids], device=base.model.device)
+        with torch.inference_mode():
+            logits = base.model(input_ids=ids).logits[0, -1].double()
+        gaps.append(abs(float(logits[yes] - logits[no]) - reply.yes_no_log_odds))
+    return max(gaps)
+
+
+def layer_weights(model: Any) -> list[torch.Tensor]:
+    """The weight matrices of the layers, in order."""
+    return [p for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2]
+
+
+def gemm_rate(model: Any, tokens: int, *, seconds: float = 1.0) -> float:
+    """FLOP/s of the layers' matrix products alone, on as many tokens as a batch holds."""
+    weights = layer_weights(model)
+    inputs = {w.shape[1]: torch.randn(tokens, w.shape[1], dtype=w.dtype) for w in weights}
+    inputs = {width: one.to(model.device) for width, one in inputs.items()}
+    rates: list[float] = []
+    flops = 2 * tokens * sum(w.numel() for w in weights)
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < seconds or len(rates) < 3:
+            start = time.perf_counter()
+            for weight in weights:
+                functional.linear(inputs[weight.shape[1]], weight)
+            rates.append(flops / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def prefill_flops(model: Any, prompts: Sequence[Prompt]) -> float:
+    """FLOP that reading the prompts takes: shared beginnings once, no padding, one row of logits.
+
+    Two for each weight of a layer and token; attention sees half of the square.
+    """
+    config = model.config.get_text_config()
+    rows = [prompt.token_ids for prompt in prompts]
+    prefix = prefix_length(rows)
+    beginnings = {row[:prefix] for row in rows}
+    lengths = [(len(row) - prefix, len(row)) for row in rows] + [(prefix, prefix)] * len(beginnings)
+    per_token = 2 * sum(weight.numel() for weight in layer_weights(model))
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    # New tokens times those that they look at on average, for scores and for values.
+    looks = sum(new * (whole - new / 2) for new, whole in lengths)
+    attention = 4 * config.num_hidden_layers * width * looks
+    head = 2 * config.vocab_size * config.hidden_size * len(lengths)
+    return float(per_token * sum(new for new, _ in lengths) + attention + head)
+
+
+def _record_ways(
+    session: Session,
+    prompts: Mapping[str, Sequence[Prompt]],
+    times: Mapping[tuple[str, str], Timings],
+    *,
+    gemm: float,
+) -> None:
+    table: list[tuple[Cell, ...]] = []
+    loop = times["v2", INCIDENT].seconds
+    for (name, way), found in times.items():
+        pace = [len(prompts[name]) / seconds for seconds in found.seconds]
+        # Of one round both, so that a slow spell of the machine slows both.
+        ratios = [theirs / ours for theirs, ours in zip(loop, found.seconds, strict=True)]
+        flops = prefill_flops(session.base.model, prompts[name])
+        share = flops / statistics.median(found.seconds) / gemm
+        key = f"bench.{name}.{way}"
+        session.measure(f"{key}.pace", statistics.median(pace), unit="rows/s")
+        session.measure(f"{key}.ratio", statistics.median(ratios))
+        session.measure(f"{key}.share", share)
+        session.measure(f"{key}.memory", found.peak / 2**20, unit="MiB")
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        table.append(
+            (
+                *(name, TITLES[way], round(statistics.median(pace), 2)),
+                *(round(statistics.median(ratios), 2), spread, round(share, 2)),
+                round(found.peak / 2**20),
+            )
+        )
+    columns = ("prompt", "way", "rows/s", "times the loop", "over rounds", "share of GEMM", "MiB")
+    session.table("bench.ways", columns, table)
+    paths = [("v2", READ_OUT), ("yes_no", READ_OUT)]
+    measured = {
+        record.key: record.value for record in session.records if isinstance(record, Measure)
+    }
+    shares = [measured[f"bench.{name}.{way}.share"] or 0.0 for name, way in paths]
+    session.measure("bench.share", min(shares))
+
+
+def _record_scaling(
+    session: Session, base: LoadedBase, prompts: Sequence[Prompt], *, gemm: float
+) -> None:
+    """Pace of the read-outs by number of rows, by prompt length and by batch."""
+    many = list(prompts) * -(-max(COUNTS) // len(prompts))
+    rows = [(count, *_pace(base, many[:count], gemm=gemm)) for count in COUNTS]
+    session.table("bench.by_rows", ("rows", "rows/s", "tokens/s", "share of GEMM"), rows)
+    ids = [token for prompt in prompts for token in prompt.token_ids]
+    by_length = []
+    for length in LENGTHS:
+        cut = [Prompt("", tuple(ids[i * 7 : i * 7 + length]), length) for i in range(8)]
+        by_length.append((length, *_pace(base, cut, gemm=gemm)))
+    columns = ("prompt tokens", "rows/s", "tokens/s", "share of GEMM")
+    session.table("bench.by_length", columns, by_length)
+    by_batch = [(size, *_pace(base, prompts, gemm=gemm, batch_tokens=size)) for size in BATCHES]
+    session.table(
+        "bench.by_batch", ("tokens at once", "rows/s", "tokens/s", "share of GEMM"), by_batch
+    )
+    session.measure("bench.suited_batch", suited_batch(base.model), unit="tokens")
+
+
+def _pace(
+    base: LoadedBase, prompts: Sequence[Prompt], *, gemm: float, batch_tokens: int = 0
+) -> tuple[Cell, ...]:
+    start = time.perf_counter()
+    score(
+        *(base.model, base.tokenizer),
+        prompts=prompts,
+        lead="",
+        max_new_tokens=1,
+        batch_tokens=batch_tokens,
+    )
+    seconds = time.perf_counter() - start
+    tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    share = prefill_flops(base.model, prompts) / seconds / gemm
+    return (round(len(prompts) / seconds, 2), round(tokens / seconds), round(share, 2))
+
+
+def _record_profile(session: Session, base: LoadedBase, prompts: Sequence[Prompt]) -> None:
+    """Where the time of a batch of prompts goes, by kind of work."""
+    rows = [prompt.token_ids for prompt in prompts]
+    batch = next(alike_batches(rows, prefix=0, batch_tokens=suited_batch(base.model)))
+    ids = torch.tensor([rows[index][-min(len(rows[i]) for i in batch) :] for index in batch])
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as trace:
+        base.model(input_ids=ids.to(base.model.device), use_cache=True, logits_to_keep=1)
+    spent = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in trace.key_averages():
+        kind = next(
+            (k for k, parts in KINDS.items() if any(p in event.key for p in parts)), "other"
+        )
+        spent[kind] += event.self_cpu_time_total
+    whole = sum(spent.values())
+    rows_of_table = [(kind, f"{found / whole:.0%}") for kind, found in spent.items()]
+    session.table("bench.profile", ("work", "share of the time"), rows_of_table)
+
+
+@contextmanager
+def _watched(found: Timings) -> Iterator[None]:
+    """Note the seconds of a block, and the most memory that the process took above its start."""
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def look() -> None:
+        while not done.wait(0.02):
+            found.peak = max(found.peak, process.memory_info().rss - before)
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        found.seconds.append(time.perf_counter() - start)
+        done.set()
+        watcher.join()
