@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import batched
 from typing import Any
 
 import psutil
@@ -108,7 +107,8 @@ def ways_of(
 def generate_rows(base: LoadedBase, prompts: Sequence[Prompt], *, size: int) -> list[str]:
     """Texts by the library's own `generate`, `size` prompts at a time, padded on the left."""
     texts = []
-    for batch in batched(prompts, size):
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
         width = max(len(prompt.token_ids) for prompt in batch)
         pads = [width - len(prompt.token_ids) for prompt in batch]
         ids = torch.tensor([(0,) * n + p.token_ids for n, p in zip(pads, batch, strict=True)])

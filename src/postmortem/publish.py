@@ -57,8 +57,10 @@ def publish(
     add_run_values(values, files, world=members)
     values["texts"]["rows.source"] = scored.source
     values["measures"]["rows.count"] = _number(len(scored))
-    add_recorded(values, read_kept(loaded, "real_model"))
-    add_bench(values, read_kept(loaded, "bench"))
+    recorded, bench = read_kept(loaded, "real_model"), read_kept(loaded, "bench")
+    values["texts"]["recorded"] = " ".join([*recorded, *(["bench"] if bench else [])])
+    add_recorded(values, recorded)
+    add_bench(values, bench)
     add_case_values(values, loaded)
     drawings, missing = draw_all(files, loaded)
     save_drawings(drawings, missing, Path(out) / "figures")

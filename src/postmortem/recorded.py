@@ -107,7 +107,6 @@ def add_recorded(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFi
     """
     for name, file in files.items():
         _place(values, file, prefix=f"{name}.")
-    values["texts"]["recorded.profiles"] = " ".join(files)
     for prompt, columns in COLUMNS.items():
         rows = [row for n, f in files.items() for row in _systems(n, f, prompt, columns=columns)]
         _add_table(values, f"recorded.{prompt}", ("model, rows", "system", *columns.values()), rows)
@@ -117,9 +116,9 @@ def add_recorded(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFi
 
 def add_bench(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFile]) -> None:
     """Add the first benchmark on record, and where it ran."""
-    values["texts"]["bench.profile"] = next(iter(files), "")
-    for file in list(files.values())[:1]:
+    for profile, file in list(files.items())[:1]:
         _place(values, file, prefix="")
+        values["texts"]["bench.profile"] = profile
         _add_table(values, "bench.run", RUN_COLUMNS, [_run(file)])
 
 

@@ -283,7 +283,7 @@ class WhenDirective(SphinxDirective):
 def holds(condition: str, values: Values) -> bool:
     """Decide a condition.
 
-    `profile [not] NAME`, `recorded [not] NAME`, `has KEY`, `lacks KEY`, `verdict KEY [not] WORD`.
+    `profile [not] NAME`, `recorded [not] NAME` (a profile, or `bench`), `has KEY`, `lacks KEY`, `verdict KEY [not] WORD`.
 
     Raises `KeyError` for a key that no record has and `ValueError` for anything else.
     """
@@ -293,9 +293,9 @@ def holds(condition: str, values: Values) -> bool:
         case ["profile", name]:
             return bool(values.data["texts"]["profile.name"] == name)
         case ["recorded", "not", name]:
-            return name not in values.data["texts"]["recorded.profiles"].split()
+            return name not in values.data["texts"]["recorded"].split()
         case ["recorded", name]:
-            return name in values.data["texts"]["recorded.profiles"].split()
+            return name in values.data["texts"]["recorded"].split()
         case ["has", key]:
             return values.data["measures"][key]["value"] is not None
         case ["lacks", key]:
