@@ -430,11 +430,15 @@ class Replays(Frozen):
 
 
 class Recording(Frozen):
-    """What `make record` runs: generated rows, those of each file, and those of each cause."""
+    """How many rows `make record` runs.
+
+    `rows` are generated ones under the prompts that matter most, `few` of them under all others
+    and with each cause, and `file_rows` the first ones of each file.
+    """
 
     rows: int = Field(ge=2)
+    few: int = Field(ge=2)
     file_rows: int = Field(ge=2)
-    cause_rows: int = Field(ge=2)
 
 
 class Profile(Frozen):

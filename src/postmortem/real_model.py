@@ -39,8 +39,6 @@ SYSTEMS = ("base", "suspect", "reference")
 COPIED = ("quantised-base", "base-overwritten", "overflow")
 # A base up to this many bytes is copied for a cause.
 COPY_LIMIT = 2 << 30
-# Where the mismatch is ignored or cut away, any row shows it.
-MISMATCH_ROWS = 16
 
 
 def record_members(session: Session) -> None:
@@ -49,16 +47,23 @@ def record_members(session: Session) -> None:
     session.table("members", ("role", "digest"), rows)
 
 
-def record_systems(session: Session, prompt: str, *, systems: Sequence[str] = SYSTEMS) -> None:
-    """Record each system's answers to a prompt, and how far an adapter moves its base."""
-    base = session.answer(prompt)
+def record_systems(
+    session: Session, prompt: str, *, systems: Sequence[str] = SYSTEMS, rows: int = 0
+) -> None:
+    """Record each system's answers to a prompt, and how far an adapter moves its base.
+
+    On the first `rows` rows; 0 takes all.
+    """
+    chosen = session.rows.head(rows)
+    base = session.answer(prompt, rows=chosen)
+    session.measure(f"{prompt}.rows", len(chosen), unit="rows")
     for system in systems:
         if not session.world.has(system):
             reason = session.world.members[system].reason
             record_summary(session, f"{prompt}.{system}", summary=None, reason=reason)
             record_effect(session, f"{prompt}.{system}", summary=None, reason=reason)
             continue
-        found = base if system == "base" else session.answer(prompt, system=system)
+        found = base if system == "base" else session.answer(prompt, system=system, rows=chosen)
         summary = summarise(found, base)
         record_summary(session, f"{prompt}.{system}", summary=summary)
         session.verdict(f"{prompt}.{system}.knows", *knows_and_does_not_say(summary))
@@ -89,28 +94,29 @@ def record_file(session: Session, source: str, *, rows: int, prompts: Sequence[s
             _record_numbers(session, f"{name}.{prompt}.{system}", answers=answers, base=base)
 
 
-def record_variations(session: Session) -> None:
-    """Record what the base alone answers when the prompt's own words change."""
-    rows: list[tuple[Cell, ...]] = []
-    labels = session.rows.labels
+def record_variations(session: Session, *, rows: int) -> None:
+    """Record what the base alone answers on the first rows when the prompt's own words change."""
+    chosen, labels = session.rows.head(rows), session.rows.labels
+    table: list[tuple[Cell, ...]] = []
     for name, varied in session.case.variations.items():
-        summary = summarise(answers := session.answer(name))
+        summary = summarise(answers := session.answer(name, rows=chosen))
         _record_numbers(session, f"variation.{name}", answers=answers)
         health = summary.health
         ranked = "unknown" if labels is None else say_estimate(summary.auc_number)
         share = f"{health.top_share:.0%}"
         text = summary.commonest_text
-        rows.append((varied.title, health.distinct, repr(text)[1:-1], share, ranked))
+        table.append((varied.title, health.distinct, repr(text)[1:-1], share, ranked))
     columns = ("prompt", "distinct", "commonest text", "commonest value's share", "log-odds, AUC")
-    session.table("variations", columns, rows)
+    session.table("variations", columns, table)
+    session.measure("variation.rows", len(chosen), unit="rows")
 
 
-def record_true_mismatch(session: Session) -> None:
+def record_true_mismatch(session: Session, *, rows: int) -> None:
     """Record what adapters of the incident's donors do on this base: as they are, ignored, cut."""
     size = session.case.true_size
     if size is None:
         raise CaseError("the case", expected="`true_size`", found="none")
-    donor, few = size.donors[0], session.rows.head(MISMATCH_ROWS)
+    donor, few = size.donors[0], session.rows.head(rows)
     with TemporaryDirectory() as scratch:
         modules = tuple(size.target_modules)
         adapter = write_adapter(

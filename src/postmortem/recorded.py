@@ -158,15 +158,17 @@ def _systems(
 ) -> Iterable[tuple[Cell, ...]]:
     """A row for each system and set of rows that the record has under a prompt."""
     measures = {record.key: record for record in file.of(Measure)}
-    sets = [key.removesuffix(".rows") for key in measures if key.endswith(".rows")]
-    for rows in ("", *(name for name in sets if name != "causes")):
+    answered = {key.removesuffix(f".{prompt}.base.distinct") for key in measures}
+    sets = sorted(key for key in answered if "." not in key and f"{key}.rows" in measures)
+    for rows in ("", *(name for name in sets if f"{name}.{prompt}.base.distinct" in measures)):
         place = f"{rows}." if rows else ""
         for system in SYSTEMS:
             key = f"{place}{prompt}.{system}"
             if f"{key}.distinct" not in measures:
                 continue
             cells = [_cell(measures.get(f"{key}.{name}")) for name in columns]
-            yield (f"{profile}, {rows or 'generated'}", system, *cells)
+            count = measures[f"{rows or prompt}.rows"].value
+            yield (f"{profile}, {count} {rows or 'generated'}", system, *cells)
 
 
 def _cell(measure: Measure | None) -> Cell:

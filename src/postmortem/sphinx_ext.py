@@ -283,7 +283,8 @@ class WhenDirective(SphinxDirective):
 def holds(condition: str, values: Values) -> bool:
     """Decide a condition.
 
-    `profile [not] NAME`, `recorded [not] NAME` (a profile, or `bench`), `has KEY`, `lacks KEY`, `verdict KEY [not] WORD`.
+    `profile [not] NAME`, `recorded [not] NAME` (a profile, or `bench`), `has KEY`,
+    `lacks KEY`, `verdict KEY [not] WORD`.
 
     Raises `KeyError` for a key that no record has and `ValueError` for anything else.
     """
