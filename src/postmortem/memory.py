@@ -1,6 +1,5 @@
 """Running out of memory: the same work again in smaller batches, without what was done."""
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -40,7 +39,6 @@ def with_budget(
             if not is_out_of_memory(error):
                 raise
         # Here and not above, where the error still holds the tensors of the failed attempt.
-        gc.collect()
         torch.cuda.empty_cache()
         if budget <= least:
             raise ModelError(
@@ -72,22 +70,26 @@ def score_within_memory(
     lengths = [len(prompt.token_ids) for prompt in prompts]
     done: dict[int, tuple[Reply, np.ndarray, np.ndarray]] = {}
 
+    def score_piece(piece: Sequence[int], tokens: int) -> None:
+        before = len(done)
+        found = score(
+            model,
+            tokenizer,
+            prompts=[prompts[index] for index in piece],
+            batch_tokens=tokens,
+            progress=lambda count: progress(before + count),
+            **settings,
+        )
+        parts = (found.replies, found.first_log_probs, found.number_log_probs)
+        done.update(zip(piece, zip(*parts, strict=True), strict=True))
+
     def work(tokens: int) -> None:
         left = [index for index in range(len(prompts)) if index not in done]
-        small = batches([lengths[index] for index in left], tokens)
-        whole = [range(len(left))] if tokens == batch_tokens else small
-        for piece in ([left[place] for place in places] for places in whole):
-            before = len(done)
-            found = score(
-                model,
-                tokenizer,
-                prompts=[prompts[index] for index in piece],
-                batch_tokens=tokens,
-                progress=lambda count, before=before: progress(before + count),
-                **settings,
-            )
-            parts = (found.replies, found.first_log_probs, found.number_log_probs)
-            done.update(zip(piece, zip(*parts, strict=True), strict=True))
+        if tokens == batch_tokens:
+            score_piece(left, tokens)
+            return
+        for places in batches([lengths[index] for index in left], tokens):
+            score_piece([left[place] for place in places], tokens)
 
     with_budget(work, budget=batch_tokens, least=min(lengths, default=1), tell=tell)
     replies, first, written = zip(*(done[index] for index in range(len(prompts))), strict=True)
