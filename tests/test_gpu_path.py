@@ -224,6 +224,9 @@ def test_a_quantised_base_names_the_packages_that_it_needs(folders, tmp_path, mo
         load_base(tmp_path / "gptq", device="cpu")
 
 
+# The library leaves temporary folders to the collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_quantised_base_answers_as_its_rounded_weights_do(case, folders, tmp_path):
     """A GPTQ base, alone and with the reference, scores as a plain base with the same weights."""
     for name in GPTQ_PACKAGES:
