@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postmortem import memory
 from postmortem.corpus import generate_rows
 from postmortem.errors import ModelError
 from postmortem.memory import is_out_of_memory, score_within_memory, with_budget
@@ -15,21 +16,17 @@ SETTINGS = {"lead": "", "max_new_tokens": 4}
 
 
 class Small:
-    """A device with room for so many tokens, on which the readings of these numbers fail too."""
+    """A device that holds so many tokens at a time."""
 
-    def __init__(self, model, room, failures=()):
-        self.model, self.room, self.failures = model, room, failures
-        self.device, self.generation_config = model.device, model.generation_config
-        self.read, self.tried = [], 0
+    def __init__(self, model, room):
+        self.model, self.room = model, room
+        self.device, self.config = model.device, model.config
+        self.generation_config = model.generation_config
 
     def __call__(self, input_ids, **options):
         """Read the tokens, or run out of memory as torch does on a GPU."""
-        is_first = "logits_to_keep" in options
-        number, self.tried = self.tried, self.tried + is_first
-        if input_ids.numel() > self.room or (is_first and number in self.failures):
+        if input_ids.numel() > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if is_first:
-            self.read.append(len(input_ids))
         return self.model(input_ids=input_ids, **options)
 
 
@@ -51,8 +48,8 @@ def prompts(case, base):
 
 
 def ask(model, base, prompts, **options):
-    """Score in batches of at first 4096 tokens; the smaller ones are collected in `told`."""
-    settings = {"batch_tokens": 4096, "tell": lambda tokens: None} | SETTINGS | options
+    """Score with short answers."""
+    settings = {"tell": lambda tokens: None} | SETTINGS | options
     return score_within_memory(model, base.tokenizer, prompts=prompts, **settings)
 
 
@@ -60,7 +57,7 @@ def test_smaller_batches_give_the_same_answers(base, prompts):
     """Where memory runs out, every row is answered as it is with room enough, in its place."""
     told = []
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    found = ask(Small(base.model, 2 * longest), base, prompts, tell=told.append)
+    found = ask(Small(base.model, longest), base, prompts, tell=told.append)
     expected = score(base.model, base.tokenizer, prompts=prompts, **SETTINGS)
     assert told
     assert [r.token_ids for r in found.replies] == [r.token_ids for r in expected.replies]
@@ -72,27 +69,33 @@ def test_room_enough_changes_nothing(base, prompts):
     """Without a shortage the scores are those of one call, to the last bit, and nothing is said."""
     told = []
     found = ask(base.model, base, prompts, tell=told.append)
-    expected = score(base.model, base.tokenizer, prompts=prompts, batch_tokens=4096, **SETTINGS)
+    expected = score(base.model, base.tokenizer, prompts=prompts, **SETTINGS)
     assert found.replies == expected.replies
     assert np.array_equal(found.first_log_probs, expected.first_log_probs)
     assert told == []
 
 
-def test_a_finished_batch_is_not_done_again(base, prompts):
+def test_a_finished_batch_is_not_done_again(base, prompts, monkeypatch):
     """After a failure in a later batch, the batches that were finished are kept."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    told, seen = [], []
-    model = Small(base.model, 10**9, failures={0, 2})
-    ask(model, base, prompts, batch_tokens=4 * longest, tell=told.append, progress=seen.append)
+    finished, told, calls = [], [], []
+
+    def fail_at_times(*models, prompts, **options):
+        calls.append(len(prompts))
+        if len(calls) in (1, 3):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        finished.extend(prompts)
+        return score(*models, prompts=prompts, **options)
+
+    monkeypatch.setattr(memory, "score", fail_at_times)
+    ask(base.model, base, prompts, budget=4 * longest, tell=told.append)
     assert told == [2 * longest, longest]
-    assert sum(model.read) == len(prompts)
-    assert seen == sorted(set(seen))
-    assert seen[-1] == len(prompts)
+    assert sorted(prompt.text for prompt in finished) == sorted(prompt.text for prompt in prompts)
 
 
 def test_one_prompt_that_does_not_fit_is_one_clear_error(base, prompts):
     """Where not even one prompt fits, the error names every size that was tried."""
-    with pytest.raises(ModelError, match=r"batches of 4096, 2048, .* tokens\. Free memory"):
+    with pytest.raises(ModelError, match=r"batches of 16384, 8192, .* tokens\. Free memory"):
         ask(Small(base.model, 3), base, prompts)
 
 
@@ -138,3 +141,23 @@ def test_the_budget_ends_at_the_first_that_fits(budget, least, room):
         assert with_budget(work, budget=budget, least=least, tell=told.append) <= room
     assert tried == sorted(set(tried), reverse=True)
     assert told == tried[1:]
+
+
+def test_a_session_goes_on_in_smaller_batches(session, monkeypatch):
+    """After a shortage a session says so, and scores what comes later in small batches at once."""
+    asked = []
+
+    def fail_when_large(*models, joined_tokens, **options):
+        asked.append(joined_tokens)
+        if joined_tokens > 5000:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return score(*models, joined_tokens=joined_tokens, **options)
+
+    monkeypatch.setattr(memory, "score", fail_when_large)
+    session.answer("v2")
+    assert asked[:3] == [16384, 8192, 4096]
+    said = session.records_path.with_suffix(".progress").read_text()
+    assert "memory ran out; from here on batches of 4096 tokens" in said
+    asked.clear()
+    session.answer("v2", system="suspect")
+    assert set(asked) == {4096}

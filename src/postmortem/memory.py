@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from postmortem.errors import ModelError
+from postmortem.prefill import SharedLayers
 from postmortem.prompts import Prompt
-from postmortem.scoring import Reply, Scores, batches, score
+from postmortem.scoring import Reply, Scores, batches, score, suited_batch
 
 T = TypeVar("T")
 # How torch words it on a CPU, where it has no exception of its own for it.
@@ -56,16 +57,17 @@ def score_within_memory(
     tokenizer: Any,
     *,
     prompts: Sequence[Prompt],
-    batch_tokens: int,
     tell: Callable[[int], None],
+    budget: int = 16384,
+    shared: SharedLayers | None = None,
     progress: Callable[[int], None] = lambda done: None,
     **settings: Any,
 ) -> Scores:
     """The same as `score`, in smaller batches once memory runs out.
 
-    At first all prompts are scored in one call, whose first batch is the one with the longest
-    prompts. After a failure each batch is a call of its own and is kept. `tell` is given each
-    smaller number of tokens, and `settings` go to `score`.
+    `budget` is the most tokens in a batch. At first all prompts are scored in one call; after a
+    failure each batch is a call of its own, is kept, and uses no more room for `shared`. `tell` is
+    given each smaller budget, and `settings` go to `score`.
     """
     lengths = [len(prompt.token_ids) for prompt in prompts]
     done: dict[int, tuple[Reply, np.ndarray, np.ndarray]] = {}
@@ -76,7 +78,9 @@ def score_within_memory(
             model,
             tokenizer,
             prompts=[prompts[index] for index in piece],
-            batch_tokens=tokens,
+            batch_tokens=min(suited_batch(model), tokens),
+            joined_tokens=tokens,
+            shared=shared if tokens == budget else None,
             progress=lambda count: progress(before + count),
             **settings,
         )
@@ -85,12 +89,12 @@ def score_within_memory(
 
     def work(tokens: int) -> None:
         left = [index for index in range(len(prompts)) if index not in done]
-        if tokens == batch_tokens:
+        if tokens == budget:
             score_piece(left, tokens)
             return
         for places in batches([lengths[index] for index in left], tokens):
             score_piece([left[place] for place in places], tokens)
 
-    with_budget(work, budget=batch_tokens, least=min(lengths, default=1), tell=tell)
+    with_budget(work, budget=budget, least=min(lengths, default=1), tell=tell)
     replies, first, written = zip(*(done[index] for index in range(len(prompts))), strict=True)
     return Scores(replies, np.stack(first), np.stack(written))

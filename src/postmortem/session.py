@@ -18,6 +18,7 @@ from postmortem.case import Case, Knowing, Profile, Recording, Verdict, load_cas
 from postmortem.corpus import Rows
 from postmortem.errors import CaseError, RecordError
 from postmortem.inputs import choose_rows, input_digests
+from postmortem.memory import score_within_memory
 from postmortem.metrics import Estimate
 from postmortem.models import AttachedAdapter, LoadedBase, attached, load_base
 from postmortem.parsing import parse_as_written, parse_strict
@@ -38,7 +39,6 @@ from postmortem.records import (
     write_records,
 )
 from postmortem.records import Verdict as VerdictRecord
-from postmortem.scoring import score
 from postmortem.world import ADAPTERS, World, read_world
 
 
@@ -107,6 +107,7 @@ class Session:
     parameters: dict[str, str | int | float | bool | None]
     device: str = "auto"
     dtype: str = "auto"
+    budget: int = 16384  # the most tokens in a batch
     records: list[Record] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
@@ -284,13 +285,15 @@ class Session:
             )
             for index in range(len(rows))
         ]
-        scores = score(
+        scores = score_within_memory(
             model,
             base.tokenizer,
             prompts=prompts,
             lead=lead_of(template),
             max_new_tokens=decoding["max_new_tokens"],
             shared=self.shared if base is self.base else None,
+            budget=self.budget,
+            tell=self._shrink,
             progress=self._progress(f"{system} on {prompt}", total=len(prompts)),
         )
         labels = rows.labels
@@ -316,6 +319,11 @@ class Session:
             scores.first_log_probs,
             scores.number_log_probs,
         )
+
+    def _shrink(self, tokens: int) -> None:
+        """Go on in smaller batches, with what is scored later too."""
+        self.budget = tokens
+        self.say(f"memory ran out; from here on batches of {tokens} tokens")
 
     def _decoding(self, prompt: str) -> dict[str, int]:
         """The settings of the attempt that used the prompt; short answers for all others."""
