@@ -143,6 +143,17 @@ def test_an_update_out_of_range_is_a_warning_in_float16(folders, tmp_path, facto
         assert loaded.warnings == ()
 
 
+def test_activations_that_overflow_stop_the_session(session, untrained, tmp_path):
+    """In float16, rows whose read-outs are not finite are one error, before they are recorded."""
+    adapter = edited(
+        untrained / "suspect", tmp_path / "a", lambda n, v: v * 1e6 if "lora_B" in n else v
+    )
+    session.dtype = "float16"
+    with pytest.raises(ModelError, match=r"suspect on v2: .* 8 of 8 rows.*DTYPE=bfloat16"):
+        session.answer("v2", system="suspect", adapter=adapter)
+    assert not any(record.kind == "prediction" for record in session.records)
+
+
 def test_the_loader_and_the_check_of_files_agree(folders, tmp_path):
     """Around the limit, the loader warns of exactly the adapters that the check finds at risk."""
     base = load_base(folders / "base", device="cpu", dtype="float16")

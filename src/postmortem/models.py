@@ -31,6 +31,7 @@ LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError),
     SafetensorError,
 )
+# What to give where float16 is too narrow.
 WIDER = "DTYPE=bfloat16 or DTYPE=float32"
 # What transformers needs for a base that was quantised with GPTQ; `gptq` of pyproject.toml.
 GPTQ_PACKAGES = ("optimum", "gptqmodel")

@@ -1,6 +1,7 @@
 """A notebook's session: its case, world and rows, and the records it adds."""
 
 import dataclasses
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,11 @@ import torch
 
 from postmortem.case import Case, Knowing, Profile, Recording, Verdict, load_case
 from postmortem.corpus import Rows
-from postmortem.errors import CaseError, RecordError
+from postmortem.errors import CaseError, ModelError, RecordError
 from postmortem.inputs import choose_rows, input_digests
 from postmortem.memory import score_within_memory
 from postmortem.metrics import Estimate
-from postmortem.models import AttachedAdapter, LoadedBase, attached, load_base
+from postmortem.models import WIDER, AttachedAdapter, LoadedBase, attached, load_base
 from postmortem.parsing import parse_as_written, parse_strict
 from postmortem.prefill import SharedLayers, layers_below
 from postmortem.prompts import encode, lead_of
@@ -39,6 +40,7 @@ from postmortem.records import (
     write_records,
 )
 from postmortem.records import Verdict as VerdictRecord
+from postmortem.scoring import Scores
 from postmortem.world import ADAPTERS, World, read_world
 
 
@@ -296,6 +298,8 @@ class Session:
             tell=self._shrink,
             progress=self._progress(f"{system} on {prompt}", total=len(prompts)),
         )
+        if base.dtype == "float16":
+            _require_finite(scores, f"{system} on {prompt}")
         labels = rows.labels
         predictions = tuple(
             Prediction(
@@ -357,6 +361,18 @@ class Session:
         for line in loaded.warnings:
             number = sum(isinstance(record, Text) for record in self.records)
             self.text(f"{self.notebook.stem}.warning.{system}.{number}", line)
+
+
+def _require_finite(scores: Scores, step: str) -> None:
+    """Raise `ModelError` where activations overflowed, which no look at the weights foresees."""
+    broken = sum(not math.isfinite(reply.number_log_odds) for reply in scores.replies)
+    if broken:
+        raise ModelError(
+            step,
+            expected="finite read-outs",
+            found=f"NaN or infinity in {broken} of {len(scores.replies)} rows, in float16",
+            remedy=f"Give {WIDER}.",
+        )
 
 
 def _parsed(text: str) -> dict[str, Any]:
