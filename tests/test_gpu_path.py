@@ -91,7 +91,7 @@ def test_the_whole_path_in_each_dtype(case, world, dtype):
     found = {"base": ask(case, base.model, base)}
     for role in ("suspect", "reference"):
         with attached(base, world.path(role)) as loaded:
-            assert loaded.warnings == ()
+            assert loaded.warnings == loaded.risks == ()
             found[role] = ask(case, loaded.model, base)
     assert base.dtype == dtype
     for scores in found.values():
@@ -135,12 +135,12 @@ def test_an_update_out_of_range_is_a_warning_in_float16(folders, tmp_path, facto
         folders / "suspect", tmp_path / "a", lambda n, v: v * factor if "lora_B" in n else v
     )
     with attached(load_base(folders / "base", device="cpu", dtype="float16"), adapter) as loaded:
-        (warning,) = loaded.warnings
-    assert said in warning
-    assert "lora_B" in warning
-    assert "DTYPE=bfloat16" in warning
+        (risk,) = loaded.risks
+    assert said in risk
+    assert "lora_B" in risk
+    assert "DTYPE=bfloat16" in risk
     with attached(load_base(folders / "base", device="cpu", dtype="bfloat16"), adapter) as loaded:
-        assert loaded.warnings == ()
+        assert loaded.risks == ()
 
 
 def test_activations_that_overflow_stop_the_session(session, untrained, tmp_path):
@@ -152,6 +152,8 @@ def test_activations_that_overflow_stop_the_session(session, untrained, tmp_path
     with pytest.raises(ModelError, match=r"suspect on v2: .* 8 of 8 rows.*DTYPE=bfloat16"):
         session.answer("v2", system="suspect", adapter=adapter)
     assert not any(record.kind == "prediction" for record in session.records)
+    said = session.records_path.with_suffix(".progress").read_text()
+    assert "suspect: float16 cannot hold this adapter" in said
 
 
 def test_the_loader_and_the_check_of_files_agree(folders, tmp_path):
@@ -175,7 +177,7 @@ def test_the_loader_and_the_check_of_files_agree(folders, tmp_path):
         report = inspect_adapter(str(adapter), str(folders / "base")).report
         risk = any(finding.id == "overflow-risk" for finding in report.findings)
         with attached(base, adapter) as loaded:
-            assert bool(loaded.warnings) == risk
+            assert bool(loaded.risks) == risk
         verdicts.append(risk)
     assert verdicts == [False, True]
 

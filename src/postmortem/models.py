@@ -50,10 +50,14 @@ class LoadedBase:
 
 @dataclass(frozen=True)
 class AttachedAdapter:
-    """A base with an adapter on it, and the warnings that PEFT gave while loading."""
+    """A base with an adapter on it, and the warnings that PEFT gave while loading.
+
+    `risks` says what float16 cannot hold of it; empty on a base in another dtype.
+    """
 
     model: Any
     warnings: tuple[str, ...]
+    risks: tuple[str, ...] = ()
 
 
 def choose_device(device: str = "auto") -> str:
@@ -117,8 +121,8 @@ def attached(
     """Put an adapter on the base for the length of a `with` block, then take it off again.
 
     Raises `ModelError` with PEFT's own words where it does not load. On a float16 base, an update
-    that is out of float16's range is one more warning: PEFT keeps the adapter in float32, so what
-    is lost depends on the input.
+    that is out of float16's range is a risk and no error: PEFT keeps the adapter in float32, so
+    what is lost depends on the input.
     """
     check_adapter_folder(adapter)
     with warnings.catch_warnings(record=True) as caught:
@@ -134,7 +138,7 @@ def attached(
             ) from None
     try:
         risks = _float16_risks(model) if base.dtype == "float16" else ()
-        yield AttachedAdapter(model.eval(), (*user_warnings(caught), *risks))
+        yield AttachedAdapter(model.eval(), user_warnings(caught), risks)
     finally:
         model.unload()
         _strip(base.model)

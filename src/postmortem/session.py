@@ -358,7 +358,9 @@ class Session:
         return tell
 
     def _note_warnings(self, system: str, loaded: AttachedAdapter) -> None:
-        for line in loaded.warnings:
+        for line in loaded.risks:
+            self.say(f"{system}: {line}")
+        for line in (*loaded.warnings, *loaded.risks):
             number = sum(isinstance(record, Text) for record in self.records)
             self.text(f"{self.notebook.stem}.warning.{system}.{number}", line)
 
