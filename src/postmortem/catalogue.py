@@ -20,8 +20,6 @@ SEVERITIES = ("error", "warning", "info")
 SCALE_LIMITS = (1 / 16, 8.0)
 # rank-stabilised adapters divide by the root of r: alpha 512 on r 256 gives 32.
 RSLORA_SCALE_LIMITS = (1 / 16, 64.0)
-# The greatest finite float16; an update whose norm exceeds it can turn one unit of input infinite.
-FLOAT16_LIMIT = 65_504.0
 # One silent pair can be a module that no example reached; half of them is a training failure.
 UNTRAINED_SHARE = 0.5
 # 3.8B models are sold as 4B and 7.6B as 7B; sizes further apart name different models.

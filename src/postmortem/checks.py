@@ -14,6 +14,7 @@ from postmortem.bases import find_base
 from postmortem.catalogue import SEVERITIES, Finding, Place, finding, grouped
 from postmortem.contents import Contents
 from postmortem.fit import check_fit
+from postmortem.precision import FLOAT16_LIMIT, describe_overflow, update_bound
 from postmortem.targets import Target, find_targets, implied_parameters, scale_of
 from postmortem.untrusted import UntrustedError, printable
 
@@ -111,7 +112,7 @@ def _check_bytes(
     config: AdapterConfig, contents: Contents, stats: Mapping[str, TensorStats]
 ) -> list[Finding]:
     broken = [(n, "finite values", "NaN or infinity") for n, s in stats.items() if not s.is_finite]
-    scale = abs(scale_of(config.alpha, config.r, use_rslora=config.use_rslora))
+    scale = scale_of(config.alpha, config.r, use_rslora=config.use_rslora)
     pairs = [
         (parts[a], parts[b])
         for parts in contents.lora.values()
@@ -138,12 +139,9 @@ def _zero(a: str, b: str, stats: Mapping[str, TensorStats]) -> str | None:
 def _overflow(a: str, b: str, stats: Mapping[str, TensorStats], scale: float) -> Place | None:
     if not (stats[a].is_finite and stats[b].is_finite):
         return None
-    bound = scale * stats[a].norm * stats[b].norm
-    largest = max(stats[a].largest, stats[b].largest)
-    if max(bound, largest) <= limits.FLOAT16_LIMIT:
-        return None
-    found = f"largest value {largest:.3g}, update norm {bound:.3g}"
-    return b, f"at most {limits.FLOAT16_LIMIT:g}", found
+    bound = update_bound(scale, stats[a].norm, stats[b].norm)
+    found = describe_overflow(max(stats[a].largest, stats[b].largest), bound)
+    return (b, f"at most {FLOAT16_LIMIT:g}", found) if found else None
 
 
 def _is_hub_name(name: str) -> bool:

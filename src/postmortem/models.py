@@ -1,5 +1,6 @@
 """Loading a base and putting an adapter on it: one way for every folder."""
 
+import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +10,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from postmortem.errors import ModelError
+from postmortem.precision import (
+    FLOAT16_LIMIT,
+    describe_overflow,
+    describe_underflow,
+    update_bound,
+)
 
 # A progress bar per model would drown the build's own lines.
 transformers_logging.disable_progress_bar()
@@ -24,6 +31,11 @@ LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError),
     SafetensorError,
 )
+# What to give where float16 is too narrow.
+WIDER = "DTYPE=bfloat16 or DTYPE=float32"
+# What transformers needs for a base that was quantised with GPTQ; `gptq` of pyproject.toml.
+GPTQ_PACKAGES = ("optimum", "gptqmodel")
+_PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 @dataclass(frozen=True)
@@ -38,10 +50,14 @@ class LoadedBase:
 
 @dataclass(frozen=True)
 class AttachedAdapter:
-    """A base with an adapter on it, and the warnings that PEFT gave while loading."""
+    """A base with an adapter on it, and the warnings that PEFT gave while loading.
+
+    `risks` says what float16 cannot hold of it; empty on a base in another dtype.
+    """
 
     model: Any
     warnings: tuple[str, ...]
+    risks: tuple[str, ...] = ()
 
 
 def choose_device(device: str = "auto") -> str:
@@ -67,13 +83,18 @@ def choose_dtype(device: str, dtype: str = "auto") -> torch.dtype:
 def load_base(source: str | Path, *, device: str = "auto", dtype: str = "auto") -> LoadedBase:
     """Load a causal model and its tokenizer from a folder or a hub id; safetensors only.
 
-    Raises `ModelError` where the folder or id cannot be loaded. Code that a model folder brings
-    along is never run.
+    Raises `ModelError` where the folder or id cannot be loaded, where it was quantised with GPTQ
+    and the packages for that are missing, and where weights do not fit into float16. Code that a
+    model folder brings along is never run.
     """
     device = choose_device(device)
     local = Path(source).is_dir()
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     try:
+        if _is_gptq(AutoConfig.from_pretrained(str(source), **options)):
+            _require_gptq(source)
+            # The kernel is chosen for the device that the weights are loaded to.
+            options["device_map"] = {"": device}
         tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
         model = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=choose_dtype(device, dtype), use_safetensors=True, **options
@@ -89,6 +110,7 @@ def load_base(source: str | Path, *, device: str = "auto", dtype: str = "auto") 
             found=found,
             remedy="Give a model folder, a hub id, or a profile whose weights are present.",
         ) from None
+    _refuse_overflow(model, source)
     return LoadedBase(model, tokenizer, device, str(model.dtype).removeprefix("torch."))
 
 
@@ -98,7 +120,9 @@ def attached(
 ) -> Iterator[AttachedAdapter]:
     """Put an adapter on the base for the length of a `with` block, then take it off again.
 
-    Raises `ModelError` with PEFT's own words where it does not load.
+    Raises `ModelError` with PEFT's own words where it does not load. On a float16 base, an update
+    that is out of float16's range is a risk and no error: PEFT keeps the adapter in float32, so
+    what is lost depends on the input.
     """
     check_adapter_folder(adapter)
     with warnings.catch_warnings(record=True) as caught:
@@ -113,7 +137,8 @@ def attached(
                 adapter, expected="an adapter that fits the base", found=str(error)
             ) from None
     try:
-        yield AttachedAdapter(model.eval(), user_warnings(caught))
+        risks = _float16_risks(model) if base.dtype == "float16" else ()
+        yield AttachedAdapter(model.eval(), user_warnings(caught), risks)
     finally:
         model.unload()
         _strip(base.model)
@@ -137,6 +162,67 @@ def check_adapter_folder(adapter: str | Path) -> None:
                 else "no such folder",
                 remedy="Pickled weights (.bin, .pt) are not loaded: save them as safetensors.",
             )
+
+
+def _is_gptq(config: Any) -> bool:
+    stored = getattr(config, "quantization_config", None) or {}
+    return isinstance(stored, dict) and stored.get("quant_method") == "gptq"
+
+
+def _require_gptq(source: str | Path) -> None:
+    """Say in one line what is missing; transformers names one package at a time."""
+    missing = [name for name in GPTQ_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            source,
+            expected=f"the packages {' and '.join(GPTQ_PACKAGES)} for a base quantised with GPTQ",
+            found=f"no {' and no '.join(missing)}",
+            remedy="Run `.venv/bin/pip install --editable '.[gptq]'`.",
+        )
+
+
+def _refuse_overflow(model: Any, source: str | Path) -> None:
+    """Raise `ModelError` for the first weights that the conversion to float16 made infinite."""
+    for name, weights in model.named_parameters():
+        if weights.dtype == torch.float16 and not bool(torch.isfinite(weights).all()):
+            raise ModelError(
+                f"{source}, tensor {name}",
+                expected=f"values of at most {FLOAT16_LIMIT:g} for float16",
+                found=_saved_largest(Path(source), name),
+                remedy=f"Give {WIDER}.",
+            )
+
+
+def _saved_largest(folder: Path, name: str) -> str:
+    """The greatest magnitude of a tensor as saved, in words."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 - the handle is no mapping
+                return f"largest value {float(tensors.get_tensor(name).abs().max()):.3g}"
+    return "infinity or NaN"
+
+
+def _float16_risks(model: Any) -> tuple[str, ...]:
+    """One warning on the updates of the adapter that float16 cannot hold, the worst by name."""
+    found: list[tuple[float, str]] = []
+    for name, module in model.named_modules():
+        for a, b in _PAIRS:
+            for adapter in getattr(module, b, ()):
+                both = [_weights(getattr(module, part)[adapter]) for part in (a, b)]
+                largest = max(float(weights.abs().max()) for weights in both)
+                norms = [float(weights.norm()) for weights in both]
+                bound = update_bound(module.scaling[adapter], *norms)
+                if said := describe_overflow(largest, bound) or describe_underflow(bound):
+                    found.append((max(largest, bound), f"{name}.{b}: {said}"))
+    if not found:
+        return ()
+    count = f" ({len(found)} in all)" if len(found) > 1 else ""
+    return (f"float16 cannot hold this adapter: {max(found)[1]}{count}. Give {WIDER}.",)
+
+
+def _weights(layer: Any) -> torch.Tensor:
+    """The weights of one part of a pair in float64; embeddings keep a bare parameter."""
+    return (layer if isinstance(layer, torch.Tensor) else layer.weight).detach().double()
 
 
 def _strip(model: Any) -> None:

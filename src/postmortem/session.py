@@ -1,6 +1,7 @@
 """A notebook's session: its case, world and rows, and the records it adds."""
 
 import dataclasses
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,11 @@ import torch
 
 from postmortem.case import Case, Knowing, Profile, Recording, Verdict, load_case
 from postmortem.corpus import Rows
-from postmortem.errors import CaseError, RecordError
+from postmortem.errors import CaseError, ModelError, RecordError
 from postmortem.inputs import choose_rows, input_digests
+from postmortem.memory import score_within_memory
 from postmortem.metrics import Estimate
-from postmortem.models import AttachedAdapter, LoadedBase, attached, load_base
+from postmortem.models import WIDER, AttachedAdapter, LoadedBase, attached, load_base
 from postmortem.parsing import parse_as_written, parse_strict
 from postmortem.prefill import SharedLayers, layers_below
 from postmortem.prompts import encode, lead_of
@@ -38,7 +40,7 @@ from postmortem.records import (
     write_records,
 )
 from postmortem.records import Verdict as VerdictRecord
-from postmortem.scoring import score
+from postmortem.scoring import Scores
 from postmortem.world import ADAPTERS, World, read_world
 
 
@@ -107,6 +109,7 @@ class Session:
     parameters: dict[str, str | int | float | bool | None]
     device: str = "auto"
     dtype: str = "auto"
+    budget: int = 16384  # the most tokens in a batch
     records: list[Record] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
@@ -284,15 +287,19 @@ class Session:
             )
             for index in range(len(rows))
         ]
-        scores = score(
+        scores = score_within_memory(
             model,
             base.tokenizer,
             prompts=prompts,
             lead=lead_of(template),
             max_new_tokens=decoding["max_new_tokens"],
             shared=self.shared if base is self.base else None,
+            budget=self.budget,
+            tell=self._shrink,
             progress=self._progress(f"{system} on {prompt}", total=len(prompts)),
         )
+        if base.dtype == "float16":
+            _require_finite(scores, f"{system} on {prompt}")
         labels = rows.labels
         predictions = tuple(
             Prediction(
@@ -316,6 +323,11 @@ class Session:
             scores.first_log_probs,
             scores.number_log_probs,
         )
+
+    def _shrink(self, tokens: int) -> None:
+        """Go on in smaller batches, with what is scored later too."""
+        self.budget = tokens
+        self.say(f"memory ran out; from here on batches of {tokens} tokens")
 
     def _decoding(self, prompt: str) -> dict[str, int]:
         """The settings of the attempt that used the prompt; short answers for all others."""
@@ -346,9 +358,23 @@ class Session:
         return tell
 
     def _note_warnings(self, system: str, loaded: AttachedAdapter) -> None:
-        for line in loaded.warnings:
+        for line in loaded.risks:
+            self.say(f"{system}: {line}")
+        for line in (*loaded.warnings, *loaded.risks):
             number = sum(isinstance(record, Text) for record in self.records)
             self.text(f"{self.notebook.stem}.warning.{system}.{number}", line)
+
+
+def _require_finite(scores: Scores, step: str) -> None:
+    """Raise `ModelError` where activations overflowed, which no look at the weights foresees."""
+    broken = sum(not math.isfinite(reply.number_log_odds) for reply in scores.replies)
+    if broken:
+        raise ModelError(
+            step,
+            expected="finite read-outs",
+            found=f"NaN or infinity in {broken} of {len(scores.replies)} rows, in float16",
+            remedy=f"Give {WIDER}.",
+        )
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -1,0 +1,259 @@
+"""What the `qwen` profile does on a GPU, done on a CPU with a small model of the same kind."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from postmortem import models
+from postmortem.corpus import generate_rows
+from postmortem.embedded import build_tokenizer, make_adapter
+from postmortem.errors import ModelError
+from postmortem.inspection import inspect_adapter
+from postmortem.models import GPTQ_PACKAGES, attached, load_base
+from postmortem.precision import FLOAT16_LIMIT, FLOAT16_ZERO
+from postmortem.prompts import encode
+from postmortem.scoring import score
+from postmortem.world import resolve_world
+
+VOCABULARY = 151_936
+DTYPES = ("float32", "bfloat16", "float16")
+GROUP = 32
+V_PROJ = "model.layers.0.self_attn.v_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def folders(case, tmp_path_factory):
+    """A base with Qwen2.5's vocabulary and two adapters, all of it random, as folders."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("qwen")
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    # Saved in bfloat16, as the published base is.
+    Qwen2ForCausalLM(config).bfloat16().save_pretrained(place / "base")
+    build_tokenizer(case, seed=0).save_pretrained(place / "base")
+    for seed, role in enumerate(("suspect", "reference")):
+        model = make_adapter(Qwen2ForCausalLM(config), seed=seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        model.save_pretrained(place / role)
+    return place
+
+
+@pytest.fixture(scope="module")
+def world(case, folders):
+    """The `qwen` profile with the folder in place of the hub id, and both adapters by path."""
+    profile = case.profile("qwen").model_copy(update={"base": str(folders / "base")})
+    local = case.model_copy(update={"profiles": {"qwen": profile}})
+    adapters = {role: str(folders / role) for role in ("suspect", "reference")}
+    return resolve_world(local, "qwen", adapters=adapters)
+
+
+def ask(case, model, base):
+    """Scores of four rows under the second prompt."""
+    rows = generate_rows(4, 1)
+    prompts = [
+        encode(case.prompts["v2"], rows.row(i), tokenizer=base.tokenizer, limit=512)
+        for i in range(len(rows))
+    ]
+    return score(model, base.tokenizer, prompts=prompts, lead="", max_new_tokens=3)
+
+
+def edited(folder, target, change, file="adapter_model.safetensors"):
+    """A copy of a model or adapter whose tensors went through a function of name and tensor."""
+    shutil.copytree(folder, target)
+    tensors = {name: change(name, value) for name, value in load_file(target / file).items()}
+    save_file(tensors, target / file, metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_whole_path_in_each_dtype(case, world, dtype):
+    """Base, suspect and reference by path are loaded, told apart and scored, finite throughout."""
+    base = load_base(world.path("base"), device="cpu", dtype=dtype)
+    found = {"base": ask(case, base.model, base)}
+    for role in ("suspect", "reference"):
+        with attached(base, world.path(role)) as loaded:
+            assert loaded.warnings == loaded.risks == ()
+            found[role] = ask(case, loaded.model, base)
+    assert base.dtype == dtype
+    for scores in found.values():
+        assert scores.first_log_probs.shape == (4, VOCABULARY)
+        assert np.isfinite(scores.first_log_probs).all()
+        assert np.exp(scores.first_log_probs).sum(1) == pytest.approx(np.ones(4))
+    spread = [scores.number_log_probs for scores in found.values()]
+    assert np.ptp(np.stack(spread), axis=0).max() > 0.1
+    assert not np.array_equal(spread[1], spread[2])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_answers_as_full_precision_does(case, world, dtype):
+    """Sixteen bits move the read-outs of a sound base by less than its adapters do."""
+    full, half = (load_base(world.path("base"), device="cpu", dtype=d) for d in ("float32", dtype))
+    exact, rounded = (ask(case, b.model, b).number_log_probs for b in (full, half))
+    with attached(full, world.path("suspect")) as loaded:
+        moved = ask(case, loaded.model, full).number_log_probs
+    assert np.abs(rounded - exact).max() < np.abs(moved - exact).max() / 2
+
+
+def test_weights_beyond_float16_are_refused(folders, tmp_path):
+    """A base with a value that float16 cannot hold is refused by tensor, value and remedy."""
+    big = edited(
+        folders / "base",
+        tmp_path / "big",
+        lambda name, value: value.float().add(1e5 if name == V_PROJ else 0).bfloat16(),
+        "model.safetensors",
+    )
+    with pytest.raises(ModelError, match=rf"{V_PROJ}: .*65504.*9.98e\+04.*DTYPE=bfloat16"):
+        load_base(big, device="cpu", dtype="float16")
+    assert load_base(big, device="cpu", dtype="bfloat16").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"), [(1e6, "update norm"), (1e-12, "which float16 rounds to zero")]
+)
+def test_an_update_out_of_range_is_a_warning_in_float16(folders, tmp_path, factor, said):
+    """An adapter too large or too small for float16 is named on such a base, and on no other."""
+    adapter = edited(
+        folders / "suspect", tmp_path / "a", lambda n, v: v * factor if "lora_B" in n else v
+    )
+    with attached(load_base(folders / "base", device="cpu", dtype="float16"), adapter) as loaded:
+        (risk,) = loaded.risks
+    assert said in risk
+    assert "lora_B" in risk
+    assert "DTYPE=bfloat16" in risk
+    with attached(load_base(folders / "base", device="cpu", dtype="bfloat16"), adapter) as loaded:
+        assert loaded.risks == ()
+
+
+def test_activations_that_overflow_stop_the_session(session, untrained, tmp_path):
+    """In float16, rows whose read-outs are not finite are one error, before they are recorded."""
+    adapter = edited(
+        untrained / "suspect", tmp_path / "a", lambda n, v: v * 1e6 if "lora_B" in n else v
+    )
+    session.dtype = "float16"
+    with pytest.raises(ModelError, match=r"suspect on v2: .* 8 of 8 rows.*DTYPE=bfloat16"):
+        session.answer("v2", system="suspect", adapter=adapter)
+    assert not any(record.kind == "prediction" for record in session.records)
+    said = session.records_path.with_suffix(".progress").read_text()
+    assert "suspect: float16 cannot hold this adapter" in said
+
+
+def test_the_loader_and_the_check_of_files_agree(folders, tmp_path):
+    """Around the limit, the loader warns of exactly the adapters that the check finds at risk."""
+    base = load_base(folders / "base", device="cpu", dtype="float16")
+    with attached(base, folders / "suspect") as loaded:
+        modules = [m for m in loaded.model.modules() if hasattr(m, "lora_B")]
+        norms = [
+            m.scaling["default"]
+            * float(m.lora_A["default"].weight.norm() * m.lora_B["default"].weight.norm())
+            for m in modules
+        ]
+    verdicts = []
+    for number, share in enumerate((0.98, 1.02)):
+        factor = share * FLOAT16_LIMIT / max(norms)
+        adapter = edited(
+            folders / "suspect",
+            tmp_path / str(number),
+            lambda n, v, factor=factor: v * factor if "lora_B" in n else v,
+        )
+        report = inspect_adapter(str(adapter), str(folders / "base")).report
+        risk = any(finding.id == "overflow-risk" for finding in report.findings)
+        with attached(base, adapter) as loaded:
+            assert bool(loaded.risks) == risk
+        verdicts.append(risk)
+    assert verdicts == [False, True]
+
+
+def test_what_float16_rounds_to_zero():
+    """At the limit of the small end torch rounds to zero, and just above it does not."""
+    values = torch.tensor([FLOAT16_ZERO, FLOAT16_ZERO * 1.001], dtype=torch.float64)
+    assert (values.half() == 0).tolist() == [True, False]
+
+
+def pack(codes):
+    """Eight four-bit codes of one column in each int32, the first in the lowest bits."""
+    packed = sum(codes[place::8].long() << (4 * place) for place in range(8))
+    return torch.where(packed >= 2**31, packed - 2**32, packed).int().contiguous()
+
+
+def quantise(folder, target):
+    """Write a base in GPTQ's format, rounded to nearest, and return what its weights now are."""
+    shutil.copytree(folder, target)
+    saved, rounded = {}, {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            saved[name] = rounded[name] = value.half()
+            continue
+        groups = value.float().T.reshape(-1, GROUP, value.shape[0])
+        scales = (groups.abs().amax(1) / 7).half()
+        codes = (groups / scales.float()[:, None]).round().clamp(-8, 7)
+        rounded[name] = (codes * scales.float()[:, None]).reshape(value.T.shape).T.contiguous()
+        path = name.removesuffix(".weight")
+        saved[f"{path}.qweight"] = pack((codes.long() + 8).reshape(value.T.shape))
+        # The format stores zero points less one.
+        zeros = torch.full(scales.shape, 7)
+        saved[f"{path}.qzeros"] = pack(zeros.T.contiguous()).T.contiguous()
+        saved[f"{path}.scales"] = scales
+        saved[f"{path}.g_idx"] = (torch.arange(value.shape[1]) // GROUP).int()
+    save_file(saved, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+        # The other CPU kernels are compiled at first use, which takes minutes.
+        "backend": "torch",
+    }
+    (target / "config.json").write_text(json.dumps(config))
+    return rounded
+
+
+def test_a_quantised_base_names_the_packages_that_it_needs(folders, tmp_path, monkeypatch):
+    """Without its packages a GPTQ base is refused with their names and the command for them."""
+    quantise(folders / "base", tmp_path / "gptq")
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"no optimum and no gptqmodel.*pip install.*\[gptq\]"):
+        load_base(tmp_path / "gptq", device="cpu")
+
+
+# The library leaves temporary folders to the collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_quantised_base_answers_as_its_rounded_weights_do(case, folders, tmp_path):
+    """A GPTQ base, alone and with the reference, scores as a plain base with the same weights."""
+    for name in GPTQ_PACKAGES:
+        pytest.importorskip(name)
+    rounded = quantise(folders / "base", tmp_path / "gptq")
+    plain = load_base(folders / "base", device="cpu", dtype="float32")
+    plain.model.load_state_dict(rounded, strict=False)
+    base = load_base(tmp_path / "gptq", device="cpu", dtype="float32")
+    expected, found = (ask(case, b.model, b).number_log_probs for b in (plain, base))
+    assert found == pytest.approx(expected, abs=0.02)
+    with attached(base, folders / "reference") as loaded:
+        adapted = ask(case, loaded.model, base).number_log_probs
+    with attached(plain, folders / "reference") as loaded:
+        expected = ask(case, loaded.model, plain).number_log_probs
+    assert adapted == pytest.approx(expected, abs=0.02)
+    assert np.abs(adapted - found).max() > 0.1
+    assert np.array_equal(ask(case, base.model, base).number_log_probs, found)
