@@ -171,7 +171,8 @@ def prefill_flops(model: Any, prompts: Sequence[Prompt]) -> float:
     rows = [prompt.token_ids for prompt in prompts]
     prefix = prefix_length(rows)
     beginnings = {row[:prefix] for row in rows}
-    lengths = [(len(row) - prefix, len(row)) for row in rows] + [(prefix, prefix)] * len(beginnings)
+    lengths = [(len(row) - prefix, len(row)) for row in rows]
+    lengths += [(prefix, prefix)] * len(beginnings) if prefix else []
     per_token = 2 * sum(weight.numel() for weight in layer_weights(model))
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

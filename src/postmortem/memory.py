@@ -92,6 +92,8 @@ def score_within_memory(
         if tokens == budget:
             score_piece(left, tokens)
             return
+        if shared is not None:
+            shared.clear()
         for places in batches([lengths[index] for index in left], tokens):
             score_piece([left[place] for place in places], tokens)
 

@@ -81,6 +81,10 @@ class SharedLayers:
         while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > self.limit:
             del self._kept[next(iter(self._kept))]
 
+    def clear(self) -> None:
+        """Let go of everything, where memory is short."""
+        self._kept.clear()
+
 
 def lowest_adapted_layer(model: Any) -> int:
     """The lowest layer that an answering adapter changes; 0 where it changes more than layers.

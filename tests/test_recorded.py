@@ -1,0 +1,194 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from postmortem.errors import RecordError
+from postmortem.inputs import choose_rows, input_digests
+from postmortem.recorded import add_bench, add_recorded, describe_bench, kept_inputs, read_kept
+from postmortem.records import (
+    Measure,
+    Provenance,
+    Table,
+    Text,
+    Verdict,
+    read_records,
+    write_records,
+)
+from postmortem.world import Member, World, digest_model
+
+ROOT = Path(__file__).parents[1]
+PROFILE = "smollm2"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, case):
+    """A folder with the heavy notebooks, an adapter and a record of it; the case that names it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    adapter = tmp_path / "results" / PROFILE / "adapters" / "yes_no"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    profile = case.profiles[PROFILE].model_copy(update={"adapters": {"suspect": str(adapter)}})
+    own = case.model_copy(update={"profiles": {**case.profiles, PROFILE: profile}})
+    write_kept(own, "real_model", adapter=adapter)
+    return own
+
+
+def write_kept(case, name, *, adapter, words="holds"):
+    """A kept record of one measure, one verdict and the members it was made with."""
+    member = Member(role="suspect", path=str(adapter), digest=digest_model(adapter))
+    world = World(
+        case=case.name, profile=PROFILE, title="", caveat="", seed=0, members={"suspect": member}
+    )
+    rows = choose_rows(case, PROFILE, rows=6)
+    notebook = Path(f"notebooks/recorded/{name}.ipynb")
+    provenance = Provenance(
+        notebook=name,
+        case=case.name,
+        profile=PROFILE,
+        parameters={"rows": 6},
+        digests=input_digests(notebook, case, world=world, rows=rows),
+        versions={},
+        device="cpu",
+        dtype="float32",
+        seed=0,
+        aside={"started": "2026-01-01", "seconds": 60.0},
+    )
+    records = [
+        Table(key="members", columns=("role", "digest"), rows=(("suspect", member.digest),)),
+        Measure(key="v2.rows", value=6),
+        Measure(key="v2.base.distinct", value=1),
+        Measure(key="v2.base.auc_number", value=0.5, low=0.4, high=0.6, n=6),
+        Measure(key="file.rows", value=3),
+        Measure(key="file.v2.base.distinct", value=2),
+        Verdict(key="v2.base.reproduces", verdict=words, because="so"),
+        Verdict(key="v2.base.knows", verdict="cannot tell", because="so"),
+        Text(key="v2.base.commonest_text", text="<b>0.0</b>"),
+    ]
+    write_records(Path("results", PROFILE, f"{name}.jsonl"), provenance, records=records)
+
+
+def empty_values():
+    """Values of a build before any record."""
+    return {"measures": {}, "verdicts": {}, "texts": {}, "tables": {}}
+
+
+def test_a_kept_record_is_read_under_its_profile(project):
+    """Each value of a kept record stands under the profile's name, whatever the reader runs."""
+    values = empty_values()
+    add_recorded(values, read_kept(project, "real_model"))
+    assert values["measures"]["smollm2.v2.base.distinct"]["value"] == 1
+    assert values["texts"]["smollm2.v2.base.commonest_text"] == "<b>0.0</b>"
+    rows = values["tables"]["recorded.v2"]["rows"]
+    assert [row[:3] for row in rows] == [
+        ["smollm2, 6 generated", "base", 1],
+        ["smollm2, 3 file", "base", 2],
+    ]
+    assert rows[0][6] == "0.50 [0.40,\N{NO-BREAK SPACE}0.60]"
+
+
+@pytest.mark.parametrize(("own", "agree"), [("holds", "holds"), ("refuted", "refuted")])
+def test_worlds_agree_only_where_all_say_the_same(project, own, agree):
+    """The reader's own run counts among the worlds that have to agree."""
+    values = empty_values()
+    values["verdicts"]["swap.base.reproduces"] = {"verdict": own, "because": ""}
+    add_recorded(values, read_kept(project, "real_model"))
+    found = values["verdicts"]["recorded.reproduces_agree"]
+    assert found == {"verdict": agree, "because": f"smollm2: holds; this run: {own}"}
+
+
+def test_nothing_on_record_is_said(case, tmp_path, monkeypatch):
+    """Without any record the tables are empty and agreement is not available."""
+    monkeypatch.chdir(tmp_path)
+    values = empty_values()
+    add_recorded(values, read_kept(case, "real_model"))
+    add_bench(values, read_kept(case, "bench"))
+    assert values["tables"]["recorded.v2"]["rows"] == []
+    assert values["verdicts"]["recorded.reproduces_agree"]["verdict"] == "not available"
+    assert not values["measures"]
+
+
+def test_a_byte_of_the_adapter_fails_the_build(project):
+    """A shipped adapter that is not the record's is named, with what to do."""
+    folder = project.profiles[PROFILE].adapters["suspect"]
+    Path(folder, "adapter_model.safetensors").write_bytes(b"weight")
+    with pytest.raises(RecordError, match=r"suspect of .*real_model.*make record PROFILE=smollm2"):
+        read_kept(project, "real_model")
+
+
+def test_a_missing_adapter_fails_the_build(project):
+    """A shipped adapter that is gone is named."""
+    shutil.rmtree(project.profiles[PROFILE].adapters["suspect"])
+    with pytest.raises(RecordError, match="no such folder"):
+        read_kept(project, "real_model")
+
+
+def test_an_edited_record_fails_the_build(project):
+    """A number changed by hand breaks the seal."""
+    path = Path("results", PROFILE, "real_model.jsonl")
+    path.write_text(path.read_text().replace('"value":0.5', '"value":0.9'))
+    with pytest.raises(RecordError, match=r"changed after the run.*make record PROFILE=smollm2"):
+        read_kept(project, "real_model")
+
+
+def test_an_edited_provenance_fails_the_build(project):
+    """A record whose module's code has moved on is stale, also where its seal was made anew."""
+    path = Path("results", PROFILE, "real_model.jsonl")
+    file = read_records(path)
+    digests = file.provenance.digests | {"module scoring": "0" * 16}
+    write_records(
+        path, file.provenance.model_copy(update={"digests": digests}), records=file.records
+    )
+    with pytest.raises(RecordError, match=r"stale.*module scoring"):
+        read_kept(project, "real_model")
+
+
+def test_a_case_that_moved_on_fails_the_build(project):
+    """A changed prompt of the case makes a kept record stale, and changed prose does not."""
+    read_kept(project.model_copy(update={"title": "Another"}), "real_model")
+    prompt = project.prompts["v2"].model_copy(update={"template": "{body}?"})
+    moved = project.model_copy(update={"prompts": {**project.prompts, "v2": prompt}})
+    with pytest.raises(RecordError, match="case with digest"):
+        read_kept(moved, "real_model")
+
+
+def test_another_profile_makes_nothing_stale(project):
+    """A record counts the settings of its own profile alone."""
+    other = project.profiles["embedded"].model_copy(update={"rows": 12})
+    changed = {**project.profiles, "embedded": other}
+    assert read_kept(project.model_copy(update={"profiles": changed}), "real_model")
+
+
+def test_the_record_of_another_case_is_not_read(project):
+    """A record belongs to its case; another case with a profile of that name has none."""
+    assert read_kept(project.model_copy(update={"name": "another"}), "real_model") == {}
+
+
+def test_kept_inputs_change_with_the_adapter(project):
+    """What a build depends on holds the adapter's digest, so that a change is noticed."""
+    before = kept_inputs(f"results/{PROFILE}/real_model.jsonl", project)
+    folder = project.profiles[PROFILE].adapters["suspect"]
+    Path(folder, "adapter_model.safetensors").write_bytes(b"other")
+    after = kept_inputs(f"results/{PROFILE}/real_model.jsonl", project)
+    assert [name for name in before if before[name] != after[name]] == [folder]
+
+
+def test_shipped_records_are_those_of_this_code(case, monkeypatch):
+    """Every record that is shipped can be read by the project as it stands."""
+    monkeypatch.chdir(ROOT)
+    shipped = {path.parent.name for path in Path("results").glob("*/real_model.jsonl")}
+    assert set(read_kept(case, "real_model")) == shipped
+    read_kept(case, "bench")
+
+
+def test_the_bench_line_comes_from_its_record(project, tmp_path):
+    """The last line of the benchmark holds three recorded numbers."""
+    file = read_records(Path("results", PROFILE, "real_model.jsonl"))
+    values = {"v2.numeric.ratio": 1.94, "yes_no.readout.ratio": 7.38, "share": 0.776}
+    records = [Measure(key=f"bench.{key}", value=value) for key, value in values.items()]
+    path = tmp_path / "bench.jsonl"
+    write_records(path, file.provenance, records=records)
+    told = describe_bench(read_records(path))
+    assert told == "numeric x1.9, readout x7.4, gemm share 0.78"
