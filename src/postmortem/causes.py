@@ -48,7 +48,7 @@ class Materials:
 
     `role` names the base in the world; `kind` tells how it answers v2 by itself: `silent` writes
     one value whatever the post, `speaking` writes what it knows. Changed adapters are written
-    below `scratch`.
+    below `scratch`. Where no numeric adapter was trained, another `sound` one takes its place.
     """
 
     world: World
@@ -57,6 +57,7 @@ class Materials:
     kind: str
     seed: int
     scratch: Path
+    sound: str = "numeric"
     written: list[Path] = field(default_factory=list)
 
     def adapter(self, recipe: str, *, lineage: str = "", renamed: bool = False) -> Path:
@@ -64,6 +65,7 @@ class Materials:
 
         One of this base's own names it, and so does a `renamed` one, whatever it was trained on.
         """
+        recipe = self.sound if recipe == "numeric" and not lineage else recipe
         name = f"{lineage or self.kind}/{recipe}_{self.seed}"
         member = self.world.replays.get(name)
         if member is None or member.path is None:
@@ -74,10 +76,16 @@ class Materials:
         return folder
 
     def untrained(self) -> Path:
-        """An adapter as PEFT makes it, lora_B zero."""
+        """An adapter as PEFT makes it, lora_B zero, on the layers of the sound one."""
         torch.manual_seed(self.seed)
+        sound = self.world.replays.get(f"{self.kind}/{self.sound}_{self.seed}")
+        named = LoraConfig.from_pretrained(sound.path) if sound and sound.path else None
         config = LoraConfig(
-            r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+            r=16,
+            lora_alpha=32,
+            target_modules=["q_proj", "v_proj"],
+            layers_to_transform=named.layers_to_transform if named else None,
+            task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(self.base.model, config)
         place = self._place()

@@ -152,7 +152,10 @@ def record_causes(session: Session, *, rows: int) -> None:
     found: list[tuple[Cell, ...]] = []
     absent: list[tuple[Cell, ...]] = []
     with TemporaryDirectory() as scratch:
-        materials = Materials(session.world, "base", session.base, "silent", 0, Path(scratch))
+        sound = "numeric" if session.world.has("reference") else "yes_no_short"
+        materials = Materials(
+            *(session.world, "base", session.base, "silent", 0, Path(scratch)), sound=sound
+        )
         bench = Bench(
             *(session.case, chosen, materials, None, session.case.attempts), shared=session.shared
         )
@@ -167,6 +170,7 @@ def record_causes(session: Session, *, rows: int) -> None:
                     found.append(_replay_once(session, name, cause, bench=bench, off=off))
             except Unavailable as reason:
                 absent.append((cause.title, str(reason)))
+    session.text("causes.sound", "numeric" if sound == "numeric" else "yes/no")
     session.table("causes", CAUSE_COLUMNS, found)
     session.table("causes.absent", ("cause", "why"), absent)
     whole = sum(row[-1] == "yes" for row in found)
