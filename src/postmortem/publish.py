@@ -10,7 +10,7 @@ from postmortem.case import Case, ClaimVerdict, Practice, RunTest, load_case
 from postmortem.errors import RecordError
 from postmortem.figures import draw_all, save_drawings
 from postmortem.inputs import choose_rows, input_digests
-from postmortem.recorded import add_bench, add_recorded, read_kept
+from postmortem.recorded import add_bench, add_recorded, add_training, read_kept
 from postmortem.records import (
     NO_MODEL,
     Cell,
@@ -60,6 +60,7 @@ def publish(
     recorded, bench = read_kept(loaded, "real_model"), read_kept(loaded, "bench")
     values["texts"]["recorded"] = " ".join([*recorded, *(["bench"] if bench else [])])
     add_recorded(values, recorded)
+    add_training(values, loaded, recorded)
     add_bench(values, bench)
     add_case_values(values, loaded)
     drawings, missing = draw_all(files, loaded)

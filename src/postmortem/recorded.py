@@ -1,5 +1,6 @@
 """Runs on real models, kept with the project: checked, and made into values for the book."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,33 @@ def add_recorded(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFi
     _judge(values, files)
 
 
+def add_training(values: dict[str, dict[str, Any]], case: Case, profiles: Iterable[str]) -> None:
+    """Add how each shipped adapter of the profiles was trained, as the record beside it says."""
+    rows = [
+        (f"{name}, {role}", *_trained(json.loads(path.read_text(encoding="utf-8"))))
+        for name in profiles
+        for role, folder in case.profile(name).adapters.items()
+        if (path := Path(folder, "training.json")).is_file()
+    ]
+    _add_table(values, "recorded.training", TRAINING_COLUMNS, rows)
+
+
+def _trained(training: Mapping[str, Any]) -> tuple[Cell, ...]:
+    judged = [
+        _say(training.get(f"{rows} log-odds AUC, {whose}"))
+        for rows in ("held_out", "new_rule")
+        for whose in ("base", "adapter", "gain")
+    ]
+    return (training["prompt"], training["rows"], training["layers"], training["steps"], *judged)
+
+
+def _say(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:
+        return "–"
+    low, high = estimate["low"], estimate["high"]
+    return f"{estimate['value']:.2f} [{low:.2f},\N{NO-BREAK SPACE}{high:.2f}]"
+
+
 def add_bench(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFile]) -> None:
     """Add the first benchmark on record, and where it ran."""
     for profile, file in list(files.items())[:1]:
@@ -150,6 +178,10 @@ COLUMNS = {
         "kl": "KL to the base",
     },
 }
+TRAINING_COLUMNS = (
+    *("adapter", "prompt", "rows", "upper layers", "steps", "base, AUC", "with it, AUC", "gain"),
+    *("new rule: base, AUC", "with it there, AUC", "gain there"),
+)
 RUN_COLUMNS = ("model", "made on", "device", "dtype", "rows", "records", "minutes", "digest")
 
 
