@@ -17,7 +17,7 @@ BIN := $(abspath $(VENV))/bin
 # The graph calls `postmortem` and `snakemake` of this environment by name.
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := book
-.PHONY: book replay weights test lint clean environment
+.PHONY: book replay suite weights test lint clean environment
 
 environment: $(VENV)/.installed
 
@@ -38,6 +38,9 @@ book: environment
 replay: environment
 	@postmortem replay --case "$(CASE)" --profile "$(PROFILE)" --worlds "$(WORLDS)" \
 	  --cores "$(CORES)"
+
+suite: environment
+	@$(BIN)/python scripts/make_suite.py --case "$(CASE)" --cores "$(CORES)"
 
 weights: environment
 	@postmortem weights "$(PROFILE)"
