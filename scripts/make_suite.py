@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from postmortem import graph
+from postmortem.errors import PostmortemError
 from postmortem.planted import plant
 
 FOLDER = Path("_build/suite")
@@ -27,6 +28,8 @@ def main() -> None:
     parser.add_argument("--cores", default=0, type=int, help="0 takes all")
     chosen = parser.parse_args()
     cores = chosen.cores or len(os.sched_getaffinity(0))
+    # What libraries tell their developers is nobody's concern here.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     settings: dict[str, str | int] = {
         **dict.fromkeys(("data", "labels", "suspect", "reference"), ""),
         **dict.fromkeys(("device", "dtype"), "auto"),
@@ -46,4 +49,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PostmortemError as error:
+        say(f"make_suite: {error}")
+        raise SystemExit(error.exit_code) from None

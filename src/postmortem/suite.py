@@ -259,8 +259,9 @@ def _match(pattern: str, place: Path) -> Iterable[Path]:
         # pathlib's own takes no absolute pattern, and its stars match hidden folders.
         found = glob(pattern, root_dir=place, recursive=True)  # noqa: PTH207
         return [place / name for name in found]
+    inside = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
     is_adapter = any((path / name).exists() for name in MARKS)
-    return [path] if is_adapter else [p for p in path.iterdir() if not p.name.startswith(".")]
+    return [path] if is_adapter or not inside else inside
 
 
 def name_adapters(folders: Sequence[Path], place: Path) -> list[Entry]:
