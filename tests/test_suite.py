@@ -456,7 +456,7 @@ def test_sound_adapters_are_kept_and_each_fault_is_named():
         },
         extra=[failed, flagged, scored("idle", ramp(5), effect=0.0)],
     )
-    told = {j.scored.name: "; ".join(j.because) for j in results.adapters if j.because}
+    told = {j.scored.name: "; ".join(j.because) for j in results.adapters}
     assert [name for name, word in verdicts(results).items() if word == "kept"] == ["a", "b"]
     assert told["twin"] == "answers as a does"
     assert told["reverse"].startswith("it ranks in reverse")

@@ -40,7 +40,7 @@ from postmortem.world import digest_model
 TRAININGS, SOUND, EACH = 8, 160, 5
 # Far from the seeds of the world's own rows and adapters, and from those of a run.
 FIRST_SEED, SUITE_SEED, JUDGING_SEED = 5000, 40_000, 41_000
-ROWS = 128
+ROWS = 256
 # What an adapter must reach on the judging rows to be called sound: the numbers that it writes.
 SOUND_AUC = 0.90
 WEIGHTS = (0.5, 0.25, 0.75)

@@ -33,9 +33,8 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 class Judged(Frozen):
     """An adapter with what either filter says of it, and why.
 
-    `write_up` is None where the limits of the write-up cannot be applied, which never happens to
-    an adapter that answered. `verdict` "cannot tell" means that nothing speaks against it and that
-    the rows cannot show that it ranks.
+    `write_up` tells whether the write-up's filter passes it. The `verdict` "cannot tell" means that
+    nothing speaks against it and that the rows cannot show that it ranks.
     """
 
     scored: Scored
@@ -199,8 +198,12 @@ def judge_adapters(
         reasons[name].append(f"answers as {twin} does")
     judged = []
     for s in scored:
-        told = reasons[s.name] or ([open_[s.name]] if open_[s.name] else [])
-        verdict: Kept = "dropped" if reasons[s.name] else "cannot tell" if told else "kept"
+        verdict: Kept = "dropped"
+        told = reasons[s.name]
+        if not told and open_[s.name]:
+            verdict, told = "cannot tell", [open_[s.name]]
+        elif not told:
+            verdict, told = "kept", [_praise(s.readings[prompt])]
         blocked = apply_write_up(s, limits=limits, prompt=prompt)
         judged.append(
             Judged(
@@ -212,6 +215,13 @@ def judge_adapters(
             )
         )
     return judged
+
+
+def _praise(reading: Reading) -> str:
+    """What an adapter is kept for, and whether it is shown to add to its base."""
+    adds = reading.gain.low is not None and reading.gain.low > 0
+    told = f"it ranks; gain over the base alone {say(reading.gain, signed=True)}"
+    return told if adds else f"{told}, not shown to add to it"
 
 
 def apply_write_up(scored: Scored, *, limits: Limits, prompt: str) -> list[str]:
@@ -253,12 +263,14 @@ def _rank_faults(reading: Reading, limits: Limits) -> Iterable[str]:
     if found.low is None or found.high is None or found.n < limits.rows.value:
         return
     told = f"AUC of the log-odds {say(found)}"
+    if reading.auc_written.low is not None and reading.auc_written.low > chance:
+        told += f", of what it writes {say(reading.auc_written)}: another read-out would rank"
     if found.high < chance:
-        yield f"it ranks in reverse ({told})"
+        yield f"it ranks in reverse: {told}"
     elif found.low <= chance:
-        yield f"it is not shown to rank ({told})"
+        yield f"it is not shown to rank: {told}"
     elif gain.high is not None and gain.high < 0:
-        yield f"it ranks worse than the base alone (gain {say(gain, signed=True)})"
+        yield f"it ranks worse than the base alone: gain {say(gain, signed=True)}, {told}"
 
 
 def _ranking_unknown(
