@@ -18,7 +18,7 @@ BIN := $(abspath $(VENV))/bin
 # The graph calls `postmortem` and `snakemake` of this environment by name.
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := book
-.PHONY: book replay record bench weights test lint clean environment
+.PHONY: book replay record bench suite weights test lint clean environment
 
 environment: $(VENV)/.installed
 
@@ -47,6 +47,9 @@ record: environment
 bench: environment
 	@postmortem bench --case "$(CASE)" --profile "$(if $(filter embedded,$(PROFILE)),smollm2,$(PROFILE))" \
 	  --device "$(DEVICE)" --dtype "$(DTYPE)" --cores "$(CORES)"
+
+suite: environment
+	@$(BIN)/python scripts/make_suite.py --case "$(CASE)" --cores "$(CORES)"
 
 weights: environment
 	@postmortem weights "$(PROFILE)"

@@ -128,6 +128,16 @@ def make_beliefs() -> list[Record]:
     ]
 
 
+def make_suite() -> list[Record]:
+    """A suite of three adapters, one of which has no AUC, and an ensemble."""
+    rows = (("suspect", "dropped"), ("reference", "kept"), ("donor adapter", "dropped"))
+    names = ("base alone", "suspect", "reference", "ensemble of the kept")
+    return [
+        Table(key="suite.adapters", columns=("adapter", "verdict"), rows=rows),
+        *(interval(f"suite.auc.{name}", 0.7) for name in names),
+    ]
+
+
 def make_records(rows: int) -> dict[str, list[Record]]:
     """Records of the notebooks that have figures, a few rows each."""
     runs = {
@@ -169,6 +179,7 @@ def make_records(rows: int) -> dict[str, list[Record]]:
             interval("forensics.timing.beside_reading", 0.08),
         ],
         "07_replay": [make_matrix()],
+        "10_suite": make_suite(),
         "09_diagnosis": make_beliefs(),
         "06_controls": [
             *(record for kind in KINDS for record in answers(kind, "v2", rows=rows)),
@@ -232,6 +243,8 @@ def without_label(record: Record) -> Record:
 def without_adapters(record: Record) -> Record | None:
     """A record as of a run that had the base alone."""
     if isinstance(record, Prediction) and record.system != "base":
+        return None
+    if isinstance(record, Measure) and record.key.startswith("suite."):
         return None
     if isinstance(record, Measure) and re.search(r"suspect|reference|mismatch", record.key):
         return record.model_copy(update={"value": None, "low": None, "high": None})
@@ -327,11 +340,19 @@ def test_untrusted_text_is_escaped() -> None:
     assert "#f0000d" in texts_of(pick(drawn, "stages").wide)
 
 
+def test_a_suite_is_drawn_by_verdict(drawings: list[Drawing]) -> None:
+    """Adapters stand under what the suite made of them; one without an AUC is left out."""
+    alt = pick(drawings, "suite").alt
+    told = [alt.index(f"; {part}") for part in ("kept: reference", "dropped: suspect", "ensembles")]
+    assert told == sorted(told)
+    assert "donor" not in alt
+
+
 def test_absent_roles_are_said() -> None:
     """A system that is not available keeps its band, with the words; its figures say why not."""
     drawn, reasons = draw_all(make_files(change=without_adapters), make_case())
     assert texts_of(pick(drawn, "hero").wide).count("not available in this profile") == 4
-    assert reasons.keys() == {"stages", "refits", "kinds"}
+    assert reasons.keys() == {"stages", "refits", "kinds", "suite"}
     assert "not available in this profile" in reasons["refits"]
     assert "not available in this profile" in reasons["kinds"]
     assert "base alone" in pick(drawn, "controls_auc").alt
@@ -343,7 +364,7 @@ def test_missing_labels_are_said() -> None:
     drawn, reasons = draw_all(make_files(change=without_label), make_case())
     assert "no labels" in texts_of(pick(drawn, "hero").wide)
     assert "no labels" in texts_of(pick(drawn, "swap_values").wide)
-    assert reasons.keys() == {"says_and_knows", "swap_auc", "controls_auc", "kinds"}
+    assert reasons.keys() == {"says_and_knows", "swap_auc", "controls_auc", "kinds", "suite"}
     assert "without labels" in reasons["says_and_knows"]
 
 
@@ -365,6 +386,7 @@ def test_run_speaks_where_the_base_does_not() -> None:
         "swap_values",
         "swap_auc",
         "row_time",
+        "suite",
         *CONTROL_FIGURES,
         *INQUIRY_FIGURES,
     }
@@ -414,7 +436,7 @@ def test_one_class_is_drawn() -> None:
     drawn, reasons = draw_all(make_files(change=same), make_case())
     assert "AUC not available" in pick(drawn, "says_and_knows").alt
     assert "AUC not available" in pick(drawn, "kinds").alt
-    assert reasons.keys() == {"swap_auc", "controls_auc"}
+    assert reasons.keys() == {"swap_auc", "controls_auc", "suite"}
 
 
 def test_sums_above_a_hundred_are_called_out() -> None:

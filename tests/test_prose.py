@@ -9,7 +9,7 @@ BOOK = Path(__file__).parents[1] / "book"
 # Chapters whose every number is live. A name without a file is one that this book does not have.
 CHAPTERS = (
     *("hypotheses", "evidence", "root-cause", "validation", "lessons", "practice", "claims"),
-    *("summary", "forensics", "controls", "replay", "ledger", "diagnosis"),
+    *("summary", "forensics", "controls", "replay", "ledger", "diagnosis", "suite"),
     *("real-models", "speed"),
 )
 # What a page may spell with digits: names, and evidence quoted as it stands. Nothing measured.

@@ -538,11 +538,11 @@ def load_case(path: str | Path) -> Case:
     Raises `CaseError` naming the file, the key, what was expected and what was found.
     """
     path = Path(path)
-    data = _read_yaml(path)
+    data = read_yaml(path)
     try:
         case = Case.model_validate(data)
     except ValidationError as error:
-        raise _explain(path, error.errors(include_url=False)) from None
+        raise explain_errors(path, error.errors(include_url=False)) from None
     _check_references(path, case)
     return case
 
@@ -570,12 +570,17 @@ def case_digest(case: Case, profile: str | None = None) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
-def _read_yaml(path: Path) -> Any:
-    remedy = "Give the path of a case file, for example cases/qwen-lora.yml."
+def read_yaml(
+    path: Path,
+    *,
+    kind: str = "case file",
+    remedy: str = "Give the path of a case file, for example cases/qwen-lora.yml.",
+) -> Any:
+    """Read a file of plain data; `CaseError` where it is missing, not YAML, or repeats a key."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise CaseError(path, expected="a case file", found="no such file", remedy=remedy) from None
+        raise CaseError(path, expected=f"a {kind}", found="no such file", remedy=remedy) from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise CaseError(
             path, expected="a readable UTF-8 file", found=str(error), remedy=remedy
@@ -595,7 +600,7 @@ def _read_yaml(path: Path) -> Any:
     raise CaseError(path, expected="valid YAML", found=found)
 
 
-def _explain(path: Path, errors: list[ErrorDetails]) -> CaseError:
+def explain_errors(path: Path, errors: list[ErrorDetails]) -> CaseError:
     """The first validation error as whose, which key, expected, found; and how many more."""
     first = errors[0]
     where = ".".join(_name_part(part) for part in first["loc"])

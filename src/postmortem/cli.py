@@ -158,6 +158,20 @@ def bench(
 
 
 @app.command()
+def suite(
+    spec: Annotated[Path, typer.Argument(help="The suite file.")],
+    out: Annotated[Path, typer.Option(help="The folder for results; a run there is resumed.")],
+    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+    executor: Annotated[str, typer.Option(help="Another executor of Snakemake's.")] = "",
+) -> None:
+    """Score many adapters on one base and say which to keep."""
+    from postmortem.graph import run_suite
+
+    cores = cores or len(os.sched_getaffinity(0))
+    print(run_suite(spec, out, cores=cores, executor=executor))
+
+
+@app.command()
 def diagnose(
     case: Annotated[Path, typer.Argument(help="A case file whose book has been built.")],
     profile: Annotated[str, typer.Option(help="A profile of the case.")] = "embedded",
@@ -318,6 +332,24 @@ def evaluate_replays(records: list[Path], out: Annotated[Path, typer.Option()]) 
 
     found = evaluate_worlds(load_case(_settings()["case"]), [read_records(p) for p in records])
     write_text(out, json.dumps({"line": describe_trust(found)}) + "\n")
+
+
+@steps.command("suite-chunk")
+def score_chunk(number: str) -> None:
+    """Score one chunk of the suite whose output folder this is."""
+    from postmortem.suite import read_plan
+    from postmortem.suite_scoring import score_chunk
+
+    score_chunk(read_plan(Path()), Path(), number, report=_say)
+
+
+@steps.command("suite-results")
+def collect_results() -> None:
+    """Judge the adapters of the suite whose output folder this is."""
+    from postmortem.suite import read_plan
+    from postmortem.suite_results import collect
+
+    collect(read_plan(Path()), Path())
 
 
 @steps.command("publish")

@@ -353,14 +353,39 @@ def _train_lineage(
         base = folder / lineage.base
         save_member(model, base, training=trainer.summary, tokenizer=tokenizer)
     for role, (recipe, offset) in lineage.adapters.items():
-        # Each adapter starts from the base as saved, on a copy that no other adapter touched, and
-        # one of another seed sees other rows.
-        own = seed + lineage.spec.seed + 100 * offset
-        trainer = _Trainer(case, tokenizer, seed=own, report=report, rows=ADAPTER_ROWS)
-        adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(base), seed=own)
-        if recipe:
-            trainer.train_adapter(adapted, RECIPES[recipe], role=f"{lineage.base}, {role}")
-        save_member(adapted, folder / role, training=trainer.summary, base=lineage.base)
+        train_adapter(
+            case,
+            base,
+            recipe=RECIPES[recipe] if recipe else None,
+            seed=seed + lineage.spec.seed + 100 * offset,
+            folder=folder / role,
+            report=report,
+            name=lineage.base,
+        )
+
+
+def train_adapter(
+    case: Case,
+    base: Path,
+    *,
+    recipe: Recipe | None,
+    seed: int,
+    folder: Path,
+    report: Callable[[str], None] = print,
+    name: str = "base",
+) -> None:
+    """Train one adapter on a base's folder, or save an untrained one where there is no recipe.
+
+    It starts from the base as saved, on a copy that no other adapter touched, and one of another
+    seed sees other rows. `name` is the base that its config names. Raises `WorldError` where a
+    criterion is not reached within the allowed steps.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    trainer = _Trainer(case, tokenizer, seed=seed, report=report, rows=ADAPTER_ROWS)
+    adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(base), seed=seed)
+    if recipe is not None:
+        trainer.train_adapter(adapted, recipe, role=f"{name}, {folder.name}")
+    save_member(adapted, folder, training=trainer.summary, base=name)
 
 
 def new_base(spec: BaseSpec, *, seed: int, vocabulary: int) -> Qwen2ForCausalLM:

@@ -48,6 +48,10 @@ class WorldError(PostmortemError):
     """The embedded world did not reach its training criterion."""
 
 
+class SuiteError(PostmortemError):
+    """A suite names no adapter, prompt or rows, or its steps did not all succeed."""
+
+
 class ParameterError(PostmortemError):
     """A notebook was given parameters that it does not declare, or not those it needs."""
 

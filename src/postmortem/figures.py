@@ -40,7 +40,8 @@ from postmortem.sheet import (
 WIDE, NARROW = 720, 350
 SHOWN = 10  # the rows shown one by one: as many as the incident had
 V1, V2, MISMATCH, SWAP = "01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adapter_swap"
-CONTROLS = "06_controls"
+CONTROLS, SUITE = "06_controls", "10_suite"
+ENSEMBLES = ("ensemble of the kept", "ensemble by the write-up", "ensemble of all")
 SYSTEMS = {"base": "base alone", "suspect": "suspect", "reference": "reference"}
 ABSENT = "not available in this profile"
 FORENSICS = "08_forensics"
@@ -394,6 +395,39 @@ def _tell_blocks(rows: Sequence[Row], scale: Scale) -> str:
     return "; ".join(told).replace(":;", ":")
 
 
+def draw_suite(sheet: Sheet, source: Source) -> str:
+    """How well the log-odds of each adapter rank the rows, by what the suite makes of it."""
+    measures, groups = source.measures(SUITE), list_suite(source)
+    rows = [Row("base alone", "base", measures.get("suite.auc.base alone"))]
+    for word, names in groups.items():
+        found = [(name, measures.get(f"suite.auc.{name}")) for name in names]
+        shown = [Row(clean(name, 22), role_of(name), m) for name, m in found if m]
+        rows += [Row(word), *shown] if shown else []
+    if len(rows) < 2:
+        raise NotDrawable(f"adapters {ABSENT}, or {NO_LABELS}")
+    ensembles = [name for name in ENSEMBLES if f"suite.auc.{name}" in measures]
+    rows += [Row("ensembles")] if ensembles else []
+    rows += [
+        Row(name.removeprefix("ensemble "), "ink", measures[f"suite.auc.{name}"])
+        for name in ensembles
+    ]
+    scale = Scale((0, 0.5, 1), say_auc, line=(0.5, "chance"))
+    forest = Forest("AUC of the log-odds", rows, scale, 132)
+    sheet.height = forest.draw(sheet, (0, 2), width=sheet.width)
+    return f"{forest.title}, with 95 % intervals: {_tell_blocks(rows, scale)}."
+
+
+def list_suite(source: Source) -> dict[str, list[str]]:
+    """The names of the suite's adapters by their verdict, in the order of the table."""
+    tables = source.files[SUITE].of(Table)
+    found = next((t for t in tables if t.key == "suite.adapters"), None)
+    if found is None or "verdict" not in found.columns:
+        return {}
+    at = found.columns.index("verdict")
+    words = ("kept", "cannot tell", "dropped")
+    return {word: [str(row[0]) for row in found.rows if row[at] == word] for word in words}
+
+
 KINDS = {"speaking_base": "speaking base", "base": "base alone", "ignorant_base": "ignorant base"}
 
 
@@ -660,6 +694,7 @@ FIGURES: dict[str, Callable[[Sheet, Source], str]] = {
     "swap_auc": draw_swap_auc,
     "controls_auc": draw_controls_auc,
     "kinds": draw_kinds,
+    "suite": draw_suite,
     "confidences": draw_confidences,
     "row_time": draw_row_time,
     "replay_matrix": draw_replay_matrix,

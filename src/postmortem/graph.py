@@ -1,19 +1,20 @@
 """Running the graph of work: one build at a time, resumable, with lines a person can follow."""
 
-import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from postmortem.case import load_case
-from postmortem.errors import BookError, DataError
-from postmortem.records import RecordFile, read_records, write_text
+from postmortem.errors import BookError, DataError, SuiteError
+from postmortem.records import RecordFile, locked, read_records, write_text
+from postmortem.suite import drop_incomplete, make_plan, write_plan
+from postmortem.world import embedded_digest
 
 BUILD, RECORDED = Path("_build"), Path("results")
 DEVICES = re.compile(r"auto|cpu|cuda|cuda:[0-9]+|mps")
@@ -63,6 +64,35 @@ def keep(notebook: str, settings: Settings, *, cores: int) -> tuple[RecordFile, 
     return kept, f"record: {place} ({counts})"
 
 
+def train_base(settings: Settings, *, cores: int) -> Path:
+    """Bring the embedded world's first base up to date and return its folder."""
+    case, profile = load_case(str(settings["case"])), str(settings["profile"])
+    lineage = BUILD / "worlds" / f"{case.name}-{embedded_digest(case, case.profile(profile).seed)}"
+    with one_build():
+        _run_graph(str(lineage / "target.done"), settings, cores=cores)
+    return lineage / "target" / "base"
+
+
+def run_suite(path: str | Path, out: str | Path, *, cores: int, executor: str = "") -> str:
+    """Run a suite, resuming what an earlier run has left; return the line that sums it up.
+
+    With an `executor` of Snakemake's (slurm, kubernetes), `cores` is how many chunks run at once.
+    Raises `SuiteError` where a step failed; its own message stands above.
+    """
+    start, out = time.perf_counter(), Path(out)
+    plan = make_plan(path)
+    with locked(out / ".lock", "suite: waiting for another run in this folder to end"):
+        write_plan(plan, out)
+        drop_incomplete(plan, out)
+        options = ["--snakefile", str(Path(__file__).with_name("suite.smk")), "--directory", out]
+        jobs = ["--executor", executor, "--jobs"] if executor else ["--cores"]
+        # One chunk that fails does not stop the others.
+        if _run_snakemake([*options, "results", "--keep-going", *jobs, cores]):
+            raise SuiteError(out, expected="every chunk to succeed", found="one that did not")
+        line = (out / "summary.txt").read_text(encoding="utf-8").strip()
+    return f"{line}, {time.perf_counter() - start:.0f} s"
+
+
 def check_settings(settings: Settings) -> None:
     """Refuse a wrong case, profile or file name before anything runs."""
     load_case(str(settings["case"])).profile(str(settings["profile"]))
@@ -86,21 +116,19 @@ def check_settings(settings: Settings) -> None:
 @contextmanager
 def one_build() -> Iterator[None]:
     """Hold the build lock; it is freed by the system however a build ends."""
-    BUILD.mkdir(exist_ok=True)
-    with (BUILD / ".lock").open("w") as lock:
-        os.set_inheritable(lock.fileno(), True)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("book: waiting for another build here to end", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(BUILD / ".lock", "book: waiting for another build here to end"):
         yield
 
 
 def _run_graph(target: str, settings: Settings, *, cores: int, again: bool = False) -> None:
     write_text(BUILD / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
-    command = [target, "--cores", str(cores), "--quiet", "all", "--rerun-incomplete", "--nolock"]
-    command += ["--forcerun", target] if again else []
+    forced = ["--forcerun", target] if again else []
+    if _run_snakemake([target, "--cores", cores, *forced]):
+        raise BookError("the build", expected="every step to succeed", found="one that did not")
+
+
+def _run_snakemake(options: Sequence[object]) -> int:
+    command = [*map(str, options), "--quiet", "all", "--rerun-incomplete", "--nolock"]
     environment = os.environ | {
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
@@ -109,11 +137,9 @@ def _run_graph(target: str, settings: Settings, *, cores: int, again: bool = Fal
         "PYTHONWARNINGS": "ignore",
     }
     # The child keeps the lock's descriptor, so an orphan still counts as a running build.
-    process = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "snakemake", *command],
         env=environment,
         close_fds=False,
         check=False,
-    )
-    if process.returncode:
-        raise BookError("the build", expected="every step to succeed", found="one that did not")
+    ).returncode

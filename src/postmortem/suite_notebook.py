@@ -1,0 +1,181 @@
+"""A small suite in the book: every adapter that this world has, on its base."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from postmortem.analysis import NO_LABELS, ONE_CLASS
+from postmortem.case import AdapterFilter
+from postmortem.metrics import Estimate
+from postmortem.models import LoadedBase, load_base
+from postmortem.records import Cell
+from postmortem.session import Session
+from postmortem.suite import Limit, Limits
+from postmortem.suite_results import Judged, Results, judge_suite, say
+from postmortem.suite_scoring import Bench
+from postmortem.world import ADAPTERS, World, digest_model, role_name
+
+PROMPT = "v2"
+BASE = "base alone"
+ENSEMBLES = {
+    "kept": "ensemble of the kept",
+    "write_up": "ensemble by the write-up",
+    "all": "ensemble of all",
+}
+COLUMNS = (
+    *("adapter", "checker", "standard deviation", "maximum", "AUC, written", "AUC, log-odds"),
+    *("effect in nat", "write-up's filter", "verdict", "because"),
+)
+GAINS = ("over_best", "held_out", "over_base", "over_write_up", "over_all")
+
+
+def world_adapters(world: World) -> dict[str, Path]:
+    """The adapters of a world by a name for pages: by role, then those of the replays.
+
+    Of the replays' adapters those of the world's own base are taken, and the first of its sibling;
+    one that plays a role as well stands under both names, and is found to be a duplicate.
+    """
+    found = {role_name(role): world.path(role) for role in ADAPTERS if world.has(role)}
+    for name, member in world.replays.items():
+        lineage, _, training = name.partition("/")
+        if member.path is None:
+            continue
+        if lineage == "silent" or (lineage, training) == ("sibling", "numeric_0"):
+            recipe, _, seed = training.rpartition("_")
+            own = "" if lineage == "silent" else f", {lineage}'s"
+            found[f"{recipe.replace('_', ' ')} {int(seed) + 1}{own}"] = Path(member.path)
+    return {name: path for name, path in found.items() if path.is_dir()}
+
+
+def run_world_suite(session: Session) -> Results | None:
+    """Put the world's adapters through a suite; None where the world has none."""
+    adapters = world_adapters(session.world)
+    if not adapters:
+        return None
+    attempt = session.case.attempts[PROMPT]
+    bases = iter([session.base])
+
+    def load() -> LoadedBase:
+        again = load_base(session.world.path("base"), device=session.device, dtype=session.dtype)
+        return next(bases, again)
+
+    with session.timed("suite"):
+        bench = Bench(
+            load,
+            folder=session.world.path("base"),
+            rows=session.rows,
+            prompts={PROMPT: session.case.prompts[PROMPT]},
+            max_new_tokens=attempt.decoding.max_new_tokens,
+            max_prompt_tokens=attempt.decoding.max_prompt_tokens,
+        )
+        scored = [
+            bench.score(name, folder, digest=digest_model(folder))
+            for name, folder in adapters.items()
+        ]
+    return judge_suite(
+        bench.score_base(),
+        scored,
+        labels=session.rows.labels,
+        limits=limits_of(session.case.adapter_filter),
+        title=session.world.title,
+        decided_by=PROMPT,
+    )
+
+
+def limits_of(written: AdapterFilter | None) -> Limits:
+    """Our limits beside those of a case's write-up."""
+    if written is None:
+        return Limits()
+    return Limits(
+        std_above=Limit(value=written.std_above, because=written.source),
+        maximum_above=Limit(value=written.maximum_above, because=written.source),
+    )
+
+
+def record_suite(session: Session) -> Results | None:
+    """Run the world's suite and record its table, measures and verdicts."""
+    results = run_world_suite(session)
+    if results is None:
+        _record_absence(session)
+        return None
+    session.table("suite.adapters", COLUMNS, [_row(judged) for judged in results.adapters])
+    why = {"none": NO_LABELS, "one class": ONE_CLASS}.get(results.labels, "no adapter was kept")
+    for name, count in {"adapters": len(results.adapters), **results.counts}.items():
+        session.measure(f"suite.count.{name.replace(' ', '_')}", count)
+    for name, found in _list_aucs(results).items():
+        lack = why if results.labels != "two classes" else "it does not load, or answers NaN"
+        session.measure(f"suite.auc.{name}", found, reason=lack)
+    session.measure("suite.best_single.auc", results.best_auc, reason=why)
+    for name, found in list_gains(results).items():
+        session.measure(f"suite.gain.{name}", found, reason=why)
+    kept = results.ensembles.get("kept")
+    session.measure("suite.ensemble.auc", kept.auc if kept else None, reason=why)
+    session.text("suite.best_single.system", results.best_single or "none")
+    session.verdict("suite.filters_agree", *judge_agreement(results))
+    for name, key in (("over_best", "beats_best"), ("over_all", "filtering_pays")):
+        session.verdict(f"suite.{key}", *judge_gain(list_gains(results)[name], lack=why))
+    return results
+
+
+def list_gains(results: Results) -> dict[str, Estimate]:
+    """What the ensemble of the kept gains, by the names in `GAINS`."""
+    unknown, kept = Estimate(None, None, None, 0), results.ensembles.get("kept")
+    over = (kept.gain_over_best, kept.held_out, kept.gain_over_base) if kept else (unknown,) * 3
+    rest = (results.gains["over_write_up"], results.gains["over_all"])
+    return dict(zip(GAINS, (*over, *rest), strict=True))
+
+
+def judge_agreement(results: Results) -> tuple[bool | None, str]:
+    """Whether the write-up's filter passes exactly the adapters that are kept."""
+    lost = [j.scored.name for j in results.adapters if j.verdict == "kept" and not j.write_up]
+    let = [j.scored.name for j in results.adapters if j.verdict == "dropped" and j.write_up]
+    parts = {"kept here and blocked there": lost, "dropped here and passed there": let}
+    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+    if told:
+        return False, told
+    if results.counts["cannot tell"]:
+        return None, results.adapters[0].because[0]
+    return True, "it passes those that are kept and no other"
+
+
+def judge_gain(gain: Estimate, *, lack: str) -> tuple[bool | None, str]:
+    """Whether an ensemble ranks better: an interval that holds no change leaves it open."""
+    if gain.value is None or gain.low is None or gain.high is None:
+        return None, lack
+    told = f"gain in AUC {say(gain, signed=True)}"
+    return (True if gain.low > 0 else False if gain.high < 0 else None), told
+
+
+def _record_absence(session: Session) -> None:
+    reason = "this profile has no adapter"
+    cells: tuple[Cell, ...] = ("not available", reason)
+    session.table("suite.adapters", ("adapter", "because"), [cells])
+    for name in ("adapters", "kept", "dropped", "write_up", "failed"):
+        session.measure(f"suite.count.{name}", None, reason=reason)
+    for name in (*(f"gain.{gain}" for gain in GAINS), "ensemble.auc", "best_single.auc"):
+        session.measure(f"suite.{name}", None, reason=reason)
+    session.text("suite.best_single.system", "none")
+    for key in ("filters_agree", "beats_best", "filtering_pays"):
+        session.verdict(f"suite.{key}", "not available", reason)
+
+
+def _list_aucs(results: Results) -> Mapping[str, Estimate]:
+    """AUC of the log-odds of the base, of each adapter that has one, and of the ensembles."""
+    prompt = results.decided_by
+    found = {BASE: results.base.readings[prompt].auc}
+    for judged in results.adapters:
+        reading = judged.scored.readings.get(prompt)
+        found[judged.scored.name] = reading.auc if reading else Estimate(None, None, None, 0)
+    found |= {ENSEMBLES[kind]: ensemble.auc for kind, ensemble in results.ensembles.items()}
+    return found
+
+
+def _row(judged: Judged) -> tuple[Cell, ...]:
+    scored, passed = judged.scored, "passed" if judged.write_up else "blocked"
+    findings = f"{scored.checker}: {', '.join(scored.findings)}" if scored.findings else "fits"
+    reading = scored.readings.get(PROMPT)
+    measured: tuple[Cell, ...] = (None,) * 5
+    if reading is not None:
+        effect = None if reading.effect is None else round(reading.effect, 4)
+        aucs = (say(reading.auc_written), say(reading.auc))
+        measured = (round(reading.std, 3), round(reading.maximum, 2), *aucs, effect)
+    return (scored.name, findings, *measured, passed, judged.verdict, judged.because[0])

@@ -1,0 +1,116 @@
+import dataclasses
+
+import pytest
+
+from postmortem.case import AdapterFilter
+from postmortem.metrics import Estimate
+from postmortem.records import Measure, Table, Text, Verdict
+from postmortem.suite import Limits
+from postmortem.suite_notebook import (
+    COLUMNS,
+    GAINS,
+    judge_gain,
+    limits_of,
+    record_suite,
+    world_adapters,
+)
+
+ROLES = ["suspect", "reference", "donor adapter", "no-op adapter"]
+
+
+def keys_of(session, kind):
+    """The keys of one kind of record."""
+    return {r.key for r in session.records if isinstance(r, kind)}
+
+
+def table_of(session):
+    """The suite's table by adapter, each row by column."""
+    table = next(r for r in session.records if isinstance(r, Table))
+    return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+
+
+@pytest.fixture
+def recorded(session):
+    """A session that has run the suite of the untrained world."""
+    record_suite(session)
+    return session
+
+
+def test_the_adapters_of_a_world_are_its_roles_and_its_own_replays(untrained_world):
+    """Adapters trained on another base than the world's stand for it once at most."""
+    names = list(world_adapters(untrained_world))
+    assert names[:4] == ROLES
+    assert "numeric 1, sibling's" in names
+    assert not any("donor's" in name or "speaking" in name for name in names)
+    assert {"numeric 1", "numeric 2", "yes no short 1"} <= set(names)
+
+
+def test_the_table_holds_every_adapter_and_says_why(recorded):
+    """Each adapter has a verdict and a reason, those that do not load as well."""
+    table = table_of(recorded)
+    assert list(table) == list(world_adapters(recorded.world))
+    assert set(table["suspect"]) == set(COLUMNS)
+    assert all(row["because"] for row in table.values())
+    assert table["donor adapter"]["because"] == "the checker found shape-mismatch"
+    assert table["donor adapter"]["AUC, log-odds"] is None
+    assert table["no-op adapter"]["because"] == "the checker found untrained"
+
+
+def test_what_is_not_measured_has_a_reason(recorded):
+    """A measure without a value says why, and no number of the suite is lost."""
+    found = {r.key: r for r in recorded.records if isinstance(r, Measure)}
+    assert {f"suite.gain.{name}" for name in GAINS} <= found.keys()
+    assert all(m.reason for m in found.values() if m.value is None)
+    assert found["suite.count.adapters"].value == len(table_of(recorded))
+    assert found["suite.auc.donor adapter"].reason == "it does not load, or answers NaN"
+
+
+def test_a_world_without_adapters_records_the_same_keys(session, recorded):
+    """What the page reads is there where nothing was run, with the reason."""
+    held = {kind: keys_of(recorded, kind) for kind in (Measure, Verdict, Text)}
+    session.records.clear()
+    members = {
+        role: member.model_copy(update={"path": None, "reason": "none"})
+        if role in ("suspect", "reference", "no_op", "donor_adapter")
+        else member
+        for role, member in session.world.members.items()
+    }
+    session.world = session.world.model_copy(update={"members": members, "replays": {}})
+    assert record_suite(session) is None
+    drawn = {key for key in held[Measure] if key.startswith("suite.auc.")}
+    told = drawn | {"suite.count.cannot_tell"}
+    assert keys_of(session, Measure) == held[Measure] - told
+    assert keys_of(session, Verdict) == held[Verdict]
+    assert keys_of(session, Text) <= held[Text] | {"suite.best_single.system"}
+    assert {r.verdict for r in session.records if isinstance(r, Verdict)} == {"not available"}
+
+
+def test_without_labels_the_suite_cannot_tell(session):
+    """On rows without labels no AUC is recorded, and what is not dropped is not kept either."""
+    session.rows = dataclasses.replace(session.rows, labels=None)
+    results = record_suite(session)
+    found = {r.key: r for r in session.records if isinstance(r, Measure)}
+    assert results.counts["kept"] == 0
+    assert results.counts["cannot tell"] > 0
+    assert found["suite.ensemble.auc"].reason == "the rows came without labels"
+    verdicts = {r.key: r.verdict for r in session.records if isinstance(r, Verdict)}
+    assert verdicts["suite.beats_best"] == "cannot tell"
+
+
+def test_the_limits_of_the_write_up_come_from_the_case():
+    """A case's own filter takes the place of the default, and ours stay."""
+    own = AdapterFilter(std_above=0.2, maximum_above=0.9, grade="artefact", source="s")
+    found = limits_of(own)
+    assert (found.std_above.value, found.maximum_above.because) == (0.2, "s")
+    assert found.alike == Limits().alike
+    assert limits_of(None) == Limits()
+
+
+@pytest.mark.parametrize(
+    ("ends", "decided"), [((0.1, 0.3), True), ((-0.3, -0.1), False), ((-0.1, 0.1), None)]
+)
+def test_a_gain_is_decided_by_its_interval(ends, decided):
+    """An interval above zero is a gain, one below a loss, and one around it neither."""
+    gain = Estimate(sum(ends) / 2, *ends, 40)
+    assert judge_gain(gain, lack="none")[0] is decided
+    assert judge_gain(Estimate(None, None, None, 0), lack="none") == (None, "none")
