@@ -128,6 +128,12 @@ def make_beliefs() -> list[Record]:
     ]
 
 
+def make_kept() -> list[Record]:
+    """A kept run of a base and one adapter."""
+    reads = ("yes_no.{}.auc_yes_no", "v2.{}.auc_number", "v2.{}.auc_decoded")
+    return [interval(read.format(name), 0.6) for name in ("base", "suspect") for read in reads]
+
+
 def make_suite() -> list[Record]:
     """A suite of three adapters, one of which has no AUC, and an ensemble."""
     rows = (("suspect", "dropped"), ("reference", "kept"), ("donor adapter", "dropped"))
@@ -180,6 +186,7 @@ def make_records(rows: int) -> dict[str, list[Record]]:
         ],
         "07_replay": [make_matrix()],
         "10_suite": make_suite(),
+        "kept.smollm2": make_kept(),
         "09_diagnosis": make_beliefs(),
         "06_controls": [
             *(record for kind in KINDS for record in answers(kind, "v2", rows=rows)),
@@ -364,7 +371,9 @@ def test_missing_labels_are_said() -> None:
     drawn, reasons = draw_all(make_files(change=without_label), make_case())
     assert "no labels" in texts_of(pick(drawn, "hero").wide)
     assert "no labels" in texts_of(pick(drawn, "swap_values").wide)
-    assert reasons.keys() == {"says_and_knows", "swap_auc", "controls_auc", "kinds", "suite"}
+    assert reasons.keys() == {
+        *("says_and_knows", "swap_auc", "controls_auc", "kinds", "suite", "real_models")
+    }
     assert "without labels" in reasons["says_and_knows"]
 
 
@@ -386,6 +395,7 @@ def test_run_speaks_where_the_base_does_not() -> None:
         "swap_values",
         "swap_auc",
         "row_time",
+        "real_models",
         "suite",
         *CONTROL_FIGURES,
         *INQUIRY_FIGURES,
@@ -436,7 +446,7 @@ def test_one_class_is_drawn() -> None:
     drawn, reasons = draw_all(make_files(change=same), make_case())
     assert "AUC not available" in pick(drawn, "says_and_knows").alt
     assert "AUC not available" in pick(drawn, "kinds").alt
-    assert reasons.keys() == {"swap_auc", "controls_auc", "suite"}
+    assert reasons.keys() == {"swap_auc", "controls_auc", "suite", "real_models"}
 
 
 def test_sums_above_a_hundred_are_called_out() -> None:

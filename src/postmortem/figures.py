@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from postmortem.case import Case, Hypothesis
 from postmortem.figure_source import NotDrawable, Source
 from postmortem.figures_inquiry import draw_beliefs, draw_plan, draw_replay_matrix
+from postmortem.figures_kept import draw_real_models
 from postmortem.records import Measure, Prediction, RecordFile, Table, Verdict, write_text
 from postmortem.sheet import (
     BODY,
@@ -694,6 +695,7 @@ FIGURES: dict[str, Callable[[Sheet, Source], str]] = {
     "swap_auc": draw_swap_auc,
     "controls_auc": draw_controls_auc,
     "kinds": draw_kinds,
+    "real_models": draw_real_models,
     "suite": draw_suite,
     "confidences": draw_confidences,
     "row_time": draw_row_time,

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from postmortem.case import Case, ClaimVerdict, Practice, RunTest, load_case
 from postmortem.errors import RecordError
 from postmortem.figures import draw_all, save_drawings
+from postmortem.figures_kept import KEPT
 from postmortem.inputs import choose_rows, input_digests
 from postmortem.recorded import add_bench, add_recorded, add_training, read_kept
 from postmortem.records import (
@@ -63,7 +64,8 @@ def publish(
     add_training(values, loaded, recorded)
     add_bench(values, bench)
     add_case_values(values, loaded)
-    drawings, missing = draw_all(files, loaded)
+    kept = {f"{KEPT}{name}": file for name, file in recorded.items()}
+    drawings, missing = draw_all(files | kept, loaded)
     save_drawings(drawings, missing, Path(out) / "figures")
     write_text(Path(out) / "values.json", json.dumps(values, indent=1, ensure_ascii=False))
     return sum(len(file.records) for file in files.values())
