@@ -22,7 +22,7 @@ from postmortem.session import Session
 
 NEW_TOKENS = 10  # as many as the incident's second attempt
 BATCH_ROWS = 8
-ROWS, ROUNDS = 24, 3
+ROWS, ROUNDS = 12, 3
 LENGTHS = (64, 128, 256, 512, 1024)
 BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
 COUNTS = (1, 4, 16, 64)
