@@ -20,8 +20,7 @@ from postmortem.suite import (
     Reading,
     Scored,
     digest_judgement,
-    read_results,
-    valid_results,
+    read_held,
 )
 
 Kept = Literal["kept", "dropped", "cannot tell"]
@@ -97,9 +96,7 @@ def collect(plan: Plan, out: Path) -> Results:
 
     Raises `RecordError` where one is missing.
     """
-    held: dict[str, Scored] = {}
-    for number in plan.chunks:
-        held |= valid_results(plan, read_results(out / CHUNKS / f"{number}.jsonl")[0])
+    held = read_held(plan, out)
     missing = [entry.name for entry in plan.entries if entry.name not in held]
     if missing or "" not in held:
         raise RecordError(
@@ -375,7 +372,7 @@ def say(found: Estimate, *, signed: bool = False) -> str:
     """An estimate with its interval, or "unknown"."""
     if found.value is None:
         return "unknown"
-    form = "+.3f" if signed else ".3f"
+    form = "+z.3f" if signed else "z.3f"
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
