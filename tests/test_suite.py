@@ -349,6 +349,23 @@ def test_only_what_changed_is_scored_again(place, untrained, tmp_path):
     assert valid_results(other, results) == {}
 
 
+def test_an_adapter_that_joins_moves_the_others_and_is_scored_alone(
+    place, whole, untrained, tmp_path
+):
+    """One more adapter at the front changes every chunk, and nothing else is measured again."""
+    shutil.copytree(place / "adapters", tmp_path / "adapters")
+    shutil.copytree(whole / CHUNKS, tmp_path / "out" / CHUNKS)
+    adapter(tmp_path / "adapters/a", untrained / "reference")
+    plan, told = make_plan(write_spec(tmp_path, untrained / "base")), []
+    for number in plan.chunks:
+        score_chunk(plan, tmp_path / "out", number, report=told.append)
+    assert [line.partition(": ")[2] for line in told] == [
+        "1 of 4 adapters scored",
+        "0 of 3 adapters scored",
+    ]
+    assert len(collect(plan, tmp_path / "out").adapters) == 7
+
+
 def test_a_chunk_that_lost_its_file_is_not_done(place, whole, tmp_path):
     """The mark of a chunk is taken back where its results are gone, and collecting refuses."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)

@@ -117,12 +117,10 @@ def _plant(
     recipes = [NUMERIC] * TRAININGS + [INVERTED] * 2
     train = partial(_train, case_path, base, trained)
     done = list(pool.map(train, seeds, [recipe is INVERTED for recipe in recipes]))
-    sources = [
-        path for path, recipe in zip(done, recipes, strict=True) if path and recipe is NUMERIC
-    ]
-    inverted = [
-        path for path, recipe in zip(done, recipes, strict=True) if path and recipe is INVERTED
-    ]
+    sources, inverted = (
+        [path for path, recipe in zip(done, recipes, strict=True) if path and recipe is kind]
+        for kind in (NUMERIC, INVERTED)
+    )
     report(f"{len(sources)} adapters trained, {len(inverted)} more on inverted labels")
     candidates = folder / "candidates"
     names = [_derive(candidates, *made) for made in list_candidates(sources)]
@@ -131,7 +129,7 @@ def _plant(
     found = {k: v for part in pool.map(judge, parts) for k, v in part.items()}
     good = [name for name in names if found[name] >= SOUND_AUC][:SOUND]
     rejected = sum(found[name] < SOUND_AUC for name in names)
-    if len(good) < SOUND:
+    if len(good) < SOUND or not inverted:
         raise SuiteError(
             folder, expected=f"{SOUND} sound adapters", found=f"{len(good)} of {len(names)}"
         )

@@ -346,10 +346,19 @@ def read_plan(out: Path) -> Plan:
 
 def drop_incomplete(plan: Plan, out: Path) -> None:
     """Take back the mark of each chunk whose results are not all there any more."""
+    held = read_held(plan, out)
     for number, chunk in plan.chunks.items():
-        held = valid_results(plan, read_results(out / CHUNKS / f"{number}.jsonl")[0])
         if {"", *(entry.name for entry in chunk)} - held.keys():
             (out / CHUNKS / f"{number}.done").unlink(missing_ok=True)
+
+
+def read_held(plan: Plan, out: Path) -> dict[str, Scored]:
+    """By name, the results that count, in whichever chunk's file they stand.
+
+    An adapter that joins the suite moves others to another chunk; they are not measured again.
+    """
+    files = sorted((out / CHUNKS).glob("*.jsonl"))
+    return valid_results(plan, [result for file in files for result in read_results(file)[0]])
 
 
 def valid_results(plan: Plan, results: Iterable[Scored]) -> dict[str, Scored]:

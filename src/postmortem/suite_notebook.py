@@ -22,8 +22,8 @@ ENSEMBLES = {
     "all": "ensemble of all",
 }
 COLUMNS = (
-    *("adapter", "checker", "standard deviation", "maximum", "AUC, written", "AUC, log-odds"),
-    *("effect in nat", "write-up's filter", "verdict", "because"),
+    *("adapter", "verdict", "write-up's filter", "AUC, log-odds", "because", "AUC, written"),
+    *("standard deviation", "maximum", "effect in nat", "checker"),
 )
 GAINS = ("over_best", "held_out", "over_base", "over_write_up", "over_all")
 
@@ -173,9 +173,10 @@ def _row(judged: Judged) -> tuple[Cell, ...]:
     scored, passed = judged.scored, "passed" if judged.write_up else "blocked"
     findings = f"{scored.checker}: {', '.join(scored.findings)}" if scored.findings else "fits"
     reading = scored.readings.get(PROMPT)
-    measured: tuple[Cell, ...] = (None,) * 5
-    if reading is not None:
-        effect = None if reading.effect is None else round(reading.effect, 4)
-        aucs = (say(reading.auc_written), say(reading.auc))
-        measured = (round(reading.std, 3), round(reading.maximum, 2), *aucs, effect)
-    return (scored.name, findings, *measured, passed, judged.verdict, judged.because[0])
+    head = (scored.name, judged.verdict, passed)
+    if reading is None:
+        return (*head, None, judged.because[0], *(None,) * 4, findings)
+    effect = None if reading.effect is None else round(reading.effect, 4)
+    spread = (round(reading.std, 3), round(reading.maximum, 2), effect)
+    aucs = (say(reading.auc), judged.because[0], say(reading.auc_written))
+    return (*head, *aucs, *spread, findings)

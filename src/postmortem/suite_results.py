@@ -20,8 +20,7 @@ from postmortem.suite import (
     Reading,
     Scored,
     digest_judgement,
-    read_results,
-    valid_results,
+    read_held,
 )
 
 Kept = Literal["kept", "dropped", "cannot tell"]
@@ -97,9 +96,7 @@ def collect(plan: Plan, out: Path) -> Results:
 
     Raises `RecordError` where one is missing.
     """
-    held: dict[str, Scored] = {}
-    for number in plan.chunks:
-        held |= valid_results(plan, read_results(out / CHUNKS / f"{number}.jsonl")[0])
+    held = read_held(plan, out)
     missing = [entry.name for entry in plan.entries if entry.name not in held]
     if missing or "" not in held:
         raise RecordError(
@@ -137,19 +134,12 @@ def judge_suite(
 ) -> Results:
     """Put measured adapters through both filters, and build the ensembles of what passes."""
     judgements = judge_adapters(scored, labels=labels, limits=limits, prompt=decided_by)
-    counts = {word: sum(j.verdict == word for j in judgements) for word in Kept.__args__}  # type: ignore[attr-defined]
-    counts["write_up"] = sum(j.write_up for j in judgements)
-    counts["failed"] = sum(s.status == "failed" for s in scored)
     odds = {
         s.name: np.array(s.readings[decided_by].log_odds, dtype=np.float64)
         for s in scored
         if s.status == "ok" and s.readings[decided_by].finite
     }
-    groups = {
-        "kept": [j.scored.name for j in judgements if j.verdict != "dropped"],
-        "write_up": [j.scored.name for j in judgements if j.write_up and j.scored.name in odds],
-        "all": list(odds),
-    }
+    groups = list_members(judgements, odds)
     control = np.array(base.readings[decided_by].log_odds, dtype=np.float64)
     best = find_best({name: odds[name] for name in groups["kept"]}, labels)
     means = {kind: mean_ranks([odds[n] for n in names]) for kind, names in groups.items() if names}
@@ -173,7 +163,7 @@ def judge_suite(
         labels=_name_labels(labels),
         decided_by=decided_by,
         limits=limits,
-        counts=counts,
+        counts=count_verdicts(judgements),
         best_single=best,
         best_auc=next((s.readings[decided_by].auc for s in scored if s.name == best), UNKNOWN),
         base=base,
@@ -181,6 +171,29 @@ def judge_suite(
         gains=gains,
         adapters=judgements,
     )
+
+
+def count_verdicts(judgements: Sequence[Judged]) -> dict[str, int]:
+    """How many adapters have each verdict, pass the write-up's filter, and failed."""
+    words = ("kept", "dropped", "cannot tell")
+    return {
+        **{word: sum(j.verdict == word for j in judgements) for word in words},
+        "write_up": sum(j.write_up for j in judgements),
+        "failed": sum(j.scored.status == "failed" for j in judgements),
+    }
+
+
+def list_members(judgements: Sequence[Judged], able: Iterable[str]) -> dict[str, list[str]]:
+    """The members of each ensemble among those whose log-odds are all finite.
+
+    Without labels nothing is kept, and the first holds whatever nothing speaks against.
+    """
+    finite = dict.fromkeys(able)
+    return {
+        "kept": [j.scored.name for j in judgements if j.verdict != "dropped"],
+        "write_up": [j.scored.name for j in judgements if j.write_up and j.scored.name in finite],
+        "all": list(finite),
+    }
 
 
 def judge_adapters(
@@ -375,7 +388,7 @@ def say(found: Estimate, *, signed: bool = False) -> str:
     """An estimate with its interval, or "unknown"."""
     if found.value is None:
         return "unknown"
-    form = "+.3f" if signed else ".3f"
+    form = "+z.3f" if signed else "z.3f"
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
