@@ -306,7 +306,7 @@ def test_a_file_cut_at_any_byte_is_resumed(place, whole, tmp_path_factory, data)
     assert bytes_of(out) == bytes_of(whole)
 
 
-@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_cut_file_holds_a_beginning_of_the_results(whole, tmp_path_factory, data):
     """What is read of a cut file are the first results, whole ones, and nothing else."""
@@ -407,7 +407,7 @@ def test_kill_at_a_random_moment_changes_nothing(place, whole, tmp_path, whom):
         kill(process.pid, signal.SIGKILL)
     process.communicate()
     again = start(place / "suite.yml", tmp_path)
-    told, errors = again.communicate(timeout=300)
+    told, errors = again.communicate(timeout=600)
     assert again.returncode == 0, errors
     assert told.splitlines()[-1].startswith("suite: 6 adapters, ")
     assert bytes_of(tmp_path) == bytes_of(whole)
