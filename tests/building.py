@@ -10,7 +10,7 @@ from pathlib import Path
 def clone(root, folder):
     """Copy the project's own files, as a clone would have them, with fewer replays."""
     folder.mkdir()
-    for name in ("book", "cases", "notebooks"):
+    for name in ("book", "cases", "notebooks", "results"):
         shutil.copytree(root / name, folder / name)
     for name in ("Snakefile", "_config.yml", "_toc.yml"):
         shutil.copy2(root / name, folder / name)
