@@ -198,7 +198,8 @@ def _systems(
         place = f"{rows}." if rows else ""
         for system in SYSTEMS:
             key = f"{place}{prompt}.{system}"
-            if f"{key}.distinct" not in measures:
+            distinct = measures.get(f"{key}.distinct")
+            if distinct is None or distinct.value is None:
                 continue
             cells = [_cell(measures.get(f"{key}.{name}")) for name in columns]
             count = measures[f"{rows or prompt}.rows"].value
