@@ -30,6 +30,7 @@ STARTS = LINEAGE_STARTS if EMBEDDED else {}
 THREADS = 1 if EMBEDDED else workflow.cores
 # Runs on real models that are kept; `make record` and `make bench` make them again.
 KEPT = sorted(str(path) for path in Path("results").glob("*/*.jsonl"))
+# The heavy notebook that this run was asked for, if any.
 HEAVY = SETTINGS.get("heavy", "")
 # Notebooks that read what an earlier one recorded.
 EARLIER = {"02_v2_run": "01_v1_run", "09_diagnosis": "07_replay"}

@@ -19,7 +19,7 @@ from postmortem.training import (
     check_split,
     choose_corpus,
     lower_states,
-    only_layers,
+    only_lower,
     recipe_of,
     train_adapter,
     train_profile_adapter,
@@ -90,9 +90,9 @@ def test_two_parts_are_the_whole_forward_with_an_adapter(model):
 def test_the_layers_come_back(model):
     """After the block, and after an error in it, the decoder has its layers and its norm."""
     layers, norm = model.model.layers, model.model.norm
-    with only_layers(model.model, 0, 1):
+    with only_lower(model.model, 1):
         assert len(model.model.layers) == 1
-    with pytest.raises(ZeroDivisionError), only_layers(model.model, 0, 1):
+    with pytest.raises(ZeroDivisionError), only_lower(model.model, 1):
         raise ZeroDivisionError
     assert model.model.layers is layers
     assert model.model.norm is norm

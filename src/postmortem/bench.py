@@ -22,7 +22,7 @@ from postmortem.session import Session
 
 NEW_TOKENS = 10  # as many as the incident's second attempt
 BATCH_ROWS = 8
-ROWS, ROUNDS = 12, 3
+ROWS, ROUNDS = 32, 3
 LENGTHS = (64, 128, 256, 512, 1024)
 BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
 COUNTS = (1, 4, 16, 64)
@@ -52,14 +52,9 @@ class Timings:
 
 def record_bench(session: Session) -> None:
     """Time every way on both prompts, in turn, and record ratios, shares and memory."""
-    base, rows = session.base, session.rows.head(ROWS)
-    prompts = {
-        name: [
-            encode(session.case.prompts[name], rows.row(i), tokenizer=base.tokenizer, limit=512)
-            for i in range(len(rows))
-        ]
-        for name in ("v2", "yes_no")
-    }
+    base = session.base
+    whole = {name: _encode_rows(session, name) for name in ("v2", "yes_no")}
+    prompts = {name: asked[:ROWS] for name, asked in whole.items()}
     times: dict[tuple[str, str], Timings] = {}
     said: dict[tuple[str, str], list[str]] = {}
     for turn in range(ROUNDS):
@@ -73,7 +68,7 @@ def record_bench(session: Session) -> None:
         session.say(f"round {turn + 1} of {ROUNDS}")
     gemm = gemm_rate(base.model, suited_batch(base.model))
     session.measure("bench.gemm", gemm / 1e9, unit="GFLOP/s")
-    session.measure("bench.rows", len(rows), unit="rows")
+    session.measure("bench.rows", len(prompts["v2"]), unit="rows")
     session.measure("bench.rounds", ROUNDS)
     _record_ways(session, prompts, times, gemm=gemm)
     same = [a == b for a, b in zip(said["v2", INCIDENT], said["v2", NUMERIC], strict=True)]
@@ -83,8 +78,14 @@ def record_bench(session: Session) -> None:
     gap = log_odds_gap(base, prompts["yes_no"])
     session.measure("bench.log_odds_gap", gap, unit="nat")
     session.verdict("bench.same_log_odds", gap < 1e-4, f"they differ by {gap:.1g} at most")
-    _record_scaling(session, base, prompts["v2"], gemm=gemm)
+    _record_scaling(session, base, whole["v2"], gemm=gemm)
     _record_profile(session, base, prompts["v2"])
+
+
+def _encode_rows(session: Session, name: str) -> list[Prompt]:
+    template, tokenizer = session.case.prompts[name], session.base.tokenizer
+    rows = (session.rows.row(index) for index in range(max(ROWS, *COUNTS)))
+    return [encode(template, row, tokenizer=tokenizer, limit=512) for row in rows]
 
 
 def ways_of(
@@ -226,8 +227,7 @@ def _record_scaling(
     session: Session, base: LoadedBase, prompts: Sequence[Prompt], *, gemm: float
 ) -> None:
     """Pace of the read-outs by number of rows, by prompt length and by batch."""
-    many = list(prompts) * -(-max(COUNTS) // len(prompts))
-    rows = [(count, *_pace(base, many[:count], gemm=gemm)) for count in COUNTS]
+    rows = [(count, *_pace(base, prompts[:count], gemm=gemm)) for count in COUNTS]
     session.table("bench.by_rows", ("rows", "rows/s", "tokens/s", "share of GEMM"), rows)
     ids = [token for prompt in prompts for token in prompt.token_ids]
     by_length = []
@@ -236,7 +236,8 @@ def _record_scaling(
         by_length.append((length, *_pace(base, cut, gemm=gemm)))
     columns = ("prompt tokens", "rows/s", "tokens/s", "share of GEMM")
     session.table("bench.by_length", columns, by_length)
-    by_batch = [(size, *_pace(base, prompts, gemm=gemm, batch_tokens=size)) for size in BATCHES]
+    few = prompts[:ROWS]
+    by_batch = [(size, *_pace(base, few, gemm=gemm, batch_tokens=size)) for size in BATCHES]
     session.table(
         "bench.by_batch", ("tokens at once", "rows/s", "tokens/s", "share of GEMM"), by_batch
     )

@@ -67,19 +67,18 @@ def book(
     """Bring the book up to date: world, notebooks, values, pages."""
     from postmortem.graph import build
 
-    settings: dict[str, str | int] = {
-        "case": case,
-        "profile": profile,
-        "data": data,
-        "labels": labels,
-        "rows": rows,
-        "suspect": suspect,
-        "reference": reference,
-        "device": device,
-        "dtype": dtype,
-        "worlds": 1,
-    }
-    print(build(settings, cores=cores or len(os.sched_getaffinity(0))))
+    settings = _make_settings(
+        case=case,
+        profile=profile,
+        data=data,
+        labels=labels,
+        rows=rows,
+        suspect=suspect,
+        reference=reference,
+        device=device,
+        dtype=dtype,
+    )
+    print(build(settings, cores=_count(cores)))
 
 
 @app.command()
@@ -92,15 +91,8 @@ def replay(
     """Replay every cause at every severity in several worlds, and judge the diagnosis by it."""
     from postmortem import graph
 
-    settings: dict[str, str | int] = {
-        **dict.fromkeys(("data", "labels", "suspect", "reference"), ""),
-        **dict.fromkeys(("device", "dtype"), "auto"),
-        "case": case,
-        "profile": profile,
-        "rows": 0,
-        "worlds": worlds,
-    }
-    print(graph.replay(settings, cores=cores or len(os.sched_getaffinity(0))))
+    settings = _make_settings(case=case, profile=profile, worlds=worlds)
+    print(graph.replay(settings, cores=_count(cores)))
 
 
 @app.command()
@@ -117,17 +109,8 @@ def record(
     """Run a real model's experiments once and keep the records, which the book reads."""
     from postmortem import graph
 
-    settings: dict[str, str | int] = {
-        **dict.fromkeys(("data", "labels", "suspect", "reference"), ""),
-        "case": case,
-        "profile": profile,
-        "files": files,
-        "device": device,
-        "dtype": dtype,
-        "rows": 0,
-        "worlds": 1,
-    }
-    _, line = graph.keep("real_model", settings, cores=cores or len(os.sched_getaffinity(0)))
+    settings = _make_settings(case=case, profile=profile, files=files, device=device, dtype=dtype)
+    _, line = graph.keep("real_model", settings, cores=_count(cores))
     print(line)
 
 
@@ -143,16 +126,8 @@ def bench(
     from postmortem import graph
     from postmortem.recorded import describe_bench
 
-    settings: dict[str, str | int] = {
-        **dict.fromkeys(("data", "labels", "suspect", "reference", "files"), ""),
-        "case": case,
-        "profile": profile,
-        "device": device,
-        "dtype": dtype,
-        "rows": 0,
-        "worlds": 1,
-    }
-    kept, line = graph.keep("bench", settings, cores=cores or len(os.sched_getaffinity(0)))
+    settings = _make_settings(case=case, profile=profile, device=device, dtype=dtype)
+    kept, line = graph.keep("bench", settings, cores=_count(cores))
     print(line)
     print(f"bench: {describe_bench(kept)}")
 
@@ -167,8 +142,7 @@ def suite(
     """Score many adapters on one base and say which to keep."""
     from postmortem.graph import run_suite
 
-    cores = cores or len(os.sched_getaffinity(0))
-    print(run_suite(spec, out, cores=cores, executor=executor))
+    print(run_suite(spec, out, cores=_count(cores), executor=executor))
 
 
 @app.command()
@@ -386,6 +360,17 @@ def build_pages(run: Annotated[Path, typer.Option()], out: Annotated[Path, typer
     pages = build_book(executed=executed, published=run, site=Path("_build/site"), out=Path())
     write_summary(out, pages=pages, records=count_records(run / "records"))
     _say(f"{pages} pages built")
+
+
+def _make_settings(**given: str | int) -> dict[str, str | int]:
+    """What the graph is run with: the given settings, and that each other one is left out."""
+    empty = dict.fromkeys(("data", "labels", "suspect", "reference", "files"), "")
+    return {**empty, "device": "auto", "dtype": "auto", "rows": 0, "worlds": 1, **given}
+
+
+def _count(cores: int) -> int:
+    """Cores to use; 0 stands for all that this process may use."""
+    return cores or len(os.sched_getaffinity(0))
 
 
 def _settings() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from postmortem.case import load_case
-from postmortem.errors import BookError, DataError, SuiteError
+from postmortem.errors import BookError, CaseError, DataError, SuiteError
 from postmortem.records import RecordFile, locked, read_records, write_text
 from postmortem.suite import drop_incomplete, make_plan, write_plan
 from postmortem.world import embedded_digest
@@ -56,7 +56,15 @@ def keep(notebook: str, settings: Settings, *, cores: int) -> tuple[RecordFile, 
     for path in str(settings["files"]).replace(":", " ").split():
         if not Path(path).is_file():
             raise DataError(path, expected="a file of rows or labels", found="no such file")
-    place = RECORDED / str(settings["profile"]) / f"{notebook}.jsonl"
+    profile = str(settings["profile"])
+    if load_case(str(settings["case"])).profile(profile).recorded is None:
+        raise CaseError(
+            f"{settings['case']}, key `profiles.{profile}`",
+            expected="`recorded`, which says how many rows to record",
+            found="none",
+            remedy="Name another profile with PROFILE, or add the key.",
+        )
+    place = RECORDED / profile / f"{notebook}.jsonl"
     with one_build():
         _run_graph("keep", settings | {"heavy": notebook}, cores=cores, again=True)
     kept = read_records(place)

@@ -24,9 +24,8 @@ from postmortem.records import (
     read_records,
     write_text,
 )
+from postmortem.values import Values, add_table
 from postmortem.world import Training, World, check_members, read_world, role_name
-
-Values = dict[str, dict[str, Any]]
 
 
 def publish(
@@ -242,13 +241,6 @@ def _add_practice(
     )
     values["measures"]["case.actions_closed"] = _number(states.count("closed"))
     values["measures"]["case.actions_open"] = _number(states.count("open"))
-
-
-def add_table(
-    values: Values, key: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]
-) -> None:
-    """Add a table under a key."""
-    values["tables"][key] = {"columns": list(columns), "rows": [list(row) for row in rows]}
 
 
 def _case_tables(

@@ -19,6 +19,7 @@ from postmortem.records import (
     check_fresh,
     read_records,
 )
+from postmortem.values import Values, add_table, say_interval
 from postmortem.world import digest_model
 
 # A heavy notebook, and the target of `make` that runs it.
@@ -103,7 +104,7 @@ def check_adapters(file: RecordFile, profile: Profile, *, remedy: str) -> None:
             )
 
 
-def add_recorded(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFile]) -> None:
+def add_recorded(values: Values, files: Mapping[str, RecordFile]) -> None:
     """Add each record's values under the name of its profile, and tables of all beside each other.
 
     The words that the reader's own run came to stand beside theirs.
@@ -112,12 +113,12 @@ def add_recorded(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFi
         _place(values, file, prefix=f"{name}.")
     for prompt, columns in COLUMNS.items():
         rows = [row for n, f in files.items() for row in _systems(n, f, prompt, columns=columns)]
-        _add_table(values, f"recorded.{prompt}", ("model, rows", "system", *columns.values()), rows)
-    _add_table(values, "recorded.runs", RUN_COLUMNS, [_run(f) for f in files.values()])
+        add_table(values, f"recorded.{prompt}", ("model, rows", "system", *columns.values()), rows)
+    add_table(values, "recorded.runs", RUN_COLUMNS, [_run(f) for f in files.values()])
     _judge(values, files)
 
 
-def add_training(values: dict[str, dict[str, Any]], case: Case, profiles: Iterable[str]) -> None:
+def add_training(values: Values, case: Case, profiles: Iterable[str]) -> None:
     """Add how each shipped adapter of the profiles was trained, as the record beside it says."""
     rows = [
         (f"{name}, {role}", *_trained(json.loads(path.read_text(encoding="utf-8"))))
@@ -125,7 +126,7 @@ def add_training(values: dict[str, dict[str, Any]], case: Case, profiles: Iterab
         for role, folder in case.profile(name).adapters.items()
         if (path := Path(folder, "training.json")).is_file()
     ]
-    _add_table(values, "recorded.training", TRAINING_COLUMNS, rows)
+    add_table(values, "recorded.training", TRAINING_COLUMNS, rows)
 
 
 def _trained(training: Mapping[str, Any]) -> tuple[Cell, ...]:
@@ -140,19 +141,18 @@ def _trained(training: Mapping[str, Any]) -> tuple[Cell, ...]:
 def _say(estimate: Mapping[str, float] | None) -> str:
     if estimate is None:
         return "–"
-    low, high = estimate["low"], estimate["high"]
-    return f"{estimate['value']:.2f} [{low:.2f},\N{NO-BREAK SPACE}{high:.2f}]"
+    return say_interval(estimate["value"], estimate["low"], estimate["high"])
 
 
-def add_bench(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFile]) -> None:
+def add_bench(values: Values, files: Mapping[str, RecordFile]) -> None:
     """Add the first benchmark on record, and where it ran."""
     for profile, file in list(files.items())[:1]:
         _place(values, file, prefix="")
         values["texts"]["bench.profile"] = profile
-        _add_table(values, "bench.run", RUN_COLUMNS, [_run(file)])
+        add_table(values, "bench.run", RUN_COLUMNS, [_run(file)])
 
 
-def _place(values: dict[str, dict[str, Any]], file: RecordFile, *, prefix: str) -> None:
+def _place(values: Values, file: RecordFile, *, prefix: str) -> None:
     for record in file.records:
         match record:
             case Measure() | Verdict() | Table():
@@ -211,9 +211,8 @@ def _cell(measure: Measure | None) -> Cell:
         return "–"
     if measure.low is None or measure.high is None:
         return round(measure.value, 3)
-    if measure.unit == "nat":
-        return f"{measure.value:.2g} [{measure.low:.2g},\N{NO-BREAK SPACE}{measure.high:.2g}]"
-    return f"{measure.value:.2f} [{measure.low:.2f},\N{NO-BREAK SPACE}{measure.high:.2f}]"
+    form = ".2g" if measure.unit == "nat" else ".2f"
+    return say_interval(measure.value, measure.low, measure.high, form)
 
 
 def _run(file: RecordFile) -> tuple[Cell, ...]:
@@ -230,7 +229,7 @@ def _run(file: RecordFile) -> tuple[Cell, ...]:
     )
 
 
-def _judge(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFile]) -> None:
+def _judge(values: Values, files: Mapping[str, RecordFile]) -> None:
     """Decide whether the worlds agree on the two statements that the case turns on."""
     statements = {"reproduces": "v2.base.reproduces", "knows": "v2.base.knows"}
     own = {"reproduces": "swap.base.reproduces", "knows": "swap.base.knows"}
@@ -250,9 +249,3 @@ def _judge(values: dict[str, dict[str, Any]], files: Mapping[str, RecordFile]) -
 
 def _table(file: RecordFile, key: str) -> Iterable[tuple[Cell, ...]]:
     return next((table.rows for table in file.of(Table) if table.key == key), ())
-
-
-def _add_table(
-    values: dict[str, dict[str, Any]], key: str, columns: Iterable[str], rows: Iterable[Any]
-) -> None:
-    values["tables"][key] = {"columns": list(columns), "rows": [list(row) for row in rows]}

@@ -36,6 +36,7 @@ from postmortem.metrics import auc_estimate, auc_gain_estimate
 from postmortem.models import LoadedBase, attached, load_base
 from postmortem.moderation import generate_moderation_rows
 from postmortem.parsing import parse_as_written
+from postmortem.prefill import only_upper
 from postmortem.prompts import encode, lead_of
 from postmortem.provenance import package_versions
 from postmortem.records import write_text
@@ -145,12 +146,10 @@ def _tail(rows: Rows, start: int) -> Rows:
 
 
 @contextmanager
-def only_layers(decoder: Any, start: int, stop: int) -> Iterator[None]:
-    """Run a decoder on layers `start` to `stop` alone; the final norm goes with the last layer."""
+def only_lower(decoder: Any, depth: int) -> Iterator[None]:
+    """Run a decoder on its lowest `depth` layers alone, without the final norm."""
     layers, norm = decoder.layers, decoder.norm
-    decoder.layers = layers[start:stop]
-    if stop < len(layers):
-        decoder.norm = nn.Identity()
+    decoder.layers, decoder.norm = layers[:depth], nn.Identity()
     try:
         yield
     finally:
@@ -167,7 +166,7 @@ def lower_states(
     """
     states: dict[int, torch.Tensor] = {}
     clock = _Clock(report)
-    with torch.inference_mode(), only_layers(model.model, 0, layers):
+    with torch.inference_mode(), only_lower(model.model, layers):
         for batch in batches([len(row) for row in ids], BATCH_TOKENS):
             rows = [torch.tensor(ids[index], device=model.device) for index in batch]
             padded = pad_sequence(rows, batch_first=True)
@@ -186,7 +185,7 @@ def upper_logits(
     """Logits at `places` (rows and columns, shape (2, n)) from kept states, by the upper layers."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     padded = pad_sequence(list(states), batch_first=True)
-    with only_layers(causal.model, layers, len(causal.model.layers)):
+    with only_upper(causal, layers):
         hidden = causal.model(inputs_embeds=padded, use_cache=False).last_hidden_state
     return causal.lm_head(hidden[places[0], places[1]])
 

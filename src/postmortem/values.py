@@ -1,0 +1,21 @@
+"""What the book reads, as `publish` puts it together: values by kind and key."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from postmortem.records import Cell
+
+# Measures, verdicts, texts and tables, each by key.
+Values = dict[str, dict[str, Any]]
+
+
+def add_table(
+    values: Values, key: str, columns: Iterable[str], rows: Iterable[Iterable[Cell]]
+) -> None:
+    """Add a table under a key."""
+    values["tables"][key] = {"columns": list(columns), "rows": [list(row) for row in rows]}
+
+
+def say_interval(value: float, low: float, high: float, form: str = ".2f") -> str:
+    """A value with its interval, for a cell: a line breaks before the interval and not in it."""
+    return f"{value:{form}} [{low:{form}},\N{NO-BREAK SPACE}{high:{form}}]"
