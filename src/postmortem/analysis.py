@@ -186,9 +186,9 @@ def _record_tables(session: Session, name: str, *, answers: Answers, health: Hea
             p.value,
             p.stage,
             "no number" if p.strict_value is None else p.strict_value,
-            round(p.number_log_odds, 2),
+            round(log_odds, 2),
         )
-        for p in answers.predictions[:SHOWN]
+        for p, log_odds in [*zip(answers.predictions, answers.number_log_odds, strict=True)][:SHOWN]
     ]
     columns = ("row", "truth", "text", "as written", "stage", "strict", "log-odds")
     session.table(f"{name}.first_rows", columns, rows)

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
 from postmortem.errors import CaseError
+from postmortem.own_case import expand, is_own
+from postmortem.schema import Frozen, Identifier, Sentence
 
 Grade = Literal["artefact", "log", "recollection", "measured"]
 Verdict = Literal["holds", "refuted", "cannot tell", "not available"]
 ClaimVerdict = Literal["stands", "stands in part", "refuted", "cannot be checked"]
-# A sentence that may not be left blank.
-Sentence = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 # What a model does with what it knows of the rows; "cannot tell" is the fourth word.
 Knowing = Literal["says what it knows", "knows and does not say", "does not know"]
-Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
+Contract = Literal["number", "yes_no", "choice", "class"]
 Value = TypeVar("Value")
 # Of a run; and since 1970, up to the year 9999, the last that a date can name.
 Seconds = Annotated[float, Field(ge=0, le=10_000_000)]
@@ -30,12 +30,6 @@ Epoch = Annotated[float, Field(ge=0, le=253_402_000_000)]
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # PyYAML's own constructors raise bare errors on a scalar such as 2025-13-45 or !!int "".
 SCALAR_ERRORS = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
-
-
-class Frozen(BaseModel):
-    """A part of the case: immutable, every key known, no silent conversion of types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class System(Frozen):
@@ -203,12 +197,17 @@ class Forensics(Frozen):
 
 
 class Columns(Frozen):
-    """Names of the columns in the rows file; templates may use any other column by name."""
+    """Names of the columns in the rows file; templates may use any other column by name.
 
-    id: str = "row_id"
+    Without an `id` rows are numbered from 1. Where `positive` is given, labels that equal it count
+    as 1 and all others as 0.
+    """
+
+    id: str | None = "row_id"
     text: str = "body"
     group: str | None = "rule"
-    label: str = "rule_violation"
+    label: str | None = "rule_violation"
+    positive: str | None = None
 
 
 class PromptTemplate(Frozen):
@@ -216,14 +215,19 @@ class PromptTemplate(Frozen):
 
     `{column}` is replaced by the row's value, once, and nothing else is interpreted. With
     `chat` the model's own chat template wraps `system` and `template`; without, the template is
-    sent raw.
+    sent raw. A `number` lies between 0 and 1; `yes_no` and `choice` ask for one of two `answers`,
+    the negative one first; `class` is read by a classifier and answered by its head.
+    `max_new_tokens` holds where no attempt used the prompt.
     """
 
     title: str
-    contract: Literal["number", "yes_no"]
+    contract: Contract
     chat: bool
     system: str = ""
     template: str
+    answers: list[Sentence] = Field(default=["No", "Yes"], min_length=2, max_length=2)
+    max_new_tokens: int = Field(default=3, ge=1, le=4096)
+    max_prompt_tokens: int = Field(default=512, ge=16)
     grade: Grade
     note: str = ""
 
@@ -448,11 +452,15 @@ class Profile(Frozen):
     id. Adapters are folders, by role. `rows` is how many generated rows are scored where no data
     file is given, from word lists (`keywords`) or in sentences that must be read (`moderation`).
     `caveat` is printed wherever a result of this profile is shown, and `recorded` sizes the
-    run that is kept for the book.
+    run that is kept for the book. `data` is a file of rows that takes the place of generated ones,
+    with its labels in `labels` where they are apart; its first `first` rows are scored, or all.
     """
 
     title: str
     base: str
+    data: str = ""
+    labels: str = ""
+    first: int = Field(default=0, ge=0)
     adapters: dict[Literal["suspect", "reference", "donor_adapter", "no_op"], str] = {}
     rows: int = Field(ge=2)
     corpus: Literal["keywords", "moderation"] = "keywords"
@@ -465,8 +473,11 @@ class Profile(Frozen):
 class Case(Frozen):
     """One incident: systems, prompts, attempts, evidence, hypotheses, claims, profiles.
 
-    Without `practice` the chapter on post-mortem practice says that the case has none.
+    Without `practice` the chapter on post-mortem practice says that the case has none. `own` marks
+    one that came from the short form (`own_case`).
     """
+
+    own: bool = Field(default=False, exclude=True)
 
     case_version: Literal[1]
     name: Identifier
@@ -479,7 +490,7 @@ class Case(Frozen):
     forensics: Forensics | None = None
     adapter_filter: AdapterFilter | None = None
     columns: Columns = Columns()
-    prompts: dict[Identifier, PromptTemplate]
+    prompts: dict[Identifier, PromptTemplate] = Field(min_length=1)
     variations: dict[Identifier, Variation] = {}
     attempts: dict[Identifier, Attempt]
     timeline: list[Event] = []
@@ -491,7 +502,22 @@ class Case(Frozen):
     claims: list[Claim] = []
     lessons: list[Lesson] = []
     practice: Practice | None = None
-    profiles: dict[Identifier, Profile]
+    profiles: dict[Identifier, Profile] = Field(min_length=1)
+
+    @property
+    def asked(self) -> str:
+        """The prompt that matters most: the first."""
+        return next(iter(self.prompts))
+
+    @property
+    def default_profile(self) -> str:
+        """The profile of a run that names none: the first."""
+        return next(iter(self.profiles))
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the adapter is a classifier's, which reads its prompts and writes nothing."""
+        return any(prompt.contract == "class" for prompt in self.prompts.values())
 
     def profile(self, name: str) -> Profile:
         """The profile of that name, or a `CaseError` that lists those there are."""
@@ -533,14 +559,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_case(path: str | Path) -> Case:
-    """Read and check a case file.
+    """Read and check a case file, in its full form or in the short one of `own_case`.
 
     Raises `CaseError` naming the file, the key, what was expected and what was found.
     """
     path = Path(path)
     data = read_yaml(path)
     try:
-        case = Case.model_validate(data)
+        case = Case.model_validate(expand(data) if is_own(data) else data)
     except ValidationError as error:
         raise explain_errors(path, error.errors(include_url=False)) from None
     _check_references(path, case)

@@ -1,7 +1,10 @@
 """Moderation rows: generated from a seed, or read from a file in the case's columns."""
 
 import hashlib
+import json
+import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,16 +133,21 @@ def _generate_post(source: random.Random, topic: str) -> str:
 def read_rows(
     data: str | Path, labels: str | Path | None = None, *, columns: Columns | None = None
 ) -> Rows:
-    """Read rows from CSV, and labels from a second CSV or from the label column where present.
+    """Read rows from CSV, Parquet or JSON lines, by the file's ending.
 
-    Raises `DataError` for a missing file or column, a repeated id, a label that is not 0 or 1,
-    or labels that do not cover the rows. An empty post is a post.
+    Labels come from a second file or from the label column where present. Every value is read as
+    text, a missing one as an empty text. Raises `DataError` for a missing file or column, a
+    repeated id, a label that is not 0 or 1 where the columns name no positive one, or labels that
+    do not cover the rows. An empty post is a post.
     """
     columns = columns or Columns()
-    frame = _read_csv(data)
-    _require(data, frame, [columns.id, columns.text])
-    ids = tuple(frame[columns.id])
-    _require_distinct(data, frame, columns.id)
+    frame = _read_table(data)
+    named = [columns.group] if columns.group != Columns().group else []
+    _require(data, frame, [columns.id, columns.text, *named])
+    ids = tuple(map(str, range(1, len(frame) + 1)))
+    if columns.id is not None:
+        ids = tuple(frame[columns.id])
+        _require_distinct(data, frame, columns.id)
     truth = _read_labels(data, frame, labels, columns=columns)
     group = columns.group if columns.group in frame else None
     texts = frame.drop(columns=[name for name in (columns.id, columns.label) if name in frame])
@@ -153,14 +161,7 @@ def read_rows(
 
 
 def _read_csv(path: str | Path) -> pd.DataFrame:
-    try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise DataError(path, expected="a CSV file", found="no such file") from None
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise DataError(path, expected="a CSV file in UTF-8", found=str(error)) from None
-    if frame.empty:
-        raise DataError(path, expected="at least one row", found="none")
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     # pandas takes the first column for row names where every row has a field too many.
     if not isinstance(frame.index, pd.RangeIndex):
         raise DataError(
@@ -172,9 +173,57 @@ def _read_csv(path: str | Path) -> pd.DataFrame:
     return frame
 
 
-def _require(path: str | Path, frame: pd.DataFrame, names: list[str]) -> None:
+def _read_json_lines(path: str | Path) -> pd.DataFrame:
+    with Path(path).open(encoding="utf-8") as stream:
+        lines = [json.loads(line) for line in stream if line.strip()]
+    wrong = next((n for n, line in enumerate(lines, 1) if not isinstance(line, dict)), None)
+    if wrong is not None:
+        raise DataError(path, expected="an object in each line", found=f"none in row {wrong}")
+    return pd.DataFrame(lines)
+
+
+# How a file of rows is read, by its ending, and what it is called.
+READERS: dict[str, tuple[Callable[[str | Path], pd.DataFrame], str]] = {
+    ".csv": (_read_csv, "a CSV file in UTF-8"),
+    ".parquet": (pd.read_parquet, "a Parquet file"),
+    ".jsonl": (_read_json_lines, "a file of JSON lines in UTF-8"),
+}
+
+
+def _read_table(path: str | Path) -> pd.DataFrame:
+    """The file as a frame of texts."""
+    # Any other ending is taken for CSV, as it was before there was a choice.
+    read, kind = READERS.get(Path(path).suffix.lower(), READERS[".csv"])
+    try:
+        frame = read(path)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(path, expected=kind, found="no such file") from None
+    except RecursionError:
+        raise DataError(path, expected=kind, found="nesting too deep") from None
+    except (OSError, ValueError) as error:  # pandas', pyarrow's and json's errors are ValueErrors
+        raise DataError(path, expected=kind, found=" ".join(str(error).split())[:200]) from None
+    if frame.empty:
+        raise DataError(path, expected="at least one row", found="none")
+    frame.columns = frame.columns.map(str)
+    return frame.map(_as_text).reset_index(drop=True)
+
+
+def _as_text(value: object) -> str:
+    """A cell as text: a missing value is empty, a whole number has no point."""
+    if isinstance(value, str):
+        return value
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _require(path: str | Path, frame: pd.DataFrame, names: list[str | None]) -> None:
     for name in names:
-        if name not in frame:
+        if name is not None and name not in frame:
             raise DataError(
                 path,
                 expected=f"a column {name!r}",
@@ -193,11 +242,15 @@ def _read_labels(
     data: str | Path, frame: pd.DataFrame, labels: str | Path | None, *, columns: Columns
 ) -> np.ndarray | None:
     """Labels in the order of `frame`, or None where there are none."""
+    if columns.label is None:
+        return None
     if labels is None:
         values = list(frame[columns.label]) if columns.label in frame else None
         path = data
     else:
-        path, table = labels, _read_csv(labels)
+        path, table = labels, _read_table(labels)
+        if columns.id is None:
+            raise DataError(labels, expected="a column of ids, by which rows are met", found="none")
         _require(labels, table, [columns.id, columns.label])
         _require_distinct(labels, table, columns.id)
         by_id = dict(zip(table[columns.id], table[columns.label], strict=True))
@@ -207,7 +260,34 @@ def _read_labels(
         values = [by_id[id_] for id_ in frame[columns.id]]
     if values is None:
         return None
-    wrong = next((value for value in values if value not in {"0", "1", "0.0", "1.0"}), None)
+    if columns.positive is not None:
+        return _hold_against(path, values, columns=columns)
+    wrong = next((value for value in values if value.lower() not in TRUTH), None)
     if wrong is not None:
-        raise DataError(path, expected=f"{columns.label} 0 or 1", found=repr(wrong))
-    return np.array([int(float(value)) for value in values])
+        raise DataError(
+            path,
+            expected=f"{columns.label} 0 or 1",
+            found=repr(wrong[:80]),
+            remedy="Say which label counts as 1 with `positive` in the case.",
+        )
+    return np.array([TRUTH[value.lower()] for value in values])
+
+
+# Labels that say themselves which they are.
+TRUTH = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+
+
+def _hold_against(path: str | Path, values: list[str], *, columns: Columns) -> np.ndarray:
+    """1 where a label is the positive one; an empty label, and one that never is, are refused."""
+    assert columns.positive is not None
+    positive = columns.positive.lower()
+    found = np.array([int(value.lower() == positive) for value in values])
+    if "" in values or not found.any():
+        raise DataError(
+            path,
+            expected=f"labels in {columns.label!r}, of which some are {columns.positive!r}",
+            found="a row without a label"
+            if "" in values
+            else ", ".join(sorted({repr(value[:40]) for value in values})[:5]),
+        )
+    return found

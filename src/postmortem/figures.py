@@ -238,7 +238,7 @@ def draw_says_and_knows(sheet: Sheet, source: Source) -> str:
     if any(p.label is None for p in answers):
         raise NotDrawable(NO_LABELS)
     measures, system = source.measures(stem), answers[0].system
-    odds = [p.number_log_odds for p in answers]
+    odds = [p.number_log_odds for p in answers if p.number_log_odds is not None]
     says = Bins(TENTHS, (58, sheet.panel - 10), 10, height=84)
     knows = Bins(Scale(_ticks(min(odds), max(odds)), say_number), says.edges, 24, height=84)
     strips = [
@@ -281,7 +281,10 @@ def draw_swap_values(sheet: Sheet, source: Source) -> str:
     answers = {system: source.answers(SWAP, "v2", system) for system in SYSTEMS}
     if not any(answers.values()):
         raise NotDrawable(f"no answers to the prompt v2 in {SWAP}")
-    lanes = {key: split_by_truth((p.value, p.label) for p in some) for key, some in answers.items()}
+    lanes = {
+        key: split_by_truth((p.value, p.label) for p in some if p.value is not None)
+        for key, some in answers.items()
+    }
     edges = (84.0 if sheet.narrow else 100.0, sheet.width - 12.0)
     bins = Bins(TENTHS, edges, 10, height=54.0 if sheet.narrow else 44.0)
     bins = bins.packed(lane for some in lanes.values() for lane in some)

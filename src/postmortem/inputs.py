@@ -18,8 +18,13 @@ GENERATORS = {"keywords": generate_rows, "moderation": generate_moderation_rows}
 def choose_rows(
     case: Case, profile: str, *, data: str = "", labels: str = "", rows: int = 0
 ) -> Rows:
-    """The rows of a run: a file's, or generated ones as many as the profile asks for."""
+    """The rows of a run: a file's, or generated ones as many as the profile asks for.
+
+    `data` and `labels` take the place of the profile's own, and `rows` of its number.
+    """
     chosen = case.profile(profile)
+    if not data:
+        data, labels, rows = chosen.data, labels or chosen.labels, rows or chosen.first
     if not data:
         generate = GENERATORS[chosen.corpus]
         return generate(rows or chosen.rows, chosen.seed, columns=case.columns)
@@ -38,7 +43,9 @@ def input_digests(notebook: Path, case: Case, *, world: World, rows: Rows) -> di
 
 def settings_digest(case: Case, settings: Mapping[str, str | int]) -> str:
     """Digest of what a notebook is run with, apart from its world and code."""
-    files = [digest_file(str(settings[k])) if settings[k] else "" for k in ("data", "labels")]
+    profile = case.profile(str(settings["profile"]))
+    named = [str(settings[key]) or getattr(profile, key) for key in ("data", "labels")]
+    files = [digest_file(path) if path and Path(path).is_file() else path for path in named]
     chosen = [settings[name] for name in ("profile", "rows", "device", "dtype")]
     parts = [case_digest(case, str(settings["profile"])), files, chosen, package_versions()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

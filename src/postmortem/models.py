@@ -1,6 +1,7 @@
 """Loading a base and putting an adapter on it: one way for every folder."""
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from postmortem.errors import ModelError
@@ -35,6 +42,10 @@ LOADING_ERRORS = (
 WIDER = "DTYPE=bfloat16 or DTYPE=float32"
 # What transformers needs for a base that was quantised with GPTQ; `gptq` of pyproject.toml.
 GPTQ_PACKAGES = ("optimum", "gptqmodel")
+# A classifier's head in an adapter's file, by the names that transformers gives it.
+HEAD = re.compile(
+    r"(^|\.)(score|classifier|classifier\.out_proj)(\.modules_to_save\.\w+)?\.weight$"
+)
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -80,14 +91,18 @@ def choose_dtype(device: str, dtype: str = "auto") -> torch.dtype:
     return found
 
 
-def load_base(source: str | Path, *, device: str = "auto", dtype: str = "auto") -> LoadedBase:
+def load_base(
+    source: str | Path, *, device: str = "auto", dtype: str = "auto", classes: int | None = None
+) -> LoadedBase:
     """Load a causal model and its tokenizer from a folder or a hub id; safetensors only.
 
-    Raises `ModelError` where the folder or id cannot be loaded, where it was quantised with GPTQ
-    and the packages for that are missing, and where weights do not fit into float16. Code that a
-    model folder brings along is never run.
+    With `classes` it is loaded as a classifier of so many; a head that the files lack is drawn at
+    random, from a fixed seed. Raises `ModelError` where the folder or id cannot be loaded, where it
+    was quantised with GPTQ and the packages for that are missing, and where weights do not fit into
+    float16. Code that a model folder brings along is never run.
     """
     device = choose_device(device)
+    kind = "causal language model" if classes is None else "model that can classify"
     local = Path(source).is_dir()
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     try:
@@ -96,9 +111,11 @@ def load_base(source: str | Path, *, device: str = "auto", dtype: str = "auto") 
             # The kernel is chosen for the device that the weights are loaded to.
             options["device_map"] = {"": device}
         tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=choose_dtype(device, dtype), use_safetensors=True, **options
-        )
+        options |= {"dtype": choose_dtype(device, dtype), "use_safetensors": True}
+        if classes is None:
+            model = AutoModelForCausalLM.from_pretrained(str(source), **options)
+        else:
+            model = _load_classifier(str(source), tokenizer, options | {"num_labels": classes})
         # PEFT freezes a base when it puts an adapter on. One that is frozen from the start answers
         # the same to the last bit, since torch multiplies weights in another order that may learn.
         model.eval().requires_grad_(False).to(device)
@@ -106,7 +123,7 @@ def load_base(source: str | Path, *, device: str = "auto", dtype: str = "auto") 
         found = " ".join(str(error).split())[:300]
         raise ModelError(
             source,
-            expected="a causal language model with a tokenizer, weights in safetensors",
+            expected=f"a {kind} with a tokenizer, weights in safetensors",
             found=found,
             remedy="Give a model folder, a hub id, or a profile whose weights are present.",
         ) from None
@@ -131,7 +148,7 @@ def attached(
             model = PeftModel.from_pretrained(
                 base.model, str(adapter), ignore_mismatched_sizes=ignore_mismatched_sizes
             )
-        except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        except (*LOADING_ERRORS, TypeError, AttributeError) as error:
             _strip(base.model)
             raise ModelError(
                 adapter, expected="an adapter that fits the base", found=str(error)
@@ -140,7 +157,11 @@ def attached(
         risks = _float16_risks(model) if base.dtype == "float16" else ()
         yield AttachedAdapter(model.eval(), user_warnings(caught), risks)
     finally:
+        replaced = _replaced_modules(base.model)
         model.unload()
+        # PEFT leaves the adapter's own copies of whole modules in their place.
+        for name, module in replaced.items():
+            _set_module(base.model, name, module)
         _strip(base.model)
 
 
@@ -162,6 +183,52 @@ def check_adapter_folder(adapter: str | Path) -> None:
                 else "no such folder",
                 remedy="Pickled weights (.bin, .pt) are not loaded: save them as safetensors.",
             )
+
+
+def count_classes(adapter: str | Path) -> int:
+    """How many classes the head in an adapter's file tells apart; two where it holds none."""
+    check_adapter_folder(adapter)
+    try:
+        with safe_open(Path(adapter, "adapter_model.safetensors"), framework="pt") as tensors:
+            heads = [name for name in tensors.keys() if HEAD.search(name)]  # noqa: SIM118
+            sizes = [tensors.get_slice(name).get_shape()[0] for name in heads]
+    except (OSError, SafetensorError) as error:
+        raise ModelError(adapter, expected="readable weights", found=str(error)) from None
+    return max(sizes, default=2)
+
+
+def positive_class(config: Any, label: str | None) -> int:
+    """The place of the class that counts as positive: the one of that name, or the second."""
+    if config.num_labels < 2:
+        raise ModelError("the classifier", expected="two classes or more", found="one output")
+    names = {str(name).casefold(): int(place) for place, name in config.id2label.items()}
+    return names.get((label or "").casefold(), 1)
+
+
+def _load_classifier(source: str, tokenizer: Any, options: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(source, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError("a tokenizer with neither padding nor an end of text")
+    # A decoder classifies by the last token that is no padding.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _replaced_modules(model: Any) -> dict[str, Any]:
+    """The modules of a base that an adapter has put whole copies in place of, by name."""
+    return {
+        name: module.original_module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+
+
+def _set_module(model: Any, name: str, module: Any) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _is_gptq(config: Any) -> bool:
@@ -229,6 +296,5 @@ def _strip(model: Any) -> None:
     """Undo what PEFT leaves on a base: the layers of a failed load, and its config."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base_layer)
+            _set_module(model, name, module.base_layer)
     vars(model).pop("peft_config", None)

@@ -17,8 +17,9 @@ import pandas as pd
 import yaml
 from pydantic import Field
 
-from postmortem.case import PLACEHOLDER, Columns, Frozen
+from postmortem.case import PLACEHOLDER, Columns
 from postmortem.corpus import GENERATED, Rows
+from postmortem.schema import Frozen
 
 # Rows of this rule are for judging alone: no default row has it, and no post is of its kind.
 HELD_OUT_RULE = "medical"

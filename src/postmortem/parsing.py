@@ -1,6 +1,7 @@
 """From generated text to a value: the write-up's parser as it was, and a strict one."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,18 @@ def parse_strict(text: str) -> Parsed:
     """A number between 0 and 1 that is the whole answer, or None: nothing is guessed."""
     if match := _STRICT.fullmatch(text.strip()):
         return Parsed(float(match[0]), "strict")
+    return Parsed(None, "none")
+
+
+def parse_choice(text: str, answers: Sequence[str]) -> Parsed:
+    """1 for the second of two answers, 0 for the first, None where it begins with neither.
+
+    Case does not count, nor do marks before the word; what follows it is not read.
+    """
+    start = text.casefold()
+    for value, answer in enumerate(answers):
+        if re.match(rf"\W*{re.escape(answer.casefold())}(?!\w)", start):
+            return Parsed(float(value), "strict")
     return Parsed(None, "none")
 
 

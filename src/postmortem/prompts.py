@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 from postmortem.case import PLACEHOLDER, PromptTemplate
 from postmortem.errors import DataError
 
@@ -46,7 +48,17 @@ def render(template: PromptTemplate, row: Mapping[str, str], *, tokenizer: Any) 
     messages = [{"role": "user", "content": user}]
     if template.system:
         messages.insert(0, {"role": "system", "content": fill(template.system, row)})
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    except (ValueError, TemplateError) as error:
+        raise DataError(
+            f"prompt {template.title!r}",
+            expected="a chat template of the base that takes its messages",
+            found=" ".join(str(error).split())[:200],
+            remedy="Give `chat: false` to send the prompt as it is, or leave `system` out.",
+        ) from None
     return text
 
 
@@ -65,7 +77,9 @@ def encode(
     """
     row = {name: row[name] for name in template.columns if name in row} or dict(row)
     text = render(template, row, tokenizer=tokenizer)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # A chat template writes the tokens that a text begins with by itself.
+    special = not template.chat
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
     full = len(ids)
     while len(ids) > limit:
         longest = max(row, key=lambda name: len(row[name]), default=None)
@@ -78,7 +92,7 @@ def encode(
             )
         row = row | {longest: _shorten(row[longest], len(ids) - limit, tokenizer=tokenizer)}
         text = render(template, row, tokenizer=tokenizer)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
     return Prompt(text, tuple(ids), full)
 
 

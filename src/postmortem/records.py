@@ -60,7 +60,9 @@ class Prediction(Record):
 
     Log-odds are natural, float64. `number_log_odds` is log(E / (1 - E)) with E the expected value
     over the answers 0.0, 0.1, ... 1.0; `yes_no_log_odds` is log p(Yes) - log p(No). `value` and
-    `stage` come from the write-up's parser, `strict_value` from the strict one.
+    `stage` come from the write-up's parser, `strict_value` from the strict one. In a case of one's
+    own both values are strict, and None stands for what was not asked for, could not be read, or
+    is not finite.
     """
 
     kind: Literal["prediction"] = "prediction"
@@ -74,12 +76,12 @@ class Prediction(Record):
     prompt_tokens: int
     full_prompt_tokens: int
     finished: bool
-    value: float
+    value: float | None
     stage: str
     strict_value: float | None
-    expected_value: float
-    number_log_odds: float
-    yes_no_log_odds: float
+    expected_value: float | None
+    number_log_odds: float | None
+    yes_no_log_odds: float | None
 
 
 class Measure(Record):

@@ -15,6 +15,7 @@ from postmortem.prompts import Prompt
 # The answers that the numeric read-outs spread probability over.
 NUMBERS = tuple(f"{tenth / 10:.1f}" for tenth in range(11))
 YES_NO = ("Yes", "No")
+NOT_ASKED = np.full(len(NUMBERS), np.nan)
 # Intermediate numbers of a layer that still lie in a processor's caches: 6 MiB of float32.
 CACHED_NUMBERS = 3 << 19
 
@@ -25,7 +26,8 @@ class Reply:
 
     `finished` tells whether it ended its turn within the allowed tokens. Log-odds are natural
     logarithms in float64: `number_log_odds` is log(E / (1 - E)), with E the `expected_value` over
-    the answers 0.0, 0.1, ... 1.0; `yes_no_log_odds` is log p(Yes) - log p(No).
+    the answers 0.0, 0.1, ... 1.0; `yes_no_log_odds` is log p(Yes) - log p(No), or of the two
+    answers that were asked for in their place. What was not asked for is NaN.
     """
 
     text: str
@@ -41,7 +43,8 @@ class Scores:
     """Replies in the order of the prompts.
 
     Both arrays are float64 log-probabilities: `first_log_probs` of the first answer token, of shape
-    (prompts, vocabulary); `number_log_probs` of each whole answer in `NUMBERS`, (prompts, 11).
+    (prompts, vocabulary); `number_log_probs` of each whole answer in `NUMBERS`, (prompts, 11), NaN
+    where numbers were not asked for.
     """
 
     replies: tuple[Reply, ...]
@@ -56,6 +59,8 @@ def score(
     prompts: Sequence[Prompt],
     lead: str,
     max_new_tokens: int,
+    numbers: bool = True,
+    answers: Sequence[str] = YES_NO,
     batch_tokens: int = 0,
     joined_tokens: int = 16384,
     shared: SharedLayers | None = None,
@@ -64,16 +69,19 @@ def score(
     """Greedy text and read-outs of each prompt; one prefill serves both.
 
     `lead` stands between the prompt and the answer: nothing after a chat header, a space after a
-    raw prompt. Prompts are read in batches of like length of at most `batch_tokens` tokens (0: what
-    suits the model and its device), padded on the left, and answered in joined ones of at most
-    `joined_tokens`. Systems on one base that
-    differ in their upper layers take what the lower ones computed from `shared`. `progress` is
-    told how many prompts are done after each batch.
+    raw prompt. Without `numbers` their read-out, which takes two more steps over the weights, is
+    left out; `answers` are the positive and the negative one. Prompts are read in batches of like
+    length of at most `batch_tokens` tokens (0: what suits the model and its device), padded on the
+    left, and answered in joined ones of at most `joined_tokens`. Systems on one base that differ
+    in their upper layers take what the lower ones computed from `shared`. `progress` is told how
+    many prompts are done after each batch.
     """
     if not prompts:
         raise ModelError("scoring", expected="at least one prompt", found="none")
-    candidates = [tokenizer(lead + text, add_special_tokens=False)["input_ids"] for text in NUMBERS]
-    answers = [tokenizer(lead + text, add_special_tokens=False)["input_ids"] for text in YES_NO]
+    candidates, pair = (
+        [tokenizer(lead + text, add_special_tokens=False)["input_ids"] for text in texts]
+        for texts in (NUMBERS if numbers else (), answers)
+    )
     ends = end_tokens(model, tokenizer)
     rows = [prompt.token_ids for prompt in prompts]
     batch_tokens = batch_tokens or suited_batch(model)
@@ -98,18 +106,18 @@ def score(
             state = join(states)
             states.clear()
             first_log_probs = state.log_probs.cpu().numpy()
-            numbers = log_probs_of(state, candidates)
-            yes_no = log_probs_of(state, answers)
+            spread = log_probs_of(state, candidates)
+            yes_no = log_probs_of(state, pair)
             generated = generate(state, max_new_tokens, ends=ends)
             for place, index in enumerate(index for batch in group for index in batch):
                 ids, finished = generated[place]
                 first[index] = first_log_probs[place]
-                written[index] = numbers[place]
+                written[index] = spread[place] if numbers else NOT_ASKED
                 replies[index] = Reply(
                     tokenizer.decode(ids, skip_special_tokens=True),
                     tuple(ids),
                     finished,
-                    *number_read_outs(numbers[place]),
+                    *number_read_outs(written[index]),
                     float(yes_no[place, 0] - yes_no[place, 1]),
                 )
     order = range(len(prompts))
@@ -131,6 +139,46 @@ def number_read_outs(log_probs: np.ndarray) -> tuple[float, float]:
         low = np.logaddexp.reduce(log_probs + np.log1p(-values))
     log_odds = float(high - low)
     return float(expit(log_odds)), log_odds
+
+
+def score_classes(
+    model: Any,
+    tokenizer: Any,
+    *,
+    prompts: Sequence[Prompt],
+    positive: int,
+    batch_tokens: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Scores:
+    """A classifier's answers: the likeliest class by its name, and the log-odds of one class.
+
+    `first_log_probs` is of shape (prompts, classes). Both log-odds of a reply are those of the
+    class `positive` against all others, and `expected_value` is its probability.
+    """
+    if not prompts:
+        raise ModelError("scoring", expected="at least one prompt", found="none")
+    found: dict[int, np.ndarray] = {}
+    rows = [list(prompt.token_ids) for prompt in prompts]
+    with torch.inference_mode():
+        for batch in batches([len(row) for row in rows], batch_tokens or suited_batch(model)):
+            padded = tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
+            logits = model(**padded.to(model.device)).logits
+            log_probs = torch.log_softmax(logits.double(), -1).cpu().numpy()
+            found.update(zip(batch, log_probs, strict=True))
+            progress(len(found))
+    log_probs = np.stack([found[index] for index in range(len(rows))])
+    others = np.logaddexp.reduce(np.delete(log_probs, positive, axis=1), axis=1)
+    names = model.config.id2label
+    replies = tuple(
+        Reply(
+            str(names.get(int(row.argmax()), int(row.argmax()))),
+            (),
+            True,
+            *(float(expit(odds)), odds, odds),
+        )
+        for row, odds in zip(log_probs, (log_probs[:, positive] - others).tolist(), strict=True)
+    )
+    return Scores(replies, log_probs, np.stack([NOT_ASKED] * len(rows)))
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

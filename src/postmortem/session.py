@@ -15,14 +15,30 @@ import numpy as np
 import pandas as pd
 import torch
 
-from postmortem.case import Case, Knowing, Profile, Recording, Verdict, load_case
+from postmortem.case import (
+    Case,
+    Knowing,
+    Profile,
+    PromptTemplate,
+    Recording,
+    Verdict,
+    load_case,
+)
 from postmortem.corpus import Rows
 from postmortem.errors import CaseError, ModelError, RecordError
 from postmortem.inputs import choose_rows, input_digests
 from postmortem.memory import score_within_memory
 from postmortem.metrics import Estimate
-from postmortem.models import WIDER, AttachedAdapter, LoadedBase, attached, load_base
-from postmortem.parsing import parse_as_written, parse_strict
+from postmortem.models import (
+    WIDER,
+    AttachedAdapter,
+    LoadedBase,
+    attached,
+    count_classes,
+    load_base,
+    positive_class,
+)
+from postmortem.parsing import Parsed, parse_as_written, parse_choice, parse_strict
 from postmortem.prefill import SharedLayers, layers_below
 from postmortem.prompts import encode, lead_of
 from postmortem.provenance import package_versions
@@ -40,8 +56,10 @@ from postmortem.records import (
     write_records,
 )
 from postmortem.records import Verdict as VerdictRecord
-from postmortem.scoring import Scores
+from postmortem.scoring import Reply, Scores, score_classes
 from postmortem.world import ADAPTERS, World, read_world
+
+READ_OUTS = ("expected_value", "number_log_odds", "yes_no_log_odds")
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,8 @@ class Answers:
     """One system's predictions for one prompt, in the order of the rows.
 
     `contract` is what the prompt asks for. `first_log_probs` is the log-distribution of the first
-    answer token, (rows, vocabulary), `number_log_probs` that of the eleven numbers, (rows, 11).
+    answer token, (rows, vocabulary), or of the classes, (rows, classes); `number_log_probs` that
+    of the eleven numbers, (rows, 11). A number that a prediction lacks is NaN.
     """
 
     system: str
@@ -61,8 +80,8 @@ class Answers:
 
     @property
     def values(self) -> list[float]:
-        """Values by the write-up's parser."""
-        return [prediction.value for prediction in self.predictions]
+        """Values by the write-up's parser; by the strict one in a case of one's own."""
+        return [_or_nan(prediction.value) for prediction in self.predictions]
 
     @property
     def strict_values(self) -> list[float | None]:
@@ -83,17 +102,17 @@ class Answers:
     @property
     def number_log_odds(self) -> list[float]:
         """Log-odds of the expected number of each row."""
-        return [prediction.number_log_odds for prediction in self.predictions]
+        return [_or_nan(prediction.number_log_odds) for prediction in self.predictions]
 
     @property
     def yes_no_log_odds(self) -> list[float]:
-        """log p(Yes) - log p(No) of each row."""
-        return [prediction.yes_no_log_odds for prediction in self.predictions]
+        """log p(Yes) - log p(No) of each row, or of the two answers in their place."""
+        return [_or_nan(prediction.yes_no_log_odds) for prediction in self.predictions]
 
     @property
     def asked_log_odds(self) -> list[float]:
-        """Log-odds of what the prompt asks for: the number's, or those of Yes against No."""
-        return self.yes_no_log_odds if self.contract == "yes_no" else self.number_log_odds
+        """Log-odds of what the prompt asks for: the number's, or those of the two answers."""
+        return self.number_log_odds if self.contract == "number" else self.yes_no_log_odds
 
 
 @dataclass
@@ -132,7 +151,12 @@ class Session:
     def load(self, role: str, *, step: str = "") -> LoadedBase:
         """Load a base of the world by its role; a second time under another name for the step."""
         with self.timed(step or f"load {role}"):
-            return load_base(self.world.path(role), device=self.device, dtype=self.dtype)
+            return load_base(
+                self.world.path(role),
+                device=self.device,
+                dtype=self.dtype,
+                classes=self._classes(),
+            )
 
     def answer(
         self,
@@ -287,18 +311,31 @@ class Session:
             )
             for index in range(len(rows))
         ]
-        scores = score_within_memory(
-            model,
-            base.tokenizer,
-            prompts=prompts,
-            lead=lead_of(template),
-            max_new_tokens=decoding["max_new_tokens"],
-            shared=self.shared if base is self.base else None,
-            budget=self.budget,
-            tell=self._shrink,
-            progress=self._progress(f"{system} on {prompt}", total=len(prompts)),
-        )
-        if base.dtype == "float16":
+        progress = self._progress(f"{system} on {prompt}", total=len(prompts))
+        if template.contract == "class":
+            scores = score_classes(
+                model,
+                base.tokenizer,
+                prompts=prompts,
+                positive=positive_class(model.config, self.case.columns.positive),
+                progress=progress,
+            )
+        else:
+            scores = score_within_memory(
+                model,
+                base.tokenizer,
+                prompts=prompts,
+                lead=lead_of(template),
+                max_new_tokens=decoding["max_new_tokens"],
+                # The incident's chapters show both read-outs under every prompt.
+                numbers=template.contract == "number" or not self.case.own,
+                answers=template.answers[::-1],
+                shared=self.shared if base is self.base else None,
+                budget=self.budget,
+                tell=self._shrink,
+                progress=progress,
+            )
+        if base.dtype == "float16" and not self.case.own:
             _require_finite(scores, f"{system} on {prompt}")
         labels = rows.labels
         predictions = tuple(
@@ -310,8 +347,7 @@ class Session:
                 label=None if labels is None else int(labels[index]),
                 prompt_tokens=len(prompts[index].token_ids),
                 full_prompt_tokens=prompts[index].full_length,
-                **_parsed(reply.text),
-                **dataclasses.asdict(reply),
+                **self._read(reply, template),
             )
             for index, reply in enumerate(scores.replies)
         )
@@ -324,13 +360,39 @@ class Session:
             scores.number_log_probs,
         )
 
+    def _read(self, reply: Reply, template: PromptTemplate) -> dict[str, Any]:
+        """A reply as a prediction holds it, with the values that the parsers make of its text."""
+        parts = dataclasses.asdict(reply)
+        strict = parse_strict(reply.text)
+        if not self.case.own:
+            written = parse_as_written(reply.text)
+            return parts | {
+                "value": written.value,
+                "stage": written.stage,
+                "strict_value": strict.value,
+            }
+        if template.contract == "class":
+            strict = Parsed(_or_none(reply.expected_value), "strict")
+        elif template.contract != "number":
+            strict = parse_choice(reply.text, template.answers)
+        numbers = {name: _or_none(parts[name]) for name in READ_OUTS}
+        return (
+            parts
+            | numbers
+            | {"value": strict.value, "stage": strict.stage, "strict_value": strict.value}
+        )
+
+    def _classes(self) -> int | None:
+        """How many classes the suspect's head tells apart; None for a language model."""
+        return count_classes(self.world.path("suspect")) if self.case.classifies else None
+
     def _shrink(self, tokens: int) -> None:
         """Go on in smaller batches, with what is scored later too."""
         self.budget = tokens
         self.say(f"memory ran out; from here on batches of {tokens} tokens")
 
     def _decoding(self, prompt: str) -> dict[str, int]:
-        """The settings of the attempt that used the prompt; short answers for all others."""
+        """The settings of the attempt that used the prompt; the prompt's own for all others."""
         varied = self.case.variations.get(prompt)
         asked = varied.prompt if varied else prompt
         for attempt in self.case.attempts.values():
@@ -340,7 +402,11 @@ class Session:
                     "max_prompt_tokens": decoding.max_prompt_tokens,
                     "max_new_tokens": decoding.max_new_tokens,
                 }
-        return {"max_prompt_tokens": 512, "max_new_tokens": 3}
+        template = self.case.prompt(prompt)
+        return {
+            "max_prompt_tokens": template.max_prompt_tokens,
+            "max_new_tokens": template.max_new_tokens,
+        }
 
     def _progress(self, step: str, *, total: int) -> Callable[[int], None]:
         start = told = time.perf_counter()
@@ -377,10 +443,12 @@ def _require_finite(scores: Scores, step: str) -> None:
         )
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    written = parse_as_written(text)
-    strict = parse_strict(text).value
-    return {"value": written.value, "stage": written.stage, "strict_value": strict}
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def open_session(

@@ -11,22 +11,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from postmortem.case import (
-    Columns,
-    Frozen,
-    Identifier,
-    PromptTemplate,
-    Sentence,
-    explain_errors,
-    load_case,
-    read_yaml,
-)
+from postmortem.case import Columns, PromptTemplate, explain_errors, load_case, read_yaml
 from postmortem.corpus import Rows, generate_rows, read_rows
 from postmortem.errors import RecordError, SuiteError
 from postmortem.health import THRESHOLDS
 from postmortem.metrics import Estimate
 from postmortem.provenance import modules_behind, package_versions
 from postmortem.records import write_text
+from postmortem.schema import Frozen, Identifier, Sentence
 from postmortem.untrusted import printable
 from postmortem.world import digest_model, find_base
 

@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from scipy.stats import rankdata
 
-from postmortem.case import Frozen
 from postmortem.errors import RecordError
 from postmortem.metrics import Estimate, auc, auc_estimate, auc_gain_estimate
 from postmortem.records import Cell, write_text
+from postmortem.schema import Frozen
 from postmortem.suite import (
     CHUNKS,
     Limits,

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from postmortem.case import Case, Frozen, Profile
+from postmortem.case import Case, Profile
 from postmortem.errors import ModelError, RecordError
 from postmortem.provenance import modules_behind
 from postmortem.records import digest_file, write_text
+from postmortem.schema import Frozen
 from postmortem.weights import find_weights
 
 BASES = ("base", "donor_base", "sibling_base", "speaking_base", "ignorant_base")
@@ -104,17 +105,17 @@ def resolve_world(
 ) -> World:
     """Find the folder of each role of a profile; `trained` holds an embedded world's lineages.
 
-    `adapters` gives folders by role that take the place of the profile's own, and `seed` another
-    than the profile's for an embedded world. Raises
-    `ModelError` or `WeightsError` where a folder that the profile names is missing.
+    `adapters` gives folders or hub ids by role that take the place of the profile's own, and
+    `seed` another than the profile's for an embedded world. Raises `ModelError` or `WeightsError`
+    where a folder that the profile names is missing.
     """
     profile = case.profile(profile_name)
     if profile.base == "embedded":
         folders = {role: Path(trained) / place for role, place in EMBEDDED_ROLES.items()}
     else:
         folders = {"base": find_base(profile.base)}
-        folders |= {role: Path(path) for role, path in profile.adapters.items()}
-    folders |= {role: Path(path) for role, path in (adapters or {}).items() if path}
+        folders |= {role: find_adapter(name) for role, name in profile.adapters.items()}
+    folders |= {role: find_adapter(name) for role, name in (adapters or {}).items() if name}
     members = {role: _member(role, folders.get(role)) for role in (*BASES, *ADAPTERS)}
     return World(
         case=case.name,
@@ -160,9 +161,20 @@ def find_base(source: str) -> Path:
         return find_weights(source.removeprefix("packaged:"))
     if Path(source).is_dir():
         return Path(source)
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if not _is_hub_id(source):
         raise ModelError(source, expected="a model folder or a hub id", found="no such folder")
     return _from_hub(source)
+
+
+def find_adapter(source: str) -> Path:
+    """The folder of an adapter named as a folder or as a hub id."""
+    if Path(source).exists() or not _is_hub_id(source):
+        return Path(source)
+    return _from_hub(source)
+
+
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
 def _from_hub(name: str) -> Path:
@@ -174,9 +186,9 @@ def _from_hub(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             name,
-            expected="a model on the hub, or in its local cache",
+            expected="a folder here, or a model on the hub or in its local cache",
             found=" ".join(str(error).split())[:200],
-            remedy="Check the name and the network, or give a model folder instead.",
+            remedy="Check the name and the network, or give a folder instead.",
         ) from None
 
 
