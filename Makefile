@@ -18,7 +18,7 @@ BIN := $(abspath $(VENV))/bin
 # The graph calls `postmortem` and `snakemake` of this environment by name.
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := book
-.PHONY: book replay record bench suite weights test lint clean environment
+.PHONY: book replay record confirm bench suite weights test lint clean environment
 
 environment: $(VENV)/.installed
 
@@ -42,6 +42,10 @@ replay: environment
 
 record: environment
 	@postmortem record --case "$(CASE)" --profile "$(PROFILE)" --files "$(FILES)" \
+	  --device "$(DEVICE)" --dtype "$(DTYPE)" --cores "$(CORES)"
+
+confirm: environment
+	@postmortem confirm --case "$(CASE)" --profile "$(PROFILE)" \
 	  --device "$(DEVICE)" --dtype "$(DTYPE)" --cores "$(CORES)"
 
 bench: environment

@@ -150,7 +150,7 @@ if HEAVY:
             notebook=f"notebooks/recorded/{HEAVY}.ipynb",
             world=f"{RUN}/world.json",
         output:
-            records=f"results/{SETTINGS['profile']}/{HEAVY}.jsonl",
+            records=SETTINGS["kept"],
             executed=f"{RUN}/recorded/{HEAVY}.ipynb",
         threads: workflow.cores
         shell:

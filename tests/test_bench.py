@@ -31,9 +31,9 @@ def prompts(case, base):
     ]
 
 
-def test_every_way_writes_the_same(base, prompts):
+def test_every_way_writes_the_same(case, base, prompts):
     """The ways that write text write the same text, row by row."""
-    ways = ways_of(base, prompts, lead="")
+    ways = ways_of(base, prompts, case.prompts["v2"])
     texts = {name: run() for name, run in ways.items()}
     assert texts[INCIDENT] == texts[NUMERIC] == texts["batched"]
     assert len(texts["readout"]) == len(prompts)

@@ -57,7 +57,7 @@ def test_the_short_form_is_a_case(place, tmp_path):
     assert case.own
     assert (case.default_profile, case.asked) == ("own", "sentiment")
     assert case.prompts["sentiment"].answers == ["negative", "positive"]
-    assert not (case.attempts or case.claims or case.hypotheses or case.evidence)
+    assert not [*case.attempts, *case.claims, *case.hypotheses, *case.evidence]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ CLASSIFIER = {"ask": {"contract": "class", "template": "{text}"}}
 
 
 def test_a_classifier_answers_by_its_head(place, tmp_path):
-    """A classifier's log-odds are those of its head on each row alone, and its value their share."""
+    """A classifier's log-odds are those of its head on each row alone, its value their share."""
     case = write(place, tmp_path / "c.yml", suspect=place / "classifier", prompts=CLASSIFIER)
     session = open_own(case, tmp_path, rows=6)
     answers = session.answer("ask", system="suspect")

@@ -72,7 +72,7 @@ def test_shared_layers_change_nothing(kind, prefix):
     """Base and adapter answer the same whether the lower layers run or are taken from memory."""
     base = make_model(kind)
     rows = [[5, 6, 7, 8, 9], [5, 6, 11, 12], [5, 6, 13]]
-    adapted, shared = adapt(base, [2, 3]), SharedLayers(2)
+    adapted, shared = adapt(base, [2, 3]), SharedLayers(2, limit=1 << 20)
     with torch.inference_mode():
         for disabled in (True, False, True):
             with adapted.disable_adapter() if disabled else nullcontext():
@@ -89,7 +89,7 @@ def test_lower_layers_run_once_for_all_systems():
     base = make_model("qwen2")
     calls = []
     base.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    shared = SharedLayers(2)
+    shared = SharedLayers(2, limit=1 << 20)
     adapted = adapt(base, [2, 3])
     with torch.inference_mode():
         for disabled in (True, False):
@@ -102,8 +102,8 @@ def test_an_adapter_in_the_lower_layers_is_not_served():
     """Layers that an answering adapter changes are never taken from memory."""
     adapted = adapt(make_model("qwen2"), [1, 3])
     assert lowest_adapted_layer(adapted) == 1
-    assert not SharedLayers(2).serve(adapted)
-    assert SharedLayers(1).serve(adapted)
+    assert not SharedLayers(2, limit=1 << 20).serve(adapted)
+    assert SharedLayers(1, limit=1 << 20).serve(adapted)
     with adapted.disable_adapter():
         assert lowest_adapted_layer(adapted) == 4
 

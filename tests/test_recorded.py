@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 
+from postmortem.confirm import confirm_files
 from postmortem.errors import RecordError
 from postmortem.inputs import choose_rows, input_digests
 from postmortem.recorded import add_bench, add_recorded, describe_bench, kept_inputs, read_kept
 from postmortem.records import (
     Measure,
+    Prediction,
     Provenance,
     Table,
     Text,
@@ -142,6 +144,69 @@ def test_an_edited_provenance_fails_the_build(project):
         path, file.provenance.model_copy(update={"digests": digests}), records=file.records
     )
     with pytest.raises(RecordError, match=r"stale.*module scoring"):
+        read_kept(project, "real_model")
+
+
+def answer(**changes):
+    """A prediction of the base."""
+    parts = {"system": "base", "prompt": "v2", "row_id": "1", "group": "g", "label": 1}
+    parts |= {"text": "0.0", "token_ids": (1,), "prompt_tokens": 9, "full_prompt_tokens": 9}
+    parts |= {"finished": True, "value": 0.0, "stage": "float", "strict_value": 0.0}
+    parts |= {"expected_value": 0.1, "number_log_odds": -2.0, "yes_no_log_odds": 0.5}
+    return Prediction(**(parts | changes))
+
+
+def moved_on(project, *, sample):
+    """Age the record by a module, with one answer on it; a sample of today's code beside it."""
+    path = Path("results", PROFILE, "real_model.jsonl")
+    file = read_records(path)
+    old = file.provenance.digests | {"module scoring": "0" * 16}
+    aged = file.provenance.model_copy(update={"digests": old})
+    write_records(path, aged, records=[*file.records, answer()])
+    few = file.provenance.digests | {"data": "fewer rows"}
+    today = file.provenance.model_copy(update={"digests": few})
+    write_records("sample.jsonl", today, records=[sample])
+    return path
+
+
+def test_a_confirmed_record_is_read_again(project):
+    """A record whose code moved on is taken once a sample of today's code answers the same."""
+    path = moved_on(project, sample=answer(number_log_odds=-2.0004))
+    with pytest.raises(RecordError, match=r"module scoring.*make confirm"):
+        read_kept(project, "real_model")
+    assert confirm_files(path, "sample.jsonl") == "1 answers alike, log-odds within 0.0004 nat"
+    assert read_kept(project, "real_model")
+    prompt = project.prompts["v2"].model_copy(update={"template": "{body}?"})
+    later = project.model_copy(update={"prompts": {**project.prompts, "v2": prompt}})
+    with pytest.raises(RecordError, match="stale"):
+        read_kept(later, "real_model")
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        answer(text="0.1"),
+        answer(yes_no_log_odds=0.6),
+        answer(number_log_odds=None),
+        answer(row_id="2"),
+    ],
+)
+def test_another_answer_confirms_nothing(project, sample):
+    """Another text, other log-odds, none, or no answer in common: the record stays stale."""
+    path = moved_on(project, sample=sample)
+    with pytest.raises(RecordError):
+        confirm_files(path, "sample.jsonl")
+    with pytest.raises(RecordError, match="stale"):
+        read_kept(project, "real_model")
+
+
+def test_a_confirmation_is_of_one_record(project):
+    """A record made again is not covered by the confirmation of the one before it."""
+    path = moved_on(project, sample=answer())
+    confirm_files(path, "sample.jsonl")
+    file = read_records(path)
+    write_records(path, file.provenance, records=[*file.records, Measure(key="more", value=1)])
+    with pytest.raises(RecordError, match="stale"):
         read_kept(project, "real_model")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from postmortem.case import PromptTemplate
 from postmortem.models import LoadedBase
 from postmortem.prefill import prefix_length
 from postmortem.prompts import Prompt, encode, lead_of
@@ -59,7 +60,7 @@ def record_bench(session: Session) -> None:
     said: dict[tuple[str, str], list[str]] = {}
     for turn in range(ROUNDS):
         for name, asked in prompts.items():
-            ways = list(ways_of(base, asked, lead=lead_of(session.case.prompts[name])).items())
+            ways = list(ways_of(base, asked, session.case.prompts[name]).items())
             # Each round begins with another way, so that none always runs on a cold machine.
             for way, run in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
                 found = times.setdefault((name, way), Timings())
@@ -89,19 +90,28 @@ def _encode_rows(session: Session, name: str) -> list[Prompt]:
 
 
 def ways_of(
-    base: LoadedBase, prompts: Sequence[Prompt], *, lead: str
+    base: LoadedBase, prompts: Sequence[Prompt], template: PromptTemplate
 ) -> dict[str, Callable[[], list[str]]]:
-    """Each way to answer the prompts, as something to run that returns the texts."""
+    """Each way to answer the prompts, as something to run that returns the texts.
 
-    def ours(count: int) -> list[str]:
-        scores = score(base.model, base.tokenizer, prompts=prompts, lead=lead, max_new_tokens=count)
+    The read-outs alone are those that the prompt's contract asks for.
+    """
+
+    def ours(count: int, *, numbers: bool = True) -> list[str]:
+        scores = score(
+            *(base.model, base.tokenizer),
+            prompts=prompts,
+            lead=lead_of(template),
+            max_new_tokens=count,
+            numbers=numbers,
+        )
         return [reply.text for reply in scores.replies]
 
     return {
         INCIDENT: lambda: generate_rows(base, prompts, size=1),
         BATCHED: lambda: generate_rows(base, prompts, size=BATCH_ROWS),
         NUMERIC: lambda: ours(NEW_TOKENS),
-        READ_OUT: lambda: ours(1),
+        READ_OUT: lambda: ours(1, numbers=template.contract == "number"),
     }
 
 

@@ -69,7 +69,8 @@ class Materials:
         name = f"{lineage or self.kind}/{recipe}_{self.seed}"
         member = self.world.replays.get(name)
         if member is None or member.path is None:
-            raise Unavailable(f"this profile has no adapter trained as {recipe.replace('_', ' ')}")
+            asked = f"of a {lineage} base" if lineage else f"trained as {recipe.replace('_', ' ')}"
+            raise Unavailable(f"this profile has no adapter {asked}")
         folder = Path(shutil.copytree(member.path, self._place()))
         if renamed or not lineage:
             edit_config(folder, base_model_name_or_path=self.role)

@@ -115,6 +115,22 @@ def record(
 
 
 @app.command()
+def confirm(
+    case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
+    profile: Annotated[str, typer.Option(help="A profile with a record.")] = "smollm2",
+    sample: Annotated[int, typer.Option(min=2, help="Rows to ask again.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+) -> None:
+    """Ask the first rows of a kept record again: does today's code give the same answers?"""
+    from postmortem import graph
+
+    settings = _make_settings(case=case, profile=profile, device=device, dtype=dtype)
+    print(graph.confirm_record(settings, sample=sample, cores=_count(cores)))
+
+
+@app.command()
 def bench(
     case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
     profile: Annotated[str, typer.Option(help="A profile of the case.")] = "smollm2",

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from postmortem.case import load_case
+from postmortem.confirm import confirm_files
 from postmortem.errors import BookError, CaseError, DataError, SuiteError
 from postmortem.records import RecordFile, locked, read_records, write_text
 from postmortem.suite import drop_incomplete, make_plan, write_plan
@@ -65,11 +66,25 @@ def keep(notebook: str, settings: Settings, *, cores: int) -> tuple[RecordFile, 
             remedy="Name another profile with PROFILE, or add the key.",
         )
     place = RECORDED / profile / f"{notebook}.jsonl"
+    asked: Settings = {"heavy": notebook, "kept": str(place)}
     with one_build():
-        _run_graph("keep", settings | {"heavy": notebook}, cores=cores, again=True)
+        _run_graph("keep", settings | asked, cores=cores, again=True)
     kept = read_records(place)
     counts = f"{len(kept.records)} records, {time.perf_counter() - start:.0f} s"
     return kept, f"record: {place} ({counts})"
+
+
+def confirm_record(settings: Settings, *, sample: int, cores: int) -> str:
+    """Ask a kept record's first rows again with today's code; the line that says how it went."""
+    start = time.perf_counter()
+    check_settings(settings)
+    profile = str(settings["profile"])
+    place, again = RECORDED / profile / "real_model.jsonl", BUILD / "confirm" / f"{profile}.jsonl"
+    read_records(place)
+    asked: Settings = {"heavy": "real_model", "kept": str(again), "sample": sample}
+    with one_build():
+        _run_graph("keep", settings | asked, cores=cores, again=True)
+    return f"confirm: {place}: {confirm_files(place, again)}, {time.perf_counter() - start:.0f} s"
 
 
 def train_base(settings: Settings, *, cores: int) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 
 from postmortem.errors import ModelError
@@ -21,6 +22,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _ON_CPU)
+
+
+def spare_memory(device: str) -> int:
+    """A quarter of the bytes that are free on the device, for what may be kept to save time."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0]) // 4
+    return int(psutil.virtual_memory().available) // 4
 
 
 def with_budget(

@@ -63,13 +63,14 @@ class SharedLayers:
     `limit` bytes are kept; what came first goes first.
     """
 
-    def __init__(self, depth: int, *, limit: int = 6 << 30) -> None:
+    def __init__(self, depth: int, *, limit: int) -> None:
         self.depth, self.limit = depth, limit
         self._kept: dict[Any, tuple[torch.Tensor, list[KeyValues]]] = {}
 
     def serve(self, model: Any) -> bool:
         """Whether the adapters that answer leave the lowest layers alone."""
-        return self.depth > 0 and lowest_adapted_layer(model) >= self.depth
+        layered = hasattr(decoder_of(model), "layers")
+        return layered and self.depth > 0 and lowest_adapted_layer(model) >= self.depth
 
     def get(self, key: Any) -> tuple[torch.Tensor, list[KeyValues]] | None:
         """The hidden state above the lower layers, and their keys and values."""
@@ -101,13 +102,19 @@ def lowest_adapted_layer(model: Any) -> int:
 
 
 def layers_below(adapters: Iterable[Path]) -> int:
-    """How many of the lowest layers none of the adapter folders names; 0 where one names all."""
+    """How many of the lowest layers none of the adapter folders names; 0 where one names all.
+
+    A config that cannot be read, or names its layers in another way, is taken to name all.
+    """
     named = []
     for folder in adapters:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        layers = config.get("layers_to_transform") or 0
-        named.append(layers if isinstance(layers, int) else min(layers))
-    return min(named, default=0)
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            layers = config.get("layers_to_transform") or 0
+            named.append(int(layers if isinstance(layers, int) else min(layers)))
+        except (OSError, ValueError, TypeError, AttributeError):
+            named.append(0)
+    return max(min(named, default=0), 0)
 
 
 class Reader:

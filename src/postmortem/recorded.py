@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from postmortem.case import Case, Profile, case_digest
+from postmortem.confirm import place_of, read_confirmation
 from postmortem.errors import RecordError
 from postmortem.inputs import choose_rows
 from postmortem.provenance import notebook_digests
@@ -17,7 +18,9 @@ from postmortem.records import (
     Text,
     Verdict,
     check_fresh,
+    digest_file,
     read_records,
+    stale,
 )
 from postmortem.values import Values, add_table, say_interval
 from postmortem.world import digest_model
@@ -26,7 +29,10 @@ from postmortem.world import digest_model
 TARGETS = {"real_model": "record", "bench": "bench"}
 RESULTS, NOTEBOOKS = Path("results"), Path("notebooks/recorded")
 SYSTEMS = ("base", "suspect", "reference")
-REMEDY = "Restore the file, or run `make {name} PROFILE={profile}` to make the record again."
+REMEDY = (
+    "Restore the file, or run `make {name} PROFILE={profile}` to make the record again; where the"
+    " code has changed and the numbers should not have, `make confirm PROFILE={profile}`."
+)
 
 
 def read_kept(case: Case, name: str) -> dict[str, RecordFile]:
@@ -68,6 +74,7 @@ def kept_inputs(path: str | Path, case: Case) -> dict[str, str]:
         "case": case_digest(case, profile),
         **notebook_digests(NOTEBOOKS / f"{path.stem}.ipynb"),
         **{str(folder): digest_model(folder) for folder in folders if folder.is_dir()},
+        "confirmed": digest_file(place_of(path)) if place_of(path).is_file() else "",
     }
 
 
@@ -83,7 +90,12 @@ def check_kept(file: RecordFile, case: Case, profile: str) -> None:
         # The base is not shipped; of the world the adapters are asked, below.
         "world": file.provenance.digests["world"],
     }
-    check_fresh(file, current, remedy=remedy)
+    confirmed = read_confirmation(file)
+    # Its own rows are fewer; those of the record are held against it in either case.
+    if confirmed is None or confirmed.digests | {"data": rows.digest} != current:
+        check_fresh(file, current, remedy=remedy)
+    elif file.provenance.digests["data"] != rows.digest:
+        raise stale(file, "data", rows.digest, remedy=remedy)
     check_adapters(file, case.profile(profile), remedy=remedy)
 
 
@@ -184,7 +196,10 @@ TRAINING_COLUMNS = (
     *("adapter", "prompt", "rows", "upper layers", "steps", "base, AUC", "with it, AUC", "gain"),
     *("new rule: base, AUC", "with it there, AUC", "gain there"),
 )
-RUN_COLUMNS = ("model", "made on", "device", "dtype", "rows", "records", "minutes", "digest")
+RUN_COLUMNS = (
+    *("model", "made on", "device", "dtype", "rows", "records", "minutes", "digest"),
+    *("asked again on", "answers alike", "log-odds within, nat"),
+)
 
 
 def _systems(
@@ -216,7 +231,7 @@ def _cell(measure: Measure | None) -> Cell:
 
 
 def _run(file: RecordFile) -> tuple[Cell, ...]:
-    made = file.provenance
+    made, again = file.provenance, read_confirmation(file)
     return (
         made.profile,
         str(made.aside["started"]),
@@ -226,6 +241,7 @@ def _run(file: RecordFile) -> tuple[Cell, ...]:
         len(file.records),
         round(float(made.aside["seconds"]) / 60),
         file.digest,
+        *(("–",) * 3 if again is None else (again.made, again.answers, f"{again.largest_gap:.1g}")),
     )
 
 

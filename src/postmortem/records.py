@@ -250,12 +250,17 @@ def check_fresh(
     """
     for name, digest in file.provenance.digests.items():
         if current.get(name) != digest:
-            raise RecordError(
-                f"{file.path} is stale",
-                expected=f"{name} with digest {digest}, as when it was made",
-                found=current.get(name, "no such input any more"),
-                remedy=remedy,
-            )
+            raise stale(file, name, current.get(name), remedy=remedy)
+
+
+def stale(file: RecordFile, name: str, found: str | None, *, remedy: str) -> RecordError:
+    """The error for an input that is not as it was when the records were made."""
+    return RecordError(
+        f"{file.path} is stale",
+        expected=f"{name} with digest {file.provenance.digests[name]}, as when it was made",
+        found=found or "no such input any more",
+        remedy=remedy,
+    )
 
 
 def count_records(folder: str | Path) -> int:

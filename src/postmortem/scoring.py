@@ -161,7 +161,9 @@ def score_classes(
     rows = [list(prompt.token_ids) for prompt in prompts]
     with torch.inference_mode():
         for batch in batches([len(row) for row in rows], batch_tokens or suited_batch(model)):
-            padded = tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
+            padded = tokenizer.pad(
+                {"input_ids": [rows[i] for i in batch]}, padding_side="right", return_tensors="pt"
+            )
             logits = model(**padded.to(model.device)).logits
             log_probs = torch.log_softmax(logits.double(), -1).cpu().numpy()
             found.update(zip(batch, log_probs, strict=True))

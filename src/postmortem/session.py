@@ -27,7 +27,7 @@ from postmortem.case import (
 from postmortem.corpus import Rows
 from postmortem.errors import CaseError, ModelError, RecordError
 from postmortem.inputs import choose_rows, input_digests
-from postmortem.memory import score_within_memory
+from postmortem.memory import score_within_memory, spare_memory
 from postmortem.metrics import Estimate
 from postmortem.models import (
     WIDER,
@@ -146,7 +146,8 @@ class Session:
     def shared(self) -> SharedLayers:
         """What the base's layers below all of the world's adapters compute, kept between them."""
         adapters = [self.world.path(role) for role in ADAPTERS if self.world.has(role)]
-        return SharedLayers(depth=layers_below(adapters))
+        limit = spare_memory(self.base.device)
+        return SharedLayers(depth=layers_below(adapters), limit=limit)
 
     def load(self, role: str, *, step: str = "") -> LoadedBase:
         """Load a base of the world by its role; a second time under another name for the step."""
@@ -492,10 +493,14 @@ def open_recording(
     profile: str,
     world: str,
     records: str,
+    sample: int = 0,
     device: str = "auto",
     dtype: str = "auto",
 ) -> tuple[Session, Recording]:
-    """Open a session on generated rows, as many as the profile records, and say all its sizes."""
+    """Open a session on generated rows, as many as the profile records, and say all its sizes.
+
+    A `sample` limits them to so many rows, for a run that is held against the record.
+    """
     sizes = load_case(case).profile(profile).recorded
     if sizes is None:
         raise CaseError(
@@ -503,6 +508,8 @@ def open_recording(
             expected="`recorded`, which says how many rows to record",
             found="none",
         )
+    if sample:
+        sizes = Recording(**{name: min(sample, size) for name, size in sizes})
     parts = {"case": case, "profile": profile, "world": world, "records": records}
     session = open_session(notebook, **parts, rows=sizes.rows, device=device, dtype=dtype)
     return session, sizes
