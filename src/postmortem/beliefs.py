@@ -21,7 +21,7 @@ from postmortem.likelihoods import (
     measure_likelihoods,
     separable_groups,
 )
-from postmortem.metrics import Estimate
+from postmortem.metrics import Estimate, say_estimate
 from postmortem.planner import Plan, plan, price
 from postmortem.records import RecordFile, Replay
 from postmortem.replay import TESTS, experiments_of
@@ -208,7 +208,7 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
         (
             f"{b.low:g} to {b.high:g}",
             None if b.predicted is None else round(b.predicted, 2),
-            say_share(b.right),
+            say_estimate(b.right),
             b.right.n,
         )
         for b in found.bins
@@ -258,7 +258,7 @@ def record_beliefs(session: Session, inquiry: Inquiry) -> None:
         ("cause", "comes under", *(f"after, {name}" for name in inquiry.priors)),
         [
             (
-                *(CAUSES[cause].title, owner[cause], say_share(causes[cause])),
+                *(CAUSES[cause].title, owner[cause], say_estimate(causes[cause])),
                 *(round(share, 3) for share in [*spans[cause].by_prior.values()][1:]),
             )
             for cause in sorted(causes, key=lambda name: -(causes[name].value or 0.0))
@@ -273,7 +273,7 @@ def record_beliefs(session: Session, inquiry: Inquiry) -> None:
     session.table(
         "diagnosis.hypotheses",
         ("hypothesis", "after, flat"),
-        [(n, say_share(told)) for n, told in posterior.marginal(inquiry.hypotheses).items()],
+        [(n, say_estimate(told)) for n, told in posterior.marginal(inquiry.hypotheses).items()],
     )
     _record_account(session, inquiry, ledger)
     _record_standing(session, inquiry, ledger)
@@ -392,11 +392,6 @@ def _record_plan(session: Session, name: str, found: Plan) -> None:
             for s in found.steps
         ],
     )
-
-
-def say_share(told: Estimate) -> str:
-    """A probability with its interval, as it stands in a table."""
-    return f"{told.value:.2f} [{told.low:.2f}, {told.high:.2f}]"
 
 
 def _numbers(told: Estimate) -> tuple[float | None, float | None, float | None]:

@@ -28,6 +28,7 @@ from postmortem.metrics import (
     auc_gain_estimate,
     mean_estimate,
     rate_estimate,
+    say_estimate,
 )
 from postmortem.models import LoadedBase
 from postmortem.records import Cell, Measure
@@ -220,15 +221,6 @@ def _gain(
 
 def _unranked(answers: Answers) -> str:
     return NO_LABELS if answers.labels is None else ONE_CLASS
-
-
-def say_estimate(found: Estimate, form: str = "z.2f") -> str:
-    """An estimate with its interval, for a table or a reason."""
-    if found.value is None:
-        return "unknown"
-    # In a narrow cell the line breaks before the interval and not within it.
-    text = f"{found.value:{form}} [{found.low:{form}},\N{NO-BREAK SPACE}{found.high:{form}}]"
-    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _name(prompt: str) -> str:

@@ -239,3 +239,19 @@ def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     massless = np.isneginf(p)
     gaps = np.subtract(p, q, out=np.zeros(p.shape), where=~massless)
     return np.maximum((np.exp(p) * gaps).sum(axis=1), 0.0)
+
+
+def say_interval(value: float, low: float, high: float, form: str = "z.2f") -> str:
+    """A value with its interval, for a table or a sentence."""
+    # In a narrow cell the line breaks before the interval and not within it.
+    text = f"{value:{form}} [{low:{form}},\N{NO-BREAK SPACE}{high:{form}}]"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def say_estimate(found: Estimate, form: str = "z.2f") -> str:
+    """An estimate with its interval, or "unknown"; one without an interval as it stands."""
+    if found.value is None:
+        return "unknown"
+    if found.low is None or found.high is None:
+        return f"{found.value:{form}}".replace("-", "\N{MINUS SIGN}")
+    return say_interval(found.value, found.low, found.high, form)

@@ -23,10 +23,15 @@ from postmortem.analysis import (
     summarise,
 )
 from postmortem.causes import CAUSES, Cause, Materials, Run, Unavailable
-from postmortem.controls import say_estimate
 from postmortem.corpus import Rows, read_rows
 from postmortem.errors import CaseError, ModelError
-from postmortem.metrics import Estimate, auc_estimate, kl_divergence, mean_estimate
+from postmortem.metrics import (
+    Estimate,
+    auc_estimate,
+    kl_divergence,
+    mean_estimate,
+    say_estimate,
+)
 from postmortem.mismatch import refit_adapter, write_adapter
 from postmortem.models import attached
 from postmortem.records import Cell

@@ -9,6 +9,7 @@ from postmortem.case import Case, Profile, case_digest
 from postmortem.confirm import place_of, read_confirmation
 from postmortem.errors import RecordError
 from postmortem.inputs import choose_rows
+from postmortem.metrics import say_interval
 from postmortem.provenance import notebook_digests
 from postmortem.records import (
     Cell,
@@ -22,7 +23,7 @@ from postmortem.records import (
     read_records,
     stale,
 )
-from postmortem.values import Values, add_table, say_interval
+from postmortem.values import Values, add_table
 from postmortem.world import digest_model
 
 # A heavy notebook, and the target of `make` that runs it.
@@ -226,7 +227,7 @@ def _cell(measure: Measure | None) -> Cell:
         return "–"
     if measure.low is None or measure.high is None:
         return round(measure.value, 3)
-    form = ".2g" if measure.unit == "nat" else ".2f"
+    form = ".2g" if measure.unit == "nat" else "z.2f"
     return say_interval(measure.value, measure.low, measure.high, form)
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from postmortem.analysis import NO_LABELS, ONE_CLASS
 from postmortem.case import AdapterFilter
-from postmortem.metrics import Estimate
+from postmortem.metrics import Estimate, say_estimate
 from postmortem.models import LoadedBase, load_base
 from postmortem.records import Cell
 from postmortem.session import Session
 from postmortem.suite import Limit, Limits
-from postmortem.suite_results import Judged, Results, judge_suite, say
+from postmortem.suite_results import Judged, Results, judge_suite
 from postmortem.suite_scoring import Bench
 from postmortem.world import ADAPTERS, World, digest_model, role_name
 
@@ -141,7 +141,7 @@ def judge_gain(gain: Estimate, *, lack: str) -> tuple[bool | None, str]:
     """Whether an ensemble ranks better: an interval that holds no change leaves it open."""
     if gain.value is None or gain.low is None or gain.high is None:
         return None, lack
-    told = f"gain in AUC {say(gain, signed=True)}"
+    told = f"gain in AUC {say_estimate(gain, '+z.3f')}"
     return (True if gain.low > 0 else False if gain.high < 0 else None), told
 
 
@@ -178,5 +178,9 @@ def _row(judged: Judged) -> tuple[Cell, ...]:
         return (*head, None, judged.because[0], *(None,) * 4, findings)
     effect = None if reading.effect is None else round(reading.effect, 4)
     spread = (round(reading.std, 3), round(reading.maximum, 2), effect)
-    aucs = (say(reading.auc), judged.because[0], say(reading.auc_written))
+    aucs = (
+        say_estimate(reading.auc, "z.3f"),
+        judged.because[0],
+        say_estimate(reading.auc_written, "z.3f"),
+    )
     return (*head, *aucs, *spread, findings)

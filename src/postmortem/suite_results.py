@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from postmortem.errors import RecordError
-from postmortem.metrics import Estimate, auc, auc_estimate, auc_gain_estimate
+from postmortem.metrics import Estimate, auc, auc_estimate, auc_gain_estimate, say_estimate
 from postmortem.records import Cell, write_text
 from postmortem.schema import Frozen
 from postmortem.suite import (
@@ -233,7 +233,7 @@ def judge_adapters(
 def _praise(reading: Reading) -> str:
     """What an adapter is kept for, and whether it is shown to add to its base."""
     adds = reading.gain.low is not None and reading.gain.low > 0
-    told = f"it ranks; gain over the base alone {say(reading.gain, signed=True)}"
+    told = f"it ranks; gain over the base alone {say_estimate(reading.gain, '+z.3f')}"
     return told if adds else f"{told}, not shown to add to it"
 
 
@@ -275,15 +275,16 @@ def _rank_faults(reading: Reading, limits: Limits) -> Iterable[str]:
     found, gain, chance = reading.auc, reading.gain, limits.chance.value
     if found.low is None or found.high is None or found.n < limits.rows.value:
         return
-    told = f"AUC of the log-odds {say(found)}"
+    told = f"AUC of the log-odds {say_estimate(found, 'z.3f')}"
     if reading.auc_written.low is not None and reading.auc_written.low > chance:
-        told += f", of what it writes {say(reading.auc_written)}: another read-out would rank"
+        written = say_estimate(reading.auc_written, "z.3f")
+        told += f", of what it writes {written}: another read-out would rank"
     if found.high < chance:
         yield f"it ranks in reverse: {told}"
     elif found.low <= chance:
         yield f"it is not shown to rank: {told}"
     elif gain.high is not None and gain.high < 0:
-        yield f"it ranks worse than the base alone: gain {say(gain, signed=True)}, {told}"
+        yield f"it ranks worse than the base alone: gain {say_estimate(gain, '+z.3f')}, {told}"
 
 
 def _ranking_unknown(
@@ -382,14 +383,6 @@ def _name_labels(labels: np.ndarray | None) -> Literal["two classes", "one class
     if labels is None:
         return "none"
     return "two classes" if len(set(labels.tolist())) > 1 else "one class"
-
-
-def say(found: Estimate, *, signed: bool = False) -> str:
-    """An estimate with its interval, or "unknown"."""
-    if found.value is None:
-        return "unknown"
-    form = "+z.3f" if signed else "z.3f"
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 COLUMNS: Mapping[str, Callable[[Reading], Cell]] = {

@@ -14,8 +14,3 @@ def add_table(
 ) -> None:
     """Add a table under a key."""
     values["tables"][key] = {"columns": list(columns), "rows": [list(row) for row in rows]}
-
-
-def say_interval(value: float, low: float, high: float, form: str = ".2f") -> str:
-    """A value with its interval, for a cell: a line breaks before the interval and not in it."""
-    return f"{value:{form}} [{low:{form}},\N{NO-BREAK SPACE}{high:{form}}]"
