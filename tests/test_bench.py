@@ -7,7 +7,7 @@ from postmortem.bench import (
     gemm_rate,
     layer_weights,
     log_odds_gap,
-    prefill_flops,
+    reading_flops,
     ways_of,
 )
 from postmortem.corpus import generate_rows
@@ -48,8 +48,9 @@ def test_flops_count_a_shared_beginning_once(base):
     """Prompts that begin alike cost less than as many that do not, and one more costs more."""
     alike = [Prompt("", (1, 2, 3, 4, 5, 6, number), 7) for number in range(4)]
     apart = [Prompt("", (number, 2, 3, 4, 5, 6, 7), 7) for number in range(4)]
-    assert prefill_flops(base.model, alike) < prefill_flops(base.model, apart)
-    assert prefill_flops(base.model, apart[:3]) < prefill_flops(base.model, apart)
+    assert reading_flops(base.model, alike) < reading_flops(base.model, apart)
+    assert reading_flops(base.model, apart[:3]) < reading_flops(base.model, apart)
+    assert reading_flops(base.model, apart) < reading_flops(base.model, apart, stems=2)
 
 
 def test_flops_are_those_of_the_layers(base):
@@ -58,7 +59,7 @@ def test_flops_are_those_of_the_layers(base):
     weights = sum(weight.numel() for weight in layer_weights(base.model))
     head = config.vocab_size * config.hidden_size
     attention = 4 * config.num_hidden_layers * config.hidden_size * 0.5
-    found = prefill_flops(base.model, [Prompt("", (1,), 1)])
+    found = reading_flops(base.model, [Prompt("", (1,), 1)])
     assert found == pytest.approx(2 * (weights + head) + attention)
 
 

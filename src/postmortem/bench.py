@@ -18,7 +18,7 @@ from postmortem.models import LoadedBase
 from postmortem.prefill import prefix_length
 from postmortem.prompts import Prompt, encode, lead_of
 from postmortem.records import Cell, Measure
-from postmortem.scoring import alike_batches, score, suited_batch
+from postmortem.scoring import NUMBERS, alike_batches, longest_stems, score, suited_batch
 from postmortem.session import Session
 
 NEW_TOKENS = 10  # as many as the incident's second attempt
@@ -173,10 +173,11 @@ def gemm_rate(model: Any, tokens: int, *, seconds: float = 1.0) -> float:
     return statistics.median(rates)
 
 
-def prefill_flops(model: Any, prompts: Sequence[Prompt]) -> float:
+def reading_flops(model: Any, prompts: Sequence[Prompt], *, stems: int = 0) -> float:
     """FLOP that reading the prompts takes: shared beginnings once, no padding, one row of logits.
 
-    Two for each weight of a layer and token; attention sees half of the square.
+    Two for each weight of a layer and token; attention sees half of the square. `stems` counts the
+    tokens that the read-outs read after each prompt, with a row of logits each.
     """
     config = model.config.get_text_config()
     rows = [prompt.token_ids for prompt in prompts]
@@ -190,9 +191,11 @@ def prefill_flops(model: Any, prompts: Sequence[Prompt]) -> float:
     )
     # New tokens times those that they look at on average, for scores and for values.
     looks = sum(new * (whole - new / 2) for new, whole in lengths)
+    looks += stems * sum(map(len, rows))
     attention = 4 * config.num_hidden_layers * width * looks
-    head = 2 * config.vocab_size * config.hidden_size * len(lengths)
-    return float(per_token * sum(new for new, _ in lengths) + attention + head)
+    head = 2 * config.vocab_size * config.hidden_size * (len(lengths) + stems * len(rows))
+    tokens = sum(new for new, _ in lengths) + stems * len(rows)
+    return float(per_token * tokens + attention + head)
 
 
 def _record_ways(
@@ -208,7 +211,10 @@ def _record_ways(
         pace = [len(prompts[name]) / seconds for seconds in found.seconds]
         # Of one round both, so that a slow spell of the machine slows both.
         ratios = [theirs / ours for theirs, ours in zip(loop, found.seconds, strict=True)]
-        flops = prefill_flops(session.base.model, prompts[name])
+        stems = 0
+        if way in (NUMERIC, READ_OUT) and session.case.prompts[name].contract == "number":
+            stems = _stem_tokens(session.base.tokenizer)
+        flops = reading_flops(session.base.model, prompts[name], stems=stems)
         share = flops / statistics.median(found.seconds) / gemm
         key = f"bench.{name}.{way}"
         session.measure(f"{key}.pace", statistics.median(pace), unit="rows/s")
@@ -233,10 +239,16 @@ def _record_ways(
     session.measure("bench.share", min(shares))
 
 
+def _stem_tokens(tokenizer: Any) -> int:
+    """How many tokens the number's read-out reads after a prompt of a chat."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in NUMBERS]
+    return sum(map(len, longest_stems(ids)))
+
+
 def _record_scaling(
     session: Session, base: LoadedBase, prompts: Sequence[Prompt], *, gemm: float
 ) -> None:
-    """Pace of the read-outs by number of rows, by prompt length and by batch."""
+    """Pace of reading, up to Yes and No, by number of rows, by prompt length and by batch."""
     rows = [(count, *_pace(base, prompts[:count], gemm=gemm)) for count in COUNTS]
     session.table("bench.by_rows", ("rows", "rows/s", "tokens/s", "share of GEMM"), rows)
     ids = [token for prompt in prompts for token in prompt.token_ids]
@@ -263,11 +275,12 @@ def _pace(
         prompts=prompts,
         lead="",
         max_new_tokens=1,
+        numbers=False,
         batch_tokens=batch_tokens,
     )
     seconds = time.perf_counter() - start
     tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    share = prefill_flops(base.model, prompts) / seconds / gemm
+    share = reading_flops(base.model, prompts) / seconds / gemm
     return (round(len(prompts) / seconds, 2), round(tokens / seconds), round(share, 2))
 
 

@@ -252,10 +252,8 @@ def log_probs_of(state: State, candidates: Sequence[Sequence[int]]) -> np.ndarra
     then taken off the cache again.
     """
     total = state.log_probs[:, [ids[0] for ids in candidates]].clone()
-    stems = {tuple(ids[:-1]) for ids in candidates if len(ids) > 1}
-    longest = [s for s in stems if not any(s != t and t[: len(s)] == s for t in stems)]
     seen: dict[tuple[int, ...], torch.Tensor] = {}
-    for stem in sorted(longest):
+    for stem in longest_stems(candidates):
         after = state.step(torch.tensor([stem] * len(total), device=total.device))
         state.forget(len(stem))
         seen.update({stem[: end + 1]: after[:, end] for end in range(len(stem))})
@@ -263,6 +261,12 @@ def log_probs_of(state: State, candidates: Sequence[Sequence[int]]) -> np.ndarra
         for end in range(1, len(ids)):
             total[:, column] += seen[tuple(ids[:end])][:, ids[end]]
     return total.cpu().numpy()
+
+
+def longest_stems(candidates: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """What has to be read to know every candidate's last token: no stem begins another."""
+    stems = {tuple(ids[:-1]) for ids in candidates if len(ids) > 1}
+    return sorted(s for s in stems if not any(s != t and t[: len(s)] == s for t in stems))
 
 
 def generate(state: State, limit: int, *, ends: frozenset[int]) -> list[tuple[list[int], bool]]:
