@@ -148,7 +148,7 @@ def attached(
             model = PeftModel.from_pretrained(
                 base.model, str(adapter), ignore_mismatched_sizes=ignore_mismatched_sizes
             )
-        except (*LOADING_ERRORS, TypeError, AttributeError) as error:
+        except (*LOADING_ERRORS, TypeError, AttributeError, IndexError) as error:
             _strip(base.model)
             raise ModelError(
                 adapter, expected="an adapter that fits the base", found=str(error)
