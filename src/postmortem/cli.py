@@ -53,6 +53,53 @@ def weights(
 
 
 @app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="The name of the case: small letters, digits, -.")],
+    base: Annotated[str, typer.Option(help="A model folder, hub id or packaged:NAME.")] = "",
+    suspect: Annotated[str, typer.Option(help="The adapter: a folder or hub id.")] = "",
+    reference: Annotated[str, typer.Option(help="An adapter known to work on this base.")] = "",
+    data: Annotated[str, typer.Option(help="Rows: CSV, Parquet or JSON lines.")] = "",
+    text: Annotated[str, typer.Option(help="The column of texts.")] = "",
+    label: Annotated[str, typer.Option(help="The column of labels, if there is one.")] = "",
+    positive: Annotated[str, typer.Option(help="The label that counts as 1.")] = "",
+    id_: Annotated[str, typer.Option("--id", help="The column of row ids.")] = "",
+    group: Annotated[str, typer.Option(help="The column of groups.")] = "",
+    question: Annotated[str, typer.Option(help="The prompt, with {COLUMN} for the text.")] = "",
+    system: Annotated[str, typer.Option(help="The prompt's system message.")] = "",
+    contract: Annotated[str, typer.Option(help="number, yes_no, choice or class.")] = "yes_no",
+    answers: Annotated[
+        str, typer.Option(help="For choice: the negative answer, a comma, the positive one.")
+    ] = "",
+    title: Annotated[str, typer.Option(help="What the pages are headed by.")] = "",
+    symptom: Annotated[str, typer.Option(help="What is seen, in a sentence.")] = "",
+) -> None:
+    """Write a case file and pages for a post-mortem of your own; nothing is replaced."""
+    from postmortem.scaffold import Known, create_case
+
+    known = Known(
+        base=base,
+        suspect=suspect,
+        reference=reference,
+        data=data,
+        text=text,
+        label=label,
+        positive=positive,
+        id=id_,
+        group=group,
+        question=question,
+        system=system,
+        contract=contract,
+        answers=answers,
+        title=title,
+        symptom=symptom,
+    )
+    file, *pages = create_case(name, known)
+    print(f"case: {file}")
+    print(f"pages: {pages[0].parent} ({len(pages)} files)")
+    print(f"next: make book CASE={file}")
+
+
+@app.command()
 def book(
     case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
     profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "",

@@ -80,7 +80,7 @@ def keep(notebook: str, settings: Settings, *, cores: int) -> tuple[RecordFile, 
 def confirm_record(settings: Settings, *, sample: int, cores: int) -> str:
     """Ask a kept record's first rows again with today's code; the line that says how it went."""
     start = time.perf_counter()
-    check_settings(settings)
+    settings = check_settings(settings)
     profile = str(settings["profile"])
     place, again = RECORDED / profile / "real_model.jsonl", BUILD / "confirm" / f"{profile}.jsonl"
     read_records(place)

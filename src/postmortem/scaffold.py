@@ -17,14 +17,16 @@ NAME = re.compile(r"[a-z][a-z0-9_-]{0,59}")
 COLUMN = re.compile(r"\w+")
 # What YAML reads as itself, without quotes and in no other way.
 PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)$)[A-Za-z][A-Za-z0-9_./-]*", re.I)
+CONTRACTS = ("number", "yes_no", "choice", "class")
 QUESTION = "Your question about the text, to be answered with Yes or No.\n\n"
 
 
 @dataclass(frozen=True)
-class Answers:
+class Known:
     """What is known of a new case; what is empty becomes a placeholder that says what to fill in.
 
-    `text`, `label`, `group` and `id` are columns of `data`, `positive` the label that counts as 1.
+    `text`, `label`, `group` and `id` are columns of `data`, `positive` is the label that counts as
+    1, `question` the prompt, and `answers` the negative and the positive one, with a comma between.
     """
 
     base: str = ""
@@ -36,14 +38,15 @@ class Answers:
     positive: str = ""
     id: str = ""
     group: str = ""
-    contract: str = "yes_no"
     question: str = ""
+    contract: str = "yes_no"
+    answers: str = ""
     system: str = ""
     title: str = ""
     symptom: str = ""
 
 
-def create_case(name: str, known: Answers, *, folder: str | Path = CASES) -> list[Path]:
+def create_case(name: str, known: Known, *, folder: str | Path = CASES) -> list[Path]:
     """Write a case file and a folder of pages, and return what was written; nothing is replaced.
 
     Raises `CaseError` for a name that cannot be one or is taken, and `DataError` where the rows
@@ -91,7 +94,7 @@ def check_name(name: str) -> None:
     )
 
 
-def write_case(name: str, known: Answers) -> str:
+def write_case(name: str, known: Known) -> str:
     """The text of a case file with what is known in it and a comment on each line."""
     text = known.text or "body"
     if not COLUMN.fullmatch(text):
@@ -121,12 +124,35 @@ def write_case(name: str, known: Answers) -> str:
         "# rows: 100  # only the first so many",
         "prompts:",
         "  ask:  # the first prompt is the one that the pages are about; add others below",
-        f"    contract: {known.contract}  # or number, yes_no, choice (with answers), class",
+        f"    contract: {known.contract}{_list_contracts(known.contract)}",
+        *_write_answers(known),
         *([f"    system: {quote(known.system)}"] if known.system else []),
         f"    template: {quote(question)}",
         "    # chat: false  # for a base without a chat template",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _list_contracts(chosen: str) -> str:
+    if chosen not in CONTRACTS:
+        raise CaseError(
+            f"contract {chosen[:60]!a}", expected=f"one of {', '.join(CONTRACTS)}", found="another"
+        )
+    return f"  # or {', '.join(name for name in CONTRACTS if name != chosen)}"
+
+
+def _write_answers(known: Known) -> list[str]:
+    if known.contract != "choice":
+        return []
+    words = [word.strip() for word in known.answers.split(",") if word.strip()]
+    if words and (len(words) != 2 or words[0] == words[1]):
+        raise CaseError(
+            f"answers {known.answers[:60]!a}",
+            expected="two different words with a comma between them, the negative one first",
+            found=f"{len(words)}",
+        )
+    listed = ", ".join(map(quote, words or ["no", "yes"]))
+    return [f"    answers: [{listed}]  # the negative one first"]
 
 
 def quote(value: str) -> str:
@@ -144,7 +170,7 @@ def _line(key: str, value: str, placeholder: str, note: str = "", *, optional: b
     return f"# {key}: {placeholder}{told}" if optional else f"{key}: {placeholder}{told}"
 
 
-def _check_columns(known: Answers) -> None:
+def _check_columns(known: Known) -> None:
     """Hold the columns against the file where it is given: a misspelt one is told at once."""
     if not known.data:
         return

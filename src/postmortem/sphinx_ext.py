@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from docutils import nodes
 from docutils.parsers.rst import directives
+from markupsafe import escape
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
@@ -36,6 +37,8 @@ GRADES = {"artefact", "log", "recollection", "measured"}
 UNAVAILABLE = "not available"
 # What the prose quotes from the shipped case by id; another case need not have it.
 QUOTED = ("case.claim.", "case.hypothesis.", "case.evidence.", "case.practice.")
+# Texts that are sentences or names; any other is a run's output.
+PROSE = ("case.", "profile.", "rows.", "run.", "diagnosis.conclusion")
 IDENTIFIER = re.compile(r"[a-z0-9_-]+")
 # A value with its interval, which is not broken across lines.
 ESTIMATE = re.compile(r"-?\d+\.\d+ \[.+\]")
@@ -145,7 +148,7 @@ class TextRole(_ValueRole):
 
     def show(self, value: Any, style: str) -> list[nodes.Node]:
         key = self.text.partition(":")[0]
-        if key.startswith(("case.", "profile.", "rows.", "run.")) or key.endswith(".system"):
+        if key.startswith(PROSE) or key.endswith(".system"):
             return [nodes.Text(value)]
         return [nodes.literal(value, value)]
 
@@ -403,10 +406,19 @@ def _load(app: Sphinx) -> None:
     app.postmortem_loaded = Values(app)
 
 
+def _escape_title(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
+) -> None:
+    """The site's title is a case's, and the theme writes it as it is: make it text, once."""
+    for key in ("docstitle", "shorttitle"):
+        context[key] = escape(context[key])
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the roles and directives with Sphinx."""
     app.add_config_value("postmortem_values", "_values", "env")
     app.connect("builder-inited", _load)
+    app.connect("html-page-context", _escape_title)
     for name, role in (
         ("num", NumberRole()),
         ("est", EstimateRole()),
