@@ -128,7 +128,8 @@ def draw_log_odds(sheet: Sheet, source: Source) -> str:
         raise NotDrawable("no log-odds are on record")
     measures = source.measures(ANSWERS)
     scale = Scale(round_ticks(min(odds), max(odds)), say_number)
-    bins = Bins(scale, (84.0 if sheet.narrow else 100.0, sheet.width - 12.0), 40, height=60.0)
+    edges = (84.0 if sheet.narrow else 100.0, sheet.width - 12.0)
+    bins = Bins(scale, edges, 24 if sheet.narrow else 48, height=60.0)
     lanes = {name: split_by_truth(some) for name, some in pairs.items()}
     bins = bins.packed(lane for some in lanes.values() for lane in some)
     foot, told, last = 2.0, "Log-odds of what is asked for, by truth.", list(found)[-1]

@@ -196,15 +196,16 @@ def record_system(session: Session, key: str, answers: Outcome, *, base: Outcome
     for name in DISTRIBUTION:
         value = None if found.health is None else getattr(found.health, name)
         session.measure(f"{key}.{name}", value, reason=UNREAD)
-    for name in RANKING:
-        session.measure(f"{key}.{name}", getattr(found, name), reason=found.unranked)
+    session.measure(f"{key}.auc", found.auc, reason=found.unranked)
+    why = found.unranked if found.health is not None else UNREAD
+    session.measure(f"{key}.auc_written", found.auc_written, reason=why)
     session.text(f"{key}.commonest_text", escaped(_commonest(answers)[0]))
     if found.health is None:
         session.verdict(f"{key}.constant", None, UNREAD)
     else:
         told = f"{found.health.distinct} distinct value(s) in the answers that could be read"
         session.verdict(f"{key}.constant", found.health.constant, told)
-    word, because = judge_knowing(found.auc, said=found.auc_written, unranked=found.unranked)
+    word, because = judge_knowing(found.auc, said=found.auc_written, unranked=why)
     session.verdict(f"{key}.knowing", word, because)
     if not is_base:
         _record_effect(session, key, answers, base=base)
@@ -340,4 +341,8 @@ def _record_overview(session: Session, said: Mapping[str, Mapping[str, Outcome]]
 def say_recorded(session: Session, key: str) -> str:
     """A recorded measure with its interval, for a table; a dash where it is not recorded."""
     found = next((r for r in session.records if isinstance(r, Measure) and r.key == key), None)
-    return "–" if found is None else say_estimate(Estimate(found.value, found.low, found.high, 0))
+    if found is None:
+        return "–"
+    # A divergence may be of any size, and one too small for two decimals is not none.
+    form = ".2g" if key.endswith(".kl") else "z.2f"
+    return say_estimate(Estimate(found.value, found.low, found.high, 0), form)

@@ -17,6 +17,28 @@ ASKS = {
     "class": "a class",
 }
 MODULE = "module "
+ZERO = ("controls.zero_b.is_base", False)
+# Explanations that any case can be held against: the recorded verdict on each, and whether it
+# speaks for the explanation as it stands or by being refuted.
+HYPOTHESES = (
+    ("The files do not fit the base, or lack something", "files.suspect.fit", False),
+    ("The adapter does nothing", "asked.suspect.moves_base", False),
+    ("The base alone answers one and the same value", "asked.base.constant", True),
+    ("The suspect knows, and does not say", "asked.suspect.knowing", True),
+    ("The suspect never learnt the task", "asked.suspect.ranks_better", False),
+    ("Its scale is too large", "controls.eighth.ranks_better", True),
+    ("Its scale is too small", "controls.eightfold.ranks_better", True),
+    ("Its sign is turned", "controls.flipped.ranks_better", True),
+    ("Its layers stand in another order", "controls.turned.ranks_better", True),
+    ("The loading is at fault: with lora_B zero the base answers otherwise", *ZERO),
+)
+OPPOSITE = {"holds": "refuted", "refuted": "holds"}
+# What a model does with what it knows, as a verdict on its knowing and not saying.
+KNOWING = {
+    "knows and does not say": "holds",
+    "says what it knows": "refuted",
+    "does not know": "refuted",
+}
 
 
 def add_own_values(values: Values, case: Case, *, rows: Rows) -> None:
@@ -56,9 +78,26 @@ def add_own_values(values: Values, case: Case, *, rows: Rows) -> None:
             for name, prompt in case.prompts.items()
         ],
     )
+    add_table(
+        values,
+        "case.hypotheses",
+        ("explanation", "this run", "because"),
+        [judge_hypothesis(values, *hypothesis) for hypothesis in HYPOTHESES],
+    )
     members = values["tables"]["world.members"]
     members["rows"] = [row for row in members["rows"] if row[0] in ROLES]
     _sum_up_modules(values)
+
+
+def judge_hypothesis(
+    values: Values, title: str, key: str, as_it_stands: bool
+) -> tuple[str, str, str]:
+    """An explanation with this run's verdict on it and the reason; `key` names the record."""
+    found = values["verdicts"].get(key)
+    if found is None:
+        return title, "not available", "no notebook of this case asks for it"
+    word = KNOWING.get(found["verdict"], found["verdict"])
+    return title, word if as_it_stands else OPPOSITE.get(word, word), found["because"]
 
 
 def _short_name(name: str) -> str:
