@@ -17,8 +17,13 @@ NAME = re.compile(r"[a-z][a-z0-9_-]{0,59}")
 COLUMN = re.compile(r"\w+")
 # What YAML reads as itself, without quotes and in no other way.
 PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)$)[A-Za-z][A-Za-z0-9_./-]*", re.I)
-CONTRACTS = ("number", "yes_no", "choice", "class")
-QUESTION = "Your question about the text, to be answered with Yes or No.\n\n"
+# What stands in for the prompt until there is one, by what it asks for.
+QUESTIONS = {
+    "yes_no": "Your question about the text, to be answered with Yes or No.",
+    "number": "Your question about the text, to be answered with a number from 0 to 1.",
+    "choice": "Your question about the text, to be answered with one of the two words.",
+    "class": "",
+}
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,16 @@ def write_case(name: str, known: Known) -> str:
             found="other characters",
             remedy="Rename the column in the file.",
         )
-    question = known.question or QUESTION
+    if known.contract not in QUESTIONS:
+        raise CaseError(
+            f"contract {known.contract[:60]!a}",
+            expected=f"one of {', '.join(QUESTIONS)}",
+            found="another",
+        )
+    question = known.question or QUESTIONS[known.contract]
     if f"{{{text}}}" not in question:
-        question = f"{question.rstrip()}\n\n{{{text}}}"
+        question = f"{question.rstrip()}\n\n{{{text}}}".lstrip()
+    others = ", ".join(name for name in QUESTIONS if name != known.contract)
     columns = {"text": text, "label": known.label, "id": known.id, "group": known.group}
     given = {key: value for key, value in columns.items() if value}
     listed = ", ".join(f"{key}: {quote(value)}" for key, value in given.items())
@@ -124,21 +136,16 @@ def write_case(name: str, known: Known) -> str:
         "# rows: 100  # only the first so many",
         "prompts:",
         "  ask:  # the first prompt is the one that the pages are about; add others below",
-        f"    contract: {known.contract}{_list_contracts(known.contract)}",
+        f"    contract: {known.contract}  # or {others}",
         *_write_answers(known),
         *([f"    system: {quote(known.system)}"] if known.system else []),
         f"    template: {quote(question)}",
-        "    # chat: false  # for a base without a chat template",
+        *(
+            ["    # chat: false  # for a base without a chat template"]
+            * (known.contract != "class")
+        ),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _list_contracts(chosen: str) -> str:
-    if chosen not in CONTRACTS:
-        raise CaseError(
-            f"contract {chosen[:60]!a}", expected=f"one of {', '.join(CONTRACTS)}", found="another"
-        )
-    return f"  # or {', '.join(name for name in CONTRACTS if name != chosen)}"
 
 
 def _write_answers(known: Known) -> list[str]:
