@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
 
 from postmortem.adapter import Adapter, read_adapter
 from postmortem.archaeology import date_config, span
@@ -105,13 +106,19 @@ def _list_facts(adapter: Adapter, found: Inspection) -> Iterator[tuple[str, str]
         yield "kind", ", ".join(["LoRA", *(name for name, is_so in kinds.items() if is_so)])
         yield "saved whole", ", ".join(map(printable, config.modules_to_save)) or "none"
         yield "task", config.task_type or "not named"
-        yield "base that it names", printable(config.base_name or "none")
+        yield "base that it names", _shorten_path(printable(config.base_name or "none"))
     yield "PEFT that it names", printable(dating.stated or "none")
     yield "PEFT releases that write these keys", span(dating.writers or dating.possible_writers)
     yield "PEFT releases that load them in silence", span(dating.silent_loaders)
     more = f" and {len(found.bases) - NAMED} more" if len(found.bases) > NAMED else ""
     named = ", ".join(found.bases[:NAMED]) or "none"
     yield "known bases of these shapes", f"{named}{more}"
+
+
+def _shorten_path(name: str) -> str:
+    """The end of a path, which tells the model: its beginning tells whose machine it was."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return "/".join(("…", *parts[-3:])) if len(parts) > 3 else name
 
 
 def _list_names(names: Iterable[str] | str | None) -> str:
