@@ -100,6 +100,10 @@ KINDS = {
         "suspect": "classifier",
         "prompts": {"read": {"contract": "class", "template": "{text}"}},
     },
+    "classifier, weights cut short": {
+        "suspect": "cut",
+        "prompts": {"read": {"contract": "class", "template": "{text}"}},
+    },
     "does not load": {"suspect": "wide"},
     "weights cut short": {"suspect": "cut"},
     "not finite": {"suspect": "nan"},

@@ -47,6 +47,13 @@ def build(settings: Settings, *, cores: int) -> str:
 def replay(settings: Settings, *, cores: int) -> str:
     """Replay every cause at every severity in several worlds; return the line that sums it up."""
     settings = check_settings(settings)
+    if load_case(str(settings["case"])).own:
+        raise CaseError(
+            settings["case"],
+            expected="a case in full, whose causes are replayed",
+            found="one in the short form",
+            remedy="`postmortem diagnose` works on this one.",
+        )
     with one_build():
         _run_graph("replay", settings, cores=cores)
     told = json.loads((BUILD / "replays.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from postmortem.analysis import NO_LABELS, NO_OP, ONE_CLASS, SHOWN, escaped, judge_knowing, shown
-from postmortem.controls import judge_gain, say_estimate
+from postmortem.controls import judge_gain
 from postmortem.errors import ModelError
 from postmortem.health import Health, describe
 from postmortem.metrics import (
@@ -19,6 +19,7 @@ from postmortem.metrics import (
     kl_divergence,
     mean_estimate,
     rate_estimate,
+    say_estimate,
 )
 from postmortem.own_systems import SYSTEMS
 from postmortem.records import Cell, Measure
@@ -58,9 +59,9 @@ def record_answers(session: Session) -> None:
             record_system(session, f"{key}.{system}", answers, base=found["base"])
             _judge_off(session, f"{key}.{system}", answers, base=found["base"])
             # One base and one system are held at a time: their distributions are large.
-            found[system] = _without_distributions(answers)
+            found[system] = without_distributions(answers)
         _record_tables(session, key, found)
-        said[prompt] = {**found, "base": _without_distributions(found["base"])}
+        said[prompt] = {**found, "base": without_distributions(found["base"])}
     _record_overview(session, said)
 
 
@@ -85,12 +86,13 @@ def ask(
     role = system.removesuffix("_disabled")
     if adapter is None and not session.world.has(role):
         return session.world.members[role].reason
-    if session.case.classifies:
-        try:
-            session.base  # noqa: B018 - how many classes it has is read from the suspect
-        except ModelError as error:
-            return say_refusal(error)
-    before = footprint(session.base.model)
+    try:
+        before = footprint(session.base.model)
+    except ModelError as error:
+        # How many classes a classifier has is read from the suspect's file.
+        if not session.case.classifies:
+            raise
+        return say_refusal(error)
     try:
         answers = session.answer(
             prompt, system=role, adapter=adapter, disabled=role != system, kept=False
@@ -263,7 +265,8 @@ def _commonest(answers: Answers) -> tuple[str, int]:
     return Counter(p.text for p in answers.predictions).most_common(1)[0]
 
 
-def _without_distributions(answers: Outcome) -> Outcome:
+def without_distributions(answers: Outcome) -> Outcome:
+    """The same answers without what takes most of their room: a number for each token."""
     if isinstance(answers, str):
         return answers
     none = np.empty((len(answers.predictions), 0))

@@ -16,7 +16,14 @@ from postmortem.controls import judge_gain, judge_odds
 from postmortem.faults import Tensors, edit_tensors
 from postmortem.metrics import auc_estimate, auc_gain_estimate, mean_estimate
 from postmortem.models import check_adapter_folder
-from postmortem.own_answers import UNKNOWN, Outcome, ask, compare, say_recorded
+from postmortem.own_answers import (
+    UNKNOWN,
+    Outcome,
+    ask,
+    compare,
+    say_recorded,
+    without_distributions,
+)
 from postmortem.own_systems import COPIES, FACTOR
 from postmortem.records import Measure
 from postmortem.session import Answers, Session
@@ -82,6 +89,7 @@ def record_controls(session: Session) -> None:
     suspect = ask(session, prompt, system="suspect", kept=False)
     session.measure("controls.factor", FACTOR)
     _record_control(session, "suspect", suspect, base=base, suspect=suspect)
+    suspect = without_distributions(suspect)
     for name, change in CHANGES.items():
         found = _ask_copy(session, prompt, name=name, change=change)
         _record_control(session, name, found, base=base, suspect=suspect)
