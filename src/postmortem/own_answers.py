@@ -58,8 +58,9 @@ def record_answers(session: Session) -> None:
             answers = ask(session, prompt, system=system)
             record_system(session, f"{key}.{system}", answers, base=found["base"])
             _judge_off(session, f"{key}.{system}", answers, base=found["base"])
-            # One base and one system are held at a time: their distributions are large.
-            found[system] = without_distributions(answers)
+            if session.world.has(system.removesuffix("_disabled")):
+                # One base and one system are held at a time: their distributions are large.
+                found[system] = without_distributions(answers)
         _record_tables(session, key, found)
         said[prompt] = {**found, "base": without_distributions(found["base"])}
     _record_overview(session, said)
