@@ -149,10 +149,29 @@ def test_an_adapter_that_does_not_load_is_a_finding(place, tmp_path):
     measures, verdicts = found(session, Measure), found(session, Verdict)
     assert measures["asked.base.rows"].value == 12
     assert measures["asked.suspect.rows"].value is None
-    assert "size mismatch" in measures["asked.suspect.rows"].reason
+    assert measures["asked.suspect.rows"].reason == (
+        "it does not load: 8 tensor(s) do not fit, "
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight is (4, 64) in the file "
+        "and (4, 32) on the base"
+    )
     assert verdicts["asked.suspect.moves_base"].verdict == "not available"
     assert verdicts["files.suspect.fit"].verdict == "refuted"
     assert str(place / "wide") not in str(session.records)
+
+
+def test_a_classifier_changes_its_value_with_its_class(place, tmp_path):
+    """Probabilities differ on every row; what counts as changed is the class that they mean."""
+    prompts = {"read": {"contract": "class", "template": "{text}"}}
+    session = open_own(place, tmp_path, suspect="classifier", prompts=prompts)
+    record_answers(session)
+    both = {
+        system: [
+            p.strict_value > 0.5 for p in session.records if getattr(p, "system", "") == system
+        ]
+        for system in ("base", "suspect")
+    }
+    changed = sum(a != b for a, b in zip(*both.values(), strict=True))
+    assert found(session, Measure)["asked.suspect.flips"].value == changed / 12
 
 
 def test_answers_that_are_not_finite_are_no_answers(place, tmp_path):

@@ -1,5 +1,6 @@
 """What the systems of a case answer: each prompt put to the base alone and to each adapter."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -43,6 +44,12 @@ GROUPS = 20
 VALUES = ("system", "read", "distinct", "commonest", "share", "mean", "AUC, written")
 CHANGES = ("system", "KL, nat", "change of log-odds, nat", "values changed", "AUC, log-odds")
 
+# PEFT's line on a tensor of another shape: its name, its shape, and the base's.
+MISFIT = re.compile(
+    r"size mismatch for (?:base_model\.model\.)?(\S+?): copying a param with shape "
+    r"torch\.Size\(\[([\d, ]*)\]\).*?torch\.Size\(\[([\d, ]*)\]\)",
+    re.DOTALL,
+)
 # What a system answered, or why it did not.
 Outcome = Answers | str
 
@@ -115,8 +122,16 @@ def ask(
 
 
 def say_refusal(error: ModelError) -> str:
-    """Why an adapter did not load, without the folder, which differs between machines."""
-    return printable(" ".join(f"it does not load: {error.found}".split()), 300)
+    """Why an adapter did not load, in a line; the folder, which differs by machine, is left out.
+
+    Of tensors that do not fit the first is named, in place of PEFT's line on each.
+    """
+    misfits = MISFIT.findall(error.found)
+    if misfits:
+        name, held, wanted = misfits[0]
+        first = f"{name} is ({held}) in the file and ({wanted}) on the base"
+        return printable(f"it does not load: {len(misfits)} tensor(s) do not fit, {first}", 200)
+    return printable(" ".join(f"it does not load: {error.found}".split()), 200)
 
 
 @dataclass(frozen=True)
@@ -154,14 +169,21 @@ def compare(answers: Answers, base: Answers) -> dict[str, Estimate]:
     """How far answers lie from the base's on the same rows, by the names in `EFFECT`.
 
     `kl` is KL(system || base) in nats: over the eleven numbers where a number is asked for, over
-    the first token or the classes elsewhere.
+    the first token or the classes elsewhere. A classifier's value changes with its class.
     """
-    changed = sum(a != b for a, b in zip(answers.strict_values, base.strict_values, strict=True))
+    changed = sum(a != b for a, b in zip(_decisions(answers), _decisions(base), strict=True))
     return {
         "kl": mean_estimate(kl_divergence(_log_probs(answers), _log_probs(base))),
         "shift": mean_estimate(np.subtract(answers.asked_log_odds, base.asked_log_odds)),
         "flips": rate_estimate(changed, len(base.predictions)),
     }
+
+
+def _decisions(answers: Answers) -> list[float | None]:
+    """What each answer says; of a classifier's probability, on which side of one half it lies."""
+    if answers.contract != "class":
+        return answers.strict_values
+    return [None if value is None else float(value > 0.5) for value in answers.strict_values]
 
 
 def _log_probs(answers: Answers) -> np.ndarray:
@@ -312,7 +334,7 @@ def _say_group(name: str, answers: Mapping[str, Answers]) -> tuple[Cell, ...]:
 def _say_values(system: str, answers: Outcome) -> tuple[Cell, ...]:
     name = SYSTEMS[system]
     if isinstance(answers, str):
-        return name, "not available", None, answers, None, None, None
+        return name, "not available", None, answers.partition(":")[0], None, None, None
     found, (text, count) = describe_answers(answers), _commonest(answers)
     total, health = len(answers.predictions), found.health
     return (

@@ -26,6 +26,9 @@ NAMED = 6
 def record_files(session: Session) -> None:
     """Record what the files of each adapter say, read as the checker reads them: nothing runs."""
     for role in ROLES:
+        if not session.world.has(role):
+            _record_absent(session, role, reason=session.world.members[role].reason)
+            continue
         try:
             adapter, found = _read(session, role)
         except ModelError as error:
