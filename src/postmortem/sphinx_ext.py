@@ -41,7 +41,7 @@ QUOTED = ("case.claim.", "case.hypothesis.", "case.evidence.", "case.practice.")
 PROSE = ("case.", "profile.", "rows.", "run.", "diagnosis.conclusion")
 IDENTIFIER = re.compile(r"[a-z0-9_-]+")
 # A value with its interval, which is not broken across lines.
-ESTIMATE = re.compile(r"-?\d+\.\d+ \[.+\]")
+ESTIMATE = re.compile(r"-?\d+(?:\.\d+)?%? \[.+\]")
 # What the ledger says of a claim after its reason.
 DECIDERS = ("decided by", "would change")
 # A cell of more characters keeps a width that can be read on a phone.
@@ -200,7 +200,10 @@ class TableDirective(SphinxDirective):
     required_arguments = 1
     final_argument_whitespace = True
     has_content = True
-    option_spec: ClassVar[dict[str, Any]] = {"columns": directives.unchanged}
+    option_spec: ClassVar[dict[str, Any]] = {
+        "columns": directives.unchanged,
+        "rows": directives.positive_int,  # the first so many
+    }
 
     def run(self) -> list[nodes.Node]:
         key = self.arguments[0]
@@ -217,7 +220,8 @@ class TableDirective(SphinxDirective):
             return []
         names = chosen or table["columns"]
         places = [table["columns"].index(name) for name in names]
-        rows = [[row[place] for place in places] for row in table["rows"]]
+        shown = table["rows"][: self.options.get("rows")]
+        rows = [[row[place] for place in places] for row in shown]
         caption, messages = self.parse_inline(" ".join(self.content), lineno=self.lineno)
         return [table_node(names, rows, caption=caption), *messages]
 
