@@ -110,7 +110,8 @@ rule world:
         f"{RUN}/world.json",
     params:
         trained=WORLD,
-        profile=PROFILE.model_dump_json(),
+        # The title of a case of one's own is on its pages alone: a new one asks no model anew.
+        profile=PROFILE.model_dump_json(exclude={"title"} if CASE.own else None),
         adapters=[SETTINGS["suspect"], SETTINGS["reference"]],
         files=folder_digests(PROFILE, [SETTINGS["suspect"], SETTINGS["reference"]]),
     shell:

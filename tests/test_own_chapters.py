@@ -7,6 +7,7 @@ import own
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_prose import typed_numbers
 
 from postmortem.case import load_case
 from postmortem.case_site import SCAFFOLD
@@ -293,6 +294,13 @@ def test_a_statement_speaks_for_or_against_its_explanation(key, said, word):
     hypothesis = next(h for h in HYPOTHESES if h[1] == key)
     values = {"verdicts": {key: {"verdict": said, "because": "so"}}}
     assert judge_hypothesis(values, *hypothesis) == (hypothesis[0], word, "so")
+
+
+def test_no_number_is_typed_on_a_packaged_page():
+    """A packaged page types no digit but the two that a truth can have."""
+    for page in SCAFFOLD.glob("*.md"):
+        typed = {digits.strip(".,;:") for _, digits in typed_numbers(page.read_text())}
+        assert typed <= {"0", "1"}, page.name
 
 
 def test_the_packaged_pages_are_in_the_table_of_contents():

@@ -159,6 +159,15 @@ def test_an_edited_page_runs_no_notebook(built):
     page.write_text(before)
 
 
+def test_another_title_runs_no_notebook(built):
+    """After a change of the case's title and symptom only what shows them is made again."""
+    case = built[0] / "cases/films.yml"
+    before = case.read_text()
+    case.write_text(before.replace("Films", "Pictures").replace("It says", "It said"))
+    assert plan(built[0]) == {"publish", "book"}
+    case.write_text(before)
+
+
 def test_changed_rows_are_asked_again(built):
     """After an edit of the data file every notebook runs again."""
     rows = built[0] / "rows.csv"
