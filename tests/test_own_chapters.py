@@ -47,9 +47,20 @@ def place(tmp_path_factory):
         shutil.copytree(folder / "sound", folder / name)
         tensors = load_file(folder / "sound" / WEIGHTS)
         save_file(change(tensors), folder / name / WEIGHTS, metadata={"format": "pt"})
-    shutil.copytree(folder / "sound", folder / "cut")
     whole = (folder / "sound" / WEIGHTS).read_bytes()
-    (folder / "cut" / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    config = json.loads((folder / "sound/adapter_config.json").read_text())
+    files = {
+        "cut": (WEIGHTS, whole[: len(whole) // 2]),
+        "pointer": (WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "garbled": ("adapter_config.json", b"{'peft_type': 'LORA'}"),
+        "nameless": ("adapter_config.json", b'{"r": 4}'),
+        "foreign": ("adapter_config.json", json.dumps(config | {"peft_type": "IA3"}).encode()),
+    }
+    for name, (file, content) in files.items():
+        shutil.copytree(folder / "sound", folder / name)
+        (folder / name / file).write_bytes(content)
+    shutil.copytree(folder / "sound", folder / "pickled")
+    (folder / "pickled" / WEIGHTS).rename(folder / "pickled/adapter_model.bin")
     return folder
 
 
@@ -89,6 +100,7 @@ def record_all(session):
     return session
 
 
+BROKEN = ("pointer", "garbled", "nameless", "foreign", "pickled")
 # Where every kind of case differs from the others in what it has.
 KINDS = {
     "labels and a reference": {"reference": "zero"},
@@ -108,6 +120,7 @@ KINDS = {
     "does not load": {"suspect": "wide"},
     "weights cut short": {"suspect": "cut"},
     "not finite": {"suspect": "nan"},
+    **{name: {"suspect": name} for name in BROKEN},
 }
 
 
@@ -241,7 +254,7 @@ def test_one_layer_cannot_be_turned(place, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_to_transform": [0]}))
     session = open_own(place, tmp_path, suspect=folder)
     record_controls(session)
-    assert "its layers are one" in found(session, Measure)["controls.turned.kl"].reason
+    assert "one layer alone is adapted" in found(session, Measure)["controls.turned.kl"].reason
 
 
 def test_an_adapter_that_changes_the_base_does_not_reach_the_next(place, tmp_path):

@@ -131,7 +131,8 @@ def say_refusal(error: ModelError) -> str:
         name, held, wanted = misfits[0]
         first = f"{name} is ({held}) in the file and ({wanted}) on the base"
         return printable(f"it does not load: {len(misfits)} tensor(s) do not fit, {first}", 200)
-    return printable(" ".join(f"it does not load: {error.found}".split()), 200)
+    told = f"it does not load: expected {error.expected}, found {error.found}"
+    return printable(" ".join(told.split()), 200)
 
 
 @dataclass(frozen=True)

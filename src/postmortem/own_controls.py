@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from postmortem.analysis import NO_LABELS, NO_OP, ONE_CLASS
 from postmortem.causes import Unavailable, edit_each
 from postmortem.controls import judge_gain, judge_odds
+from postmortem.errors import ModelError
 from postmortem.faults import Tensors, edit_tensors
 from postmortem.metrics import auc_estimate, auc_gain_estimate, mean_estimate
 from postmortem.models import check_adapter_folder
@@ -22,6 +23,7 @@ from postmortem.own_answers import (
     ask,
     compare,
     say_recorded,
+    say_refusal,
     without_distributions,
 )
 from postmortem.own_systems import COPIES, FACTOR
@@ -68,7 +70,9 @@ def _turn(tensors: Tensors) -> Tensors:
                 raise Unavailable("its layers differ in shape, so none fits in another's place")
             moved[name] = tensors[source].clone()
     if all(torch.equal(moved[name], tensor) for name, tensor in tensors.items()):
-        raise Unavailable("its layers are one, or equal, so turning them changes nothing")
+        raise Unavailable(
+            "one layer alone is adapted, or all are equal: turning them changes nothing"
+        )
     return moved
 
 
@@ -118,6 +122,8 @@ def _ask_copy(
             change(folder)
         except Unavailable as error:
             return str(error)
+        except ModelError as error:
+            return say_refusal(error)
         # What cannot be read is a finding of the chapter on the files.
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             return f"it cannot be changed: {type(error).__name__}"
