@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CASE ?= cases/qwen-lora.yml
-PROFILE ?= embedded
+# Empty: the first profile of the case.
+PROFILE ?=
 DATA ?=
 LABELS ?=
 FILES ?=
@@ -49,7 +50,7 @@ confirm: environment
 	  --device "$(DEVICE)" --dtype "$(DTYPE)" --cores "$(CORES)"
 
 bench: environment
-	@postmortem bench --case "$(CASE)" --profile "$(if $(filter embedded,$(PROFILE)),smollm2,$(PROFILE))" \
+	@postmortem bench --case "$(CASE)" --profile "$(or $(filter-out embedded,$(PROFILE)),smollm2)" \
 	  --device "$(DEVICE)" --dtype "$(DTYPE)" --cores "$(CORES)"
 
 suite: environment

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from postmortem.case import case_digest, load_case
+from postmortem.case_site import site_of
 from postmortem.inputs import settings_digest
 from postmortem.provenance import modules_behind, notebook_digests
 from postmortem.recorded import kept_inputs
@@ -14,7 +15,9 @@ SETTINGS = json.loads(Path(f"{BUILD}/settings.json").read_text())
 CASE = load_case(SETTINGS["case"])
 PROFILE = CASE.profile(SETTINGS["profile"])
 RUN = f"{BUILD}/runs/{CASE.name}/{SETTINGS['profile']}"
-NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
+SITE = site_of(SETTINGS["case"], CASE)
+SOURCES = {path.stem: str(path) for path in SITE.notebooks}
+NOTEBOOKS = list(SOURCES)
 EMBEDDED = PROFILE.base == "embedded"
 # An embedded world for each seed: the book takes the first, `make replay` as many as asked for.
 WORLDS = {
@@ -29,7 +32,7 @@ STARTS = LINEAGE_STARTS if EMBEDDED else {}
 # The embedded models are too small for two threads to help; a real one takes all there are.
 THREADS = 1 if EMBEDDED else workflow.cores
 # Runs on real models that are kept; `make record` and `make bench` make them again.
-KEPT = sorted(str(path) for path in Path("results").glob("*/*.jsonl"))
+KEPT = [] if CASE.own else sorted(str(path) for path in Path("results").glob("*/*.jsonl"))
 # The heavy notebook that this run was asked for, if any.
 HEAVY = SETTINGS.get("heavy", "")
 # Notebooks that read what an earlier one recorded.
@@ -46,12 +49,13 @@ rule book:
         values=f"{RUN}/values.json",
         figures=f"{RUN}/figures/figures.json",
         notebooks=expand(f"{RUN}/notebooks/{{name}}.ipynb", name=NOTEBOOKS),
-        prose=sorted(str(p) for p in Path("book").rglob("*") if p.is_file()),
-        config=["_config.yml", "_toc.yml"],
+        prose=sorted(map(str, [*SITE.prose, *Path("book/_static").rglob("*.*")])),
+        config=["_config.yml", str(SITE.toc)],
     output:
-        f"{BUILD}/book.json",
+        str(SITE.summary),
     params:
         run=RUN,
+        title=SITE.title,
         code=modules_behind(["import postmortem.book, postmortem.sphinx_ext"]),
     shell:
         "postmortem step book --run {params.run:q} --out {output:q}"
@@ -82,14 +86,14 @@ for order, name in enumerate(sorted(NOTEBOOKS, key=lambda name: name == "07_repl
         name:
             f"notebook_{name}"
         input:
-            notebook=f"notebooks/{name}.ipynb",
+            notebook=SOURCES[name],
             world=f"{RUN}/world.json",
             earlier=f"{RUN}/records/{EARLIER[name]}.jsonl" if name in EARLIER else [],
         output:
             records=f"{RUN}/records/{name}.jsonl",
             executed=f"{RUN}/notebooks/{name}.ipynb",
         params:
-            depends=notebook_digests(f"notebooks/{name}.ipynb"),
+            depends=notebook_digests(SOURCES[name]),
             settings=settings_digest(CASE, SETTINGS),
         threads: THREADS
         priority: order
@@ -106,7 +110,8 @@ rule world:
         f"{RUN}/world.json",
     params:
         trained=WORLD,
-        profile=PROFILE.model_dump_json(),
+        # The title of a case of one's own is on its pages alone: a new one asks no model anew.
+        profile=PROFILE.model_dump_json(exclude={"title"} if CASE.own else None),
         adapters=[SETTINGS["suspect"], SETTINGS["reference"]],
         files=folder_digests(PROFILE, [SETTINGS["suspect"], SETTINGS["reference"]]),
     shell:

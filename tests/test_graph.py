@@ -1,6 +1,7 @@
 import multiprocessing
 import time
 
+import own
 import pytest
 
 from postmortem import graph
@@ -47,6 +48,39 @@ def test_wrong_settings_are_refused_before_anything_runs(changes, error, told):
 def test_right_settings_pass():
     """The default settings are accepted."""
     graph.check_settings(SETTINGS)
+
+
+def test_no_profile_is_the_cases_first():
+    """Where no profile is named the case's first one is taken."""
+    assert graph.check_settings(SETTINGS | {"profile": ""})["profile"] == "embedded"
+
+
+def own_settings(tmp_path, **changes):
+    """Settings for a case of one's own whose folders are here."""
+    own.write_rows(tmp_path / "rows.csv")
+    given = {"base": tmp_path, "suspect": tmp_path, "data": tmp_path / "rows.csv"} | changes
+    case = own.write_case(tmp_path / "case.yml", **given)
+    return SETTINGS | {"case": str(case), "profile": ""}
+
+
+def test_a_case_of_ones_own_runs_in_its_one_profile(tmp_path):
+    """Without a profile a case in the short form runs in the one it has, and in no other."""
+    settings = own_settings(tmp_path)
+    assert graph.check_settings(settings)["profile"] == "own"
+    with pytest.raises(CaseError, match="one of own"):
+        graph.check_settings(settings | {"profile": "embedded"})
+
+
+def test_rows_that_are_not_there_are_told_before_anything_runs(tmp_path):
+    """A rows file that the case names and that is missing stops the build at once."""
+    with pytest.raises(DataError, match=r"none\.csv: expected a file of data"):
+        graph.check_settings(own_settings(tmp_path, data=tmp_path / "none.csv"))
+
+
+def test_a_short_case_is_not_replayed(tmp_path):
+    """Replays need a case in full; the error names the command for a case of one's own."""
+    with pytest.raises(CaseError, match="postmortem diagnose"):
+        graph.replay(own_settings(tmp_path), cores=1)
 
 
 def hold(folder, seconds):

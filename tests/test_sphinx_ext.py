@@ -109,6 +109,14 @@ def test_what_another_case_lacks_is_said_and_does_not_fail(tmp_path):
     assert told == ""
 
 
+def test_a_table_may_show_its_first_rows(tmp_path):
+    """With `rows` a table shows so many rows and no more."""
+    values = VALUES | {"tables": {"t": {"columns": ["n"], "rows": [["one"], ["two"], ["three"]]}}}
+    html, told = build(tmp_path, "# T\n\n:::{record-table} t\n:rows: 2\n:::\n", values)
+    assert ("two" in html, "three" in html) == (True, False)
+    assert told == ""
+
+
 def test_recorded_text_is_never_markup(tmp_path):
     """Hostile text in a text, a verdict's reason or a table stays text."""
     page = (

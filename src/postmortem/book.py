@@ -11,64 +11,92 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import yaml
 
+from postmortem.case_site import BOOK, Site
 from postmortem.errors import BookError
 from postmortem.records import write_text
 from postmortem.runner import check_executed, read_notebook
 
-# Where the staged tree keeps what a run made.
-NOTEBOOKS, VALUES = "book/notebooks", "book/_values"
+# Where the staged tree keeps static files and what a run made; `_config.yml` names both.
+STATIC, VALUES = "book/_static", "book/_values"
 
 
 def build_book(
-    *, executed: Mapping[str, Path], published: Path, site: Path, out: Path, root: Path = Path()
+    site: Site, *, executed: Mapping[str, Path], published: Path, root: Path = Path()
 ) -> int:
-    """Stage the book and build its HTML into `out/html`; returns the number of pages.
+    """Stage a site and build its HTML into `site.html`; returns the number of pages.
 
     `executed` holds the executed notebooks by name, `published` the values and figures. Raises
     `BookError` with Sphinx's warnings, each of which fails the build.
     """
-    stage_site(executed=executed, published=published, site=site, root=root)
-    command = ["build", str(site), "--path-output", str(out), "-W", "--keep-going", "-q"]
+    stage_site(site, executed=executed, published=published, root=root)
+    command = ["build", site.staged, "--path-output", site.out, "-W", "--keep-going", "-q"]
     result = subprocess.run(
-        [str(Path(sys.executable).with_name("jupyter-book")), *command],
+        [str(Path(sys.executable).with_name("jupyter-book")), *map(str, command)],
         check=False,
         capture_output=True,
         text=True,
     )
     if result.returncode:
         # A warning belongs to a cached page: without this the next build would pass.
-        shutil.rmtree(out / "_build" / ".doctrees", ignore_errors=True)
+        shutil.rmtree(site.html.with_name(".doctrees"), ignore_errors=True)
         raise BookError(
             "the book",
             expected="no warnings",
-            found=warnings_of(result.stdout + result.stderr, site=site),
+            found=warnings_of(result.stdout + result.stderr, site=site.staged),
             remedy="Mend these and run `make book` again.",
         )
     # Sphinx leaves its copies alone where no page has changed.
-    for name, source in _files(site / "book" / "_static", "_static").items():
-        _copy(source, out / "_build" / "html" / name)
-    return sum(1 for _ in (out / "_build" / "html" / "book").rglob("*.html"))
+    for name, source in _files(site.staged / STATIC, "_static").items():
+        _copy(source, site.html / name)
+    return _drop_strays(site)
 
 
 def stage_site(
-    *, executed: Mapping[str, Path], published: Path, site: Path, root: Path = Path()
+    site: Site, *, executed: Mapping[str, Path], published: Path, root: Path = Path()
 ) -> None:
-    """Make `site` hold exactly what the book is built from, touching only what has changed."""
-    wanted = {name: root / name for name in ("_config.yml", "_toc.yml")}
-    wanted |= _files(root / "book", "book")
+    """Make `site.staged` hold exactly what the site is built from, touching what has changed."""
+    wanted = {"_toc.yml": root / site.toc}
+    for path in site.prose:
+        wanted[str(Path(site.place, path.relative_to(site.pages)))] = root / path
+    wanted |= _files(root / BOOK / "_static", STATIC)
     wanted |= _files(published / "figures", f"{VALUES}/figures")
     wanted[f"{VALUES}/values.json"] = published / "values.json"
     for name, source in wanted.items():
-        _copy(source, site / name)
+        _copy(source, site.staged / name)
+    made = {"_config.yml": _configure(root / "_config.yml", title=site.title)}
     for name, notebook in executed.items():
         check_executed(notebook)
-        _write(site / NOTEBOOKS / f"{name}.ipynb", nbformat.writes(as_page(notebook)))
-    keep = {site / name for name in wanted}
-    keep |= {site / NOTEBOOKS / f"{name}.ipynb" for name in executed}
-    for path in site.rglob("*"):
+        page = Path(site.place, "notebooks", f"{name}.ipynb")
+        made[str(page)] = nbformat.writes(as_page(notebook))
+    for name, text in made.items():
+        _write(site.staged / name, text)
+    keep = {site.staged / name for name in (*wanted, *made)}
+    for path in site.staged.rglob("*"):
         if path.is_file() and path not in keep:
             path.unlink()
+
+
+def _configure(path: Path, *, title: str) -> str:
+    """The project's configuration; with a `title`, under that one and nobody's name."""
+    text = path.read_text(encoding="utf-8")
+    if not title:
+        return text
+    changed = {**yaml.safe_load(text), "title": title, "author": ""}
+    return yaml.safe_dump(changed, allow_unicode=True, sort_keys=False)
+
+
+def _drop_strays(site: Site) -> int:
+    """Remove the pages whose source is gone, which Sphinx leaves; return the number of pages."""
+    count = 0
+    for page in sorted((site.html / site.place).rglob("*.html")):
+        source = site.staged / page.relative_to(site.html)
+        if any(source.with_suffix(suffix).is_file() for suffix in (".md", ".ipynb")):
+            count += 1
+        elif page.parent != site.html:
+            page.unlink()
+    return count
 
 
 def as_page(notebook: Path) -> Any:

@@ -21,6 +21,7 @@ app = typer.Typer(
 
 # Long enough for thousands of rows on a real model; a kernel that hangs still ends.
 CELL_SECONDS = 24 * 3600
+PROFILE_HELP = "A profile of the case; none takes its first."
 steps = typer.Typer(help="The steps of the graph; `postmortem book` runs them as needed.")
 app.add_typer(steps, name="step", hidden=True)
 
@@ -52,9 +53,56 @@ def weights(
 
 
 @app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="The name of the case: small letters, digits, -.")],
+    base: Annotated[str, typer.Option(help="A model folder, hub id or packaged:NAME.")] = "",
+    suspect: Annotated[str, typer.Option(help="The adapter: a folder or hub id.")] = "",
+    reference: Annotated[str, typer.Option(help="An adapter known to work on this base.")] = "",
+    data: Annotated[str, typer.Option(help="Rows: CSV, Parquet or JSON lines.")] = "",
+    text: Annotated[str, typer.Option(help="The column of texts.")] = "",
+    label: Annotated[str, typer.Option(help="The column of labels, if there is one.")] = "",
+    positive: Annotated[str, typer.Option(help="The label that counts as 1.")] = "",
+    id_: Annotated[str, typer.Option("--id", help="The column of row ids.")] = "",
+    group: Annotated[str, typer.Option(help="The column of groups.")] = "",
+    question: Annotated[str, typer.Option(help="The prompt, with {COLUMN} for the text.")] = "",
+    system: Annotated[str, typer.Option(help="The prompt's system message.")] = "",
+    contract: Annotated[str, typer.Option(help="number, yes_no, choice or class.")] = "yes_no",
+    answers: Annotated[
+        str, typer.Option(help="For choice: the negative answer, a comma, the positive one.")
+    ] = "",
+    title: Annotated[str, typer.Option(help="What the pages are headed by.")] = "",
+    symptom: Annotated[str, typer.Option(help="What is seen, in a sentence.")] = "",
+) -> None:
+    """Write a case file and pages for a post-mortem of your own; nothing is replaced."""
+    from postmortem.scaffold import Known, create_case
+
+    known = Known(
+        base=base,
+        suspect=suspect,
+        reference=reference,
+        data=data,
+        text=text,
+        label=label,
+        positive=positive,
+        id=id_,
+        group=group,
+        question=question,
+        system=system,
+        contract=contract,
+        answers=answers,
+        title=title,
+        symptom=symptom,
+    )
+    file, *pages = create_case(name, known)
+    print(f"case: {file}")
+    print(f"pages: {pages[0].parent} ({len(pages)} files)")
+    print(f"next: make book CASE={file}")
+
+
+@app.command()
 def book(
     case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
-    profile: Annotated[str, typer.Option(help="A profile of the case.")] = "embedded",
+    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "",
     data: Annotated[str, typer.Option(help="Rows to score, CSV; none generates them.")] = "",
     labels: Annotated[str, typer.Option(help="Their truth, CSV.")] = "",
     rows: Annotated[int, typer.Option(min=0, help="How many rows; 0 is the usual number.")] = 0,
@@ -84,7 +132,7 @@ def book(
 @app.command()
 def replay(
     case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
-    profile: Annotated[str, typer.Option(help="A profile of the case.")] = "embedded",
+    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "",
     worlds: Annotated[int, typer.Option(min=1, help="Embedded worlds to train, each a seed.")] = 3,
     cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
 ) -> None:
@@ -345,14 +393,17 @@ def collect_results() -> None:
 @steps.command("publish")
 def publish_records(run: Annotated[Path, typer.Option()]) -> None:
     """Turn records into values and figures."""
+    from postmortem.case import load_case
+    from postmortem.case_site import site_of
     from postmortem.publish import publish
 
     chosen = _settings()
+    case = load_case(chosen["case"])
     publish(
         case=chosen["case"],
         profile=chosen["profile"],
         world=str(run / "world.json"),
-        notebooks=sorted(map(str, Path("notebooks").glob("*.ipynb"))),
+        notebooks=[str(path) for path in site_of(chosen["case"], case).notebooks],
         records=str(run / "records"),
         out=str(run),
         data=chosen["data"],
@@ -366,14 +417,14 @@ def publish_records(run: Annotated[Path, typer.Option()]) -> None:
 def build_pages(run: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()]) -> None:
     """Build the pages."""
     from postmortem.book import build_book, write_summary
+    from postmortem.case import load_case
+    from postmortem.case_site import site_of
     from postmortem.records import count_records
 
-    executed = {
-        p.stem: p
-        for p in sorted((run / "notebooks").glob("[0-9]*.ipynb"))
-        if not p.stem.endswith(".failed")
-    }
-    pages = build_book(executed=executed, published=run, site=Path("_build/site"), out=Path())
+    case = _settings()["case"]
+    site = site_of(case, load_case(case))
+    executed = {path.stem: run / "notebooks" / path.name for path in site.notebooks}
+    pages = build_book(site, executed=executed, published=run)
     write_summary(out, pages=pages, records=count_records(run / "records"))
     _say(f"{pages} pages built")
 

@@ -51,6 +51,8 @@ LOG_ODDS = "number_log_odds"
 NO_LABELS = "the rows came without labels"
 GUTTER = 24.0  # between columns
 SETTINGS = {"svg.fonttype": "none", "text.parse_math": False}
+# Draws a figure on a sheet and returns its text for those who do not see it.
+Draw = Callable[[Sheet, Source], str]
 
 
 @dataclass(frozen=True)
@@ -63,25 +65,27 @@ class Drawing:
     narrow: str
 
 
-def draw_all(files: Mapping[str, RecordFile], case: Case) -> tuple[list[Drawing], dict[str, str]]:
+def draw_all(
+    files: Mapping[str, RecordFile], case: Case, figures: Mapping[str, Draw] | None = None
+) -> tuple[list[Drawing], dict[str, str]]:
     """Draw each figure that these records allow; say of each other one why not, by its name."""
     source, drawings, reasons = Source(files, case), [], {}
-    for name in FIGURES:
+    for name, draw in (FIGURES if figures is None else figures).items():
         try:
-            drawings.append(_draw_figure(name, source))
+            drawings.append(_draw_figure(name, draw, source))
         except NotDrawable as reason:
             reasons[name] = str(reason)
     return drawings, reasons
 
 
-def _draw_figure(name: str, source: Source) -> Drawing:
+def _draw_figure(name: str, draw: Draw, source: Source) -> Drawing:
     texts, alt = {}, ""
     for width in (WIDE, NARROW):
         # Ids are hashes of what they name and the salt: they differ between figures of one page.
         settings = {**SETTINGS, "svg.hashsalt": f"{name}{width}"}
         with matplotlib.style.context(["default", settings]):
             sheet = Sheet(width)
-            alt = FIGURES[name](sheet, source)
+            alt = draw(sheet, source)
             texts[width] = dress_svg(sheet.svg(), alt, width=width)
     return Drawing(name, alt, texts[WIDE], texts[NARROW])
 
@@ -107,7 +111,7 @@ def role_of(system: str) -> str:
     return "base" if system.endswith("_base") else "suspect"
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Round ticks that cover a range, also an empty one."""
     if high - low < 1e-9:
         low, high = low - 1, high + 1
@@ -137,8 +141,8 @@ def draw_hero(sheet: Sheet, source: Source) -> str:
         if row.label == 1:
             sheet.box((x - step / 2, 0), (step, foot), ink="rule", alpha=0.35)
     for index, band in enumerate(bands):
-        _draw_band(sheet, band, xs, left=left, top=14 + index * pitch)
-    sheet.height = _label_columns(sheet, [row.row_id for row in shown], xs, y=foot + 16)
+        draw_band(sheet, band, xs, left=left, top=14 + index * pitch)
+    sheet.height = label_columns(sheet, [row.row_id for row in shown], xs, y=foot + 16)
     told = " ".join(f"{band.name}: {band.told}." for band in bands)
     return f"The first {len(shown)} rows as columns, values from 0 to 1. {told}"
 
@@ -166,7 +170,8 @@ def _make_band(name: str, answers: Sequence[Prediction], shown: Sequence[Predict
     return Band(name, role_of(answers[0].system), values, who + told)
 
 
-def _draw_band(sheet: Sheet, band: Band, xs: Sequence[float], *, left: float, top: float) -> None:
+def draw_band(sheet: Sheet, band: Band, xs: Sequence[float], *, left: float, top: float) -> None:
+    """Draw a system's values as a line over the columns, named on the left."""
     foot, height = top + 36, 36
     sheet.text((0, top + 17), band.name, bold=True)
     if not band.values:
@@ -186,7 +191,7 @@ def _draw_band(sheet: Sheet, band: Band, xs: Sequence[float], *, left: float, to
     sheet.marks(points, band.role, size=8.5)
 
 
-def _label_columns(sheet: Sheet, ids: Sequence[str], xs: Sequence[float], *, y: float) -> float:
+def label_columns(sheet: Sheet, ids: Sequence[str], xs: Sequence[float], *, y: float) -> float:
     """Row ids under their columns where they fit, else their places and the ids' range."""
     names, step = [clean(name, 40) for name in ids], 2 * (sheet.width - 2 - xs[-1])
     fit = max(map(len, names)) * 6.8 < step - 4
@@ -240,7 +245,7 @@ def draw_says_and_knows(sheet: Sheet, source: Source) -> str:
     measures, system = source.measures(stem), answers[0].system
     odds = [p.number_log_odds for p in answers if p.number_log_odds is not None]
     says = Bins(TENTHS, (58, sheet.panel - 10), 10, height=84)
-    knows = Bins(Scale(_ticks(min(odds), max(odds)), say_number), says.edges, 24, height=84)
+    knows = Bins(Scale(round_ticks(min(odds), max(odds)), say_number), says.edges, 24, height=84)
     strips = [
         _make_strip("What it writes", answers, "value", says, measures.get(f"{key}.auc_decoded")),
         _make_strip("What it knows", answers, LOG_ODDS, knows, measures.get(f"{key}.auc_number")),
@@ -342,7 +347,7 @@ def draw_refits(sheet: Sheet, source: Source) -> str:
     if not any(row.found for row in moved):
         raise NotDrawable(f"donor or reference {ABSENT}")
     highest = max(row.found.high or row.found.value or 0.0 for row in moved if row.found)
-    nats = Scale(_ticks(0, max(highest, 0.01)), say_nats, line=(0, "no change"))
+    nats = Scale(round_ticks(0, max(highest, 0.01)), say_nats, line=(0, "no change"))
     shares = replace(SHARES, line=(0, "no change"))
     kl = Forest("KL to its base alone, in nat", moved, nats, 118)
     flips = Forest("Written values that change", changed, shares, 118 if sheet.narrow else 26)
@@ -377,7 +382,7 @@ def draw_controls_auc(sheet: Sheet, source: Source) -> str:
     foot = parts[0].draw(sheet, (0, 2), width=width)
     corner = (0.0, foot + 20) if sheet.narrow else (width + 14, 2.0)
     sheet.height = parts[1].draw(sheet, corner, width=sheet.width - corner[0])
-    told = [f"{part.title}: {_tell_blocks(part.rows, scale)}." for part in parts]
+    told = [f"{part.title}: {tell_blocks(part.rows, scale)}." for part in parts]
     return " ".join([*told, "With 95 % intervals."])
 
 
@@ -390,7 +395,7 @@ STATES = {
 }
 
 
-def _tell_blocks(rows: Sequence[Row], scale: Scale) -> str:
+def tell_blocks(rows: Sequence[Row], scale: Scale) -> str:
     """Rows in words, each block after its heading."""
     told = [
         f"{row.label} {say_measure(row.found, scale.form)}" if row.role else f"{row.label}:"
@@ -418,7 +423,7 @@ def draw_suite(sheet: Sheet, source: Source) -> str:
     scale = Scale((0, 0.5, 1), say_auc, line=(0.5, "chance"))
     forest = Forest("AUC of the log-odds", rows, scale, 132)
     sheet.height = forest.draw(sheet, (0, 2), width=sheet.width)
-    return f"{forest.title}, with 95 % intervals: {_tell_blocks(rows, scale)}."
+    return f"{forest.title}, with 95 % intervals: {tell_blocks(rows, scale)}."
 
 
 def list_suite(source: Source) -> dict[str, list[str]]:
@@ -469,7 +474,7 @@ def _share_bins(answers: Iterable[Sequence[Prediction]], field: str, *, width: f
     """One scale and one packing for several systems, so that their heights compare."""
     groups = [[(getattr(p, field), p.label) for p in found] for found in answers]
     values = [value for pairs in groups for value, _ in pairs]
-    scale = HALVES if field == "value" else Scale(_ticks(min(values), max(values)), say_number)
+    scale = HALVES if field == "value" else Scale(round_ticks(min(values), max(values)), say_number)
     bins = Bins(scale, (52.0, width - 12), 10 if field == "value" else 20, height=72)
     return bins.packed(lane for pairs in groups for lane in split_by_truth(pairs))
 
@@ -626,8 +631,8 @@ def draw_row_time(sheet: Sheet, source: Source) -> str:
         raise NotDrawable("no log on record that times at least five rows")
     limit = float(measures["forensics.prompt_limit"].value or 0)
     (warm, slow), *later = rows
-    across = Scale(_ticks(0, max(limit, *(tokens for tokens, _ in rows))), say_tick)
-    up = Scale(_ticks(0, max(seconds for _, seconds in later)), say_number)
+    across = Scale(round_ticks(0, max(limit, *(tokens for tokens, _ in rows))), say_tick)
+    up = Scale(round_ticks(0, max(seconds for _, seconds in later)), say_number)
     left, foot = (36.0, sheet.width - 14.0), (282.0, 36.0)
 
     def place(tokens: float, seconds: float) -> Point:
@@ -688,7 +693,7 @@ def _say_rest(rest: Measure) -> str:
     return f"{say_measure(rest, lambda seconds: f'{1000 * seconds:.0f}')} ms"
 
 
-FIGURES: dict[str, Callable[[Sheet, Source], str]] = {
+FIGURES: dict[str, Draw] = {
     "hero": draw_hero,
     "stages": draw_stages,
     "says_and_knows": draw_says_and_knows,

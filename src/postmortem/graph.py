@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from postmortem.case import load_case
+from postmortem.case_site import BUILD, site_of
 from postmortem.confirm import confirm_files
 from postmortem.errors import BookError, CaseError, DataError, SuiteError
 from postmortem.records import RecordFile, locked, read_records, write_text
 from postmortem.suite import drop_incomplete, make_plan, write_plan
 from postmortem.world import embedded_digest
 
-BUILD, RECORDED = Path("_build"), Path("results")
+RECORDED = Path("results")
 DEVICES = re.compile(r"auto|cpu|cuda|cuda:[0-9]+|mps")
 DTYPES = re.compile("auto|float32|bfloat16|float16")
 Settings = dict[str, str | int]
@@ -30,20 +31,29 @@ def build(settings: Settings, *, cores: int) -> str:
     Raises `BookError` where a step failed; its own message stands above.
     """
     start = time.perf_counter()
-    check_settings(settings)
+    settings = check_settings(settings)
+    case = str(settings["case"])
+    site = site_of(case, load_case(case))
     with one_build():
-        if not (BUILD / "html" / "index.html").is_file():
-            (BUILD / "book.json").unlink(missing_ok=True)  # its pages are gone
+        if not (site.html / "index.html").is_file():
+            site.summary.unlink(missing_ok=True)  # its pages are gone
         _run_graph("book", settings, cores=cores)
-    summary = json.loads((BUILD / "book.json").read_text(encoding="utf-8"))
+    summary = json.loads(site.summary.read_text(encoding="utf-8"))
     seconds = time.perf_counter() - start
     counts = f"{summary['pages']} pages, {summary['records']} records, {seconds:.0f} s"
-    return f"book: {BUILD / 'html' / 'index.html'} ({counts})"
+    return f"book: {site.html / 'index.html'} ({counts})"
 
 
 def replay(settings: Settings, *, cores: int) -> str:
     """Replay every cause at every severity in several worlds; return the line that sums it up."""
-    check_settings(settings)
+    settings = check_settings(settings)
+    if load_case(str(settings["case"])).own:
+        raise CaseError(
+            settings["case"],
+            expected="a case in full, whose causes are replayed",
+            found="one in the short form",
+            remedy="`postmortem diagnose` works on this one.",
+        )
     with one_build():
         _run_graph("replay", settings, cores=cores)
     told = json.loads((BUILD / "replays.json").read_text(encoding="utf-8"))
@@ -53,7 +63,7 @@ def replay(settings: Settings, *, cores: int) -> str:
 def keep(notebook: str, settings: Settings, *, cores: int) -> tuple[RecordFile, str]:
     """Run a heavy notebook again and keep its record; return it and the line that says where."""
     start = time.perf_counter()
-    check_settings(settings)
+    settings = check_settings(settings)
     for path in str(settings["files"]).replace(":", " ").split():
         if not Path(path).is_file():
             raise DataError(path, expected="a file of rows or labels", found="no such file")
@@ -77,7 +87,7 @@ def keep(notebook: str, settings: Settings, *, cores: int) -> tuple[RecordFile, 
 def confirm_record(settings: Settings, *, sample: int, cores: int) -> str:
     """Ask a kept record's first rows again with today's code; the line that says how it went."""
     start = time.perf_counter()
-    check_settings(settings)
+    settings = check_settings(settings)
     profile = str(settings["profile"])
     place, again = RECORDED / profile / "real_model.jsonl", BUILD / "confirm" / f"{profile}.jsonl"
     read_records(place)
@@ -116,24 +126,30 @@ def run_suite(path: str | Path, out: str | Path, *, cores: int, executor: str = 
     return f"{line}, {time.perf_counter() - start:.0f} s"
 
 
-def check_settings(settings: Settings) -> None:
-    """Refuse a wrong case, profile or file name before anything runs."""
-    load_case(str(settings["case"])).profile(str(settings["profile"]))
-    for name, known in (("device", DEVICES), ("dtype", DTYPES)):
-        if not known.fullmatch(str(settings[name])):
+def check_settings(settings: Settings) -> Settings:
+    """The settings with the case's first profile where none is named.
+
+    A wrong case, profile or file name is refused before anything runs.
+    """
+    case = load_case(str(settings["case"]))
+    name = str(settings["profile"]) or case.default_profile
+    profile = case.profile(name)
+    for key, known in (("device", DEVICES), ("dtype", DTYPES)):
+        if not known.fullmatch(str(settings[key])):
             raise DataError(
-                name, expected=known.pattern.replace("|", ", "), found=repr(settings[name])
+                key, expected=known.pattern.replace("|", ", "), found=repr(settings[key])
             )
-    for name in ("data", "labels"):
-        path = str(settings[name])
+    for key in ("data", "labels"):
+        path = str(settings[key]) or getattr(profile, key)
         if path and not Path(path).is_file():
-            raise DataError(path, expected=f"a file of {name}", found="no such file")
-    if settings["labels"] and not settings["data"]:
+            raise DataError(path, expected=f"a file of {key}", found="no such file")
+    if settings["labels"] and not (settings["data"] or profile.data):
         raise DataError("labels", expected="`data` beside them", found="labels alone")
     for role in ("suspect", "reference"):
         folder = str(settings[role])
         if folder and not Path(folder).is_dir():
             raise DataError(folder, expected=f"the {role}'s folder", found="no such folder")
+    return settings | {"profile": name}
 
 
 @contextmanager

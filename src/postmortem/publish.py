@@ -8,9 +8,11 @@ from typing import Any, get_args
 
 from postmortem.case import Case, ClaimVerdict, Practice, RunTest, load_case
 from postmortem.errors import RecordError
-from postmortem.figures import draw_all, save_drawings
+from postmortem.figures import Drawing, draw_all, save_drawings
 from postmortem.figures_kept import KEPT
+from postmortem.figures_own import FIGURES_OWN
 from postmortem.inputs import choose_rows, input_digests
+from postmortem.own_values import add_own_values
 from postmortem.recorded import add_bench, add_recorded, add_training, read_kept
 from postmortem.records import (
     NO_MODEL,
@@ -57,17 +59,28 @@ def publish(
     add_run_values(values, files, world=members)
     values["texts"]["rows.source"] = scored.source
     values["measures"]["rows.count"] = _number(len(scored))
-    recorded, bench = read_kept(loaded, "real_model"), read_kept(loaded, "bench")
-    values["texts"]["recorded"] = " ".join([*recorded, *(["bench"] if bench else [])])
-    add_recorded(values, recorded)
-    add_training(values, loaded, recorded)
-    add_bench(values, bench)
-    add_case_values(values, loaded)
-    kept = {f"{KEPT}{name}": file for name, file in recorded.items()}
-    drawings, missing = draw_all(files | kept, loaded)
+    if loaded.own:
+        add_own_values(values, loaded, rows=scored)
+        drawings, missing = draw_all(files, loaded, FIGURES_OWN)
+    else:
+        drawings, missing = _add_incident(values, loaded, files=files)
     save_drawings(drawings, missing, Path(out) / "figures")
     write_text(Path(out) / "values.json", json.dumps(values, indent=1, ensure_ascii=False))
     return sum(len(file.records) for file in files.values())
+
+
+def _add_incident(
+    values: Values, case: Case, *, files: dict[str, RecordFile]
+) -> tuple[list[Drawing], dict[str, str]]:
+    """Add what a case in full holds and the runs that are kept for it; draw its figures."""
+    recorded, bench = read_kept(case, "real_model"), read_kept(case, "bench")
+    values["texts"]["recorded"] = " ".join([*recorded, *(["bench"] if bench else [])])
+    add_recorded(values, recorded)
+    add_training(values, case, recorded)
+    add_bench(values, bench)
+    add_case_values(values, case)
+    kept = {f"{KEPT}{name}": file for name, file in recorded.items()}
+    return draw_all(files | kept, case)
 
 
 def collect_values(files: Iterable[RecordFile]) -> Values:

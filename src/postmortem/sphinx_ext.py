@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from docutils import nodes
 from docutils.parsers.rst import directives
+from markupsafe import escape
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
@@ -36,9 +37,11 @@ GRADES = {"artefact", "log", "recollection", "measured"}
 UNAVAILABLE = "not available"
 # What the prose quotes from the shipped case by id; another case need not have it.
 QUOTED = ("case.claim.", "case.hypothesis.", "case.evidence.", "case.practice.")
+# Texts that are sentences or names; any other is a run's output.
+PROSE = ("case.", "profile.", "rows.", "run.", "diagnosis.conclusion")
 IDENTIFIER = re.compile(r"[a-z0-9_-]+")
 # A value with its interval, which is not broken across lines.
-ESTIMATE = re.compile(r"-?\d+\.\d+ \[.+\]")
+ESTIMATE = re.compile(r"-?\d+(?:\.\d+)?%? \[.+\]")
 # What the ledger says of a claim after its reason.
 DECIDERS = ("decided by", "would change")
 # A cell of more characters keeps a width that can be read on a phone.
@@ -145,7 +148,7 @@ class TextRole(_ValueRole):
 
     def show(self, value: Any, style: str) -> list[nodes.Node]:
         key = self.text.partition(":")[0]
-        if key.startswith(("case.", "profile.", "rows.", "run.")) or key.endswith(".system"):
+        if key.startswith(PROSE) or key.endswith(".system"):
             return [nodes.Text(value)]
         return [nodes.literal(value, value)]
 
@@ -197,7 +200,10 @@ class TableDirective(SphinxDirective):
     required_arguments = 1
     final_argument_whitespace = True
     has_content = True
-    option_spec: ClassVar[dict[str, Any]] = {"columns": directives.unchanged}
+    option_spec: ClassVar[dict[str, Any]] = {
+        "columns": directives.unchanged,
+        "rows": directives.positive_int,  # the first so many
+    }
 
     def run(self) -> list[nodes.Node]:
         key = self.arguments[0]
@@ -214,7 +220,8 @@ class TableDirective(SphinxDirective):
             return []
         names = chosen or table["columns"]
         places = [table["columns"].index(name) for name in names]
-        rows = [[row[place] for place in places] for row in table["rows"]]
+        shown = table["rows"][: self.options.get("rows")]
+        rows = [[row[place] for place in places] for row in shown]
         caption, messages = self.parse_inline(" ".join(self.content), lineno=self.lineno)
         return [table_node(names, rows, caption=caption), *messages]
 
@@ -403,10 +410,19 @@ def _load(app: Sphinx) -> None:
     app.postmortem_loaded = Values(app)
 
 
+def _escape_title(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
+) -> None:
+    """The site's title is a case's, and the theme writes it as it is: make it text, once."""
+    for key in ("docstitle", "shorttitle"):
+        context[key] = escape(context[key])
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the roles and directives with Sphinx."""
     app.add_config_value("postmortem_values", "_values", "env")
     app.connect("builder-inited", _load)
+    app.connect("html-page-context", _escape_title)
     for name, role in (
         ("num", NumberRole()),
         ("est", EstimateRole()),

@@ -1,0 +1,79 @@
+"""The site of a case: which notebooks run for it, which pages stand in it, where it is built."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from postmortem.case import Case
+
+BUILD = Path("_build")
+# The notebooks of the full form's case, and those that any case in the short form takes.
+NOTEBOOKS = Path("notebooks")
+ANY = NOTEBOOKS / "any"
+BOOK = Path("book")
+# The pages that `postmortem new` copies; they serve a case that has none of its own.
+SCAFFOLD = Path(__file__).with_name("scaffold")
+TOC = "_toc.yml"
+# What a folder of pages may hold beside them: nothing else is copied from it.
+PAGES = {".md", ".svg", ".png", ".jpg", ".jpeg", ".gif", ".webp"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a site is made of.
+
+    The files of `prose`, which lie below `pages`, are copied under `place` in the staged tree, and
+    `toc` to its root. jupyter-book builds into `out/_build`. A `title` takes the place of the
+    project's own.
+    """
+
+    notebooks: tuple[Path, ...]
+    pages: Path
+    prose: tuple[Path, ...]
+    toc: Path
+    place: str
+    staged: Path
+    out: Path
+    summary: Path
+    title: str = ""
+
+    @property
+    def html(self) -> Path:
+        """Where the built pages lie."""
+        return self.out / "_build/html"
+
+
+def site_of(path: str | Path, case: Case) -> Site:
+    """The site of the case in a file.
+
+    One in the short form takes the folder of pages beside its file, by the file's name, or the
+    packaged pages where there is none, and is built in a folder of its own.
+    """
+    if not case.own:
+        return Site(
+            notebooks=tuple(sorted(NOTEBOOKS.glob("*.ipynb"))),
+            pages=BOOK,
+            prose=_files(BOOK),
+            toc=Path(TOC),
+            place="book",
+            staged=BUILD / "site",
+            out=Path(),
+            summary=BUILD / "book.json",
+        )
+    beside = Path(path).with_suffix("")
+    pages = beside if (beside / TOC).is_file() else SCAFFOLD
+    folder = BUILD / "cases" / case.name
+    return Site(
+        notebooks=tuple(sorted(ANY.glob("*.ipynb"))),
+        pages=pages,
+        prose=tuple(file for file in _files(pages) if file.suffix.lower() in PAGES),
+        toc=pages / TOC,
+        place="",
+        staged=folder / "site",
+        out=folder,
+        summary=folder / "book.json",
+        title=case.title,
+    )
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    return tuple(path for path in sorted(folder.rglob("*")) if path.is_file())

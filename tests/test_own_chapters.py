@@ -1,0 +1,322 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import own
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_prose import typed_numbers
+
+from postmortem.case import load_case
+from postmortem.case_site import SCAFFOLD
+from postmortem.own_answers import record_answers
+from postmortem.own_controls import CHANGES, record_controls, turn_layers
+from postmortem.own_files import record_files
+from postmortem.own_systems import COPIES
+from postmortem.own_values import HYPOTHESES, add_own_values, judge_hypothesis
+from postmortem.publish import add_run_values, collect_values
+from postmortem.records import Measure, Prediction, Table, Timing, Verdict, read_records
+from postmortem.session import open_session
+from postmortem.world import read_world, resolve_world, write_world
+
+WEIGHTS = "adapter_model.safetensors"
+YES_NO = {"contract": "yes_no", "chat": False, "template": "{text} Is it good?"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two tiny Llamas, sound and broken adapters, and rows."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("chapters")
+    base = own.make_base(folder / "base")
+    own.make_base(folder / "plain", chat=False)
+    own.make_adapter(folder / "sound", base)
+    own.make_adapter(folder / "zero", base, zero=True)
+    own.make_adapter(folder / "classifier", base, task="SEQ_CLS")
+    own.write_rows(folder / "rows.csv")
+    broken = {
+        "wide": lambda tensors: {k: torch.cat([t, t], 1) for k, t in tensors.items()},
+        "nan": lambda tensors: {k: t * float("nan") for k, t in tensors.items()},
+        "bringing": lambda tensors: (
+            tensors | {"base_model.model.lm_head.weight": torch.ones(len(own.make_tokenizer()), 32)}
+        ),
+    }
+    for name, change in broken.items():
+        shutil.copytree(folder / "sound", folder / name)
+        tensors = load_file(folder / "sound" / WEIGHTS)
+        save_file(change(tensors), folder / name / WEIGHTS, metadata={"format": "pt"})
+    whole = (folder / "sound" / WEIGHTS).read_bytes()
+    config = json.loads((folder / "sound/adapter_config.json").read_text())
+    files = {
+        "cut": (WEIGHTS, whole[: len(whole) // 2]),
+        "pointer": (WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "garbled": ("adapter_config.json", b"{'peft_type': 'LORA'}"),
+        "nameless": ("adapter_config.json", b'{"r": 4}'),
+        "foreign": ("adapter_config.json", json.dumps(config | {"peft_type": "IA3"}).encode()),
+    }
+    for name, (file, content) in files.items():
+        shutil.copytree(folder / "sound", folder / name)
+        (folder / name / file).write_bytes(content)
+    shutil.copytree(folder / "sound", folder / "pickled")
+    (folder / "pickled" / WEIGHTS).rename(folder / "pickled/adapter_model.bin")
+    return folder
+
+
+def open_own(place, folder, *, rows=12, **changes):
+    """A session on a case of these folders, as a notebook opens it."""
+    given = {"base": place / "base", "suspect": place / "sound", "data": place / "rows.csv"}
+    for role in ("base", "suspect", "reference"):
+        if role in changes:
+            given[role] = place / changes.pop(role)
+    given = {key: str(value) for key, value in given.items()}
+    case = own.write_case(folder / "case.yml", **(given | changes))
+    loaded = load_case(case)
+    write_world(resolve_world(loaded, "own"), folder / "world.json")
+    return open_session(
+        "notebooks/any/2_answers.ipynb",
+        case=str(case),
+        profile="own",
+        world=str(folder / "world.json"),
+        records=str(folder / "records/own.jsonl"),
+        rows=rows,
+        device="cpu",
+    )
+
+
+def found(session, kind):
+    """The session's records of one kind by key."""
+    return {record.key: record for record in session.records if isinstance(record, kind)}
+
+
+def record_all(session):
+    """Record what the first three notebooks record."""
+    record_files(session)
+    record_answers(session)
+    # Notebooks of their own ask the base anew; in one session a step is timed once.
+    session.records = [record for record in session.records if not isinstance(record, Timing)]
+    record_controls(session)
+    return session
+
+
+BROKEN = ("pointer", "garbled", "nameless", "foreign", "pickled")
+# Where every kind of case differs from the others in what it has.
+KINDS = {
+    "labels and a reference": {"reference": "zero"},
+    "no labels": {"columns": {"text": "text"}},
+    "yes or no, no chat template": {"base": "plain", "prompts": {"ask": YES_NO}},
+    "a number, and another prompt": {
+        "prompts": {"rate": {"contract": "number", "template": "{text} 0 or 1?"}, "ask": YES_NO}
+    },
+    "classifier": {
+        "suspect": "classifier",
+        "prompts": {"read": {"contract": "class", "template": "{text}"}},
+    },
+    "classifier, weights cut short": {
+        "suspect": "cut",
+        "prompts": {"read": {"contract": "class", "template": "{text}"}},
+    },
+    "does not load": {"suspect": "wide"},
+    "weights cut short": {"suspect": "cut"},
+    "not finite": {"suspect": "nan"},
+    **{name: {"suspect": name} for name in BROKEN},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_key_of_the_pages_is_recorded_for_any_case(kind, place, tmp_path, pytestconfig):
+    """Whatever a case lacks, each number, verdict, text and table that the pages name is there."""
+    session = record_all(open_own(place, tmp_path, **KINDS[kind]))
+    session.notebook = pytestconfig.rootpath / session.notebook
+    session.finish()
+    file = read_records(session.records_path)
+    values = collect_values([file])
+    add_run_values(values, {"2_answers": file}, world=read_world(tmp_path / "world.json"))
+    add_own_values(values, session.case, rows=session.rows)
+    # What `publish` counts itself.
+    values["texts"]["rows.source"] = values["measures"]["rows.count"] = ""
+    lacking = {
+        key
+        for page in SCAFFOLD.glob("*.md")
+        for kind, key in named_keys(page.read_text())
+        if key not in values[kind] and not key.startswith("diagnosis.")
+    }
+    assert lacking == set()
+
+
+def named_keys(text):
+    """Kind and key of each record that a page names."""
+    kinds = {"num": "measures", "est": "measures", "verdict": "verdicts", "because": "verdicts"}
+    kinds |= {"text": "texts"}
+    for role, key in re.findall(r"\{(\w+)\}`([^`:]+)[^`]*`", text):
+        yield kinds[role], key
+    for key in re.findall(r"\{record-table\} (\S+)", text):
+        yield "tables", key
+    for key in re.findall(r"\{when\} (?:has|lacks) (\S+)", text):
+        yield "measures", key
+
+
+def test_an_adapter_that_does_not_load_is_a_finding(place, tmp_path):
+    """Where PEFT refuses the suspect, the base has its answers and the suspect PEFT's reason."""
+    session = record_all(open_own(place, tmp_path, suspect="wide"))
+    measures, verdicts = found(session, Measure), found(session, Verdict)
+    assert measures["asked.base.rows"].value == 12
+    assert measures["asked.suspect.rows"].value is None
+    assert measures["asked.suspect.rows"].reason == (
+        "it does not load: 8 tensor(s) do not fit, "
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight is (4, 64) in the file "
+        "and (4, 32) on the base"
+    )
+    assert verdicts["asked.suspect.moves_base"].verdict == "not available"
+    assert verdicts["files.suspect.fit"].verdict == "refuted"
+    assert str(place / "wide") not in str(session.records)
+
+
+def test_a_classifier_changes_its_value_with_its_class(place, tmp_path):
+    """Probabilities differ on every row; what counts as changed is the class that they mean."""
+    prompts = {"read": {"contract": "class", "template": "{text}"}}
+    session = open_own(place, tmp_path, suspect="classifier", prompts=prompts)
+    record_answers(session)
+    both = {
+        system: [
+            p.strict_value > 0.5 for p in session.records if getattr(p, "system", "") == system
+        ]
+        for system in ("base", "suspect")
+    }
+    changed = sum(a != b for a, b in zip(*both.values(), strict=True))
+    assert found(session, Measure)["asked.suspect.flips"].value == changed / 12
+
+
+def test_answers_that_are_not_finite_are_no_answers(place, tmp_path):
+    """An adapter of NaN weights has no numbers, and the reason counts the rows."""
+    session = record_all(open_own(place, tmp_path, suspect="nan"))
+    reason = found(session, Measure)["asked.suspect.auc"].reason
+    assert reason == "log-odds that are not finite on 12 of 12 rows"
+    assert {p.system for p in session.records if isinstance(p, Prediction)} == {
+        "base",
+        "suspect_disabled",
+    }
+
+
+def test_an_adapter_without_effect_is_told_from_a_base_that_fails(place, tmp_path):
+    """With lora_B zero nothing changes: the effect is refuted, and switched off it is the base."""
+    session = record_all(open_own(place, tmp_path, suspect="zero"))
+    verdicts = found(session, Verdict)
+    assert verdicts["asked.suspect.moves_base"].verdict == "refuted"
+    assert verdicts["asked.suspect_disabled.is_base"].verdict == "holds"
+    assert verdicts["controls.zero_b.is_base"].verdict == "holds"
+    assert verdicts["controls.flipped.differs"].verdict != "holds"
+
+
+def test_copies_move_the_base_as_far_as_their_scale_says(place, tmp_path):
+    """Zero lora_B moves nothing, an eighth of the scale less than the whole of it."""
+    session = open_own(place, tmp_path)
+    record_controls(session)
+    measures = found(session, Measure)
+    moved = {name: measures[f"controls.{name}.kl"].value for name in ("suspect", *COPIES)}
+    assert moved["zero_b"] == 0
+    assert 0 < moved["eighth"] < moved["suspect"]
+    assert found(session, Verdict)["controls.zero_b.is_base"].verdict == "holds"
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"), [("zero_b", 0), ("flipped", -1), ("eighth", 1 / 8), ("eightfold", 8)]
+)
+def test_a_copy_differs_in_lora_b_alone(place, tmp_path, name, factor):
+    """A scaled copy has its lora_B multiplied and all else as it was; each copy has its title."""
+    folder = shutil.copytree(place / "sound", tmp_path / name)
+    before = load_file(folder / WEIGHTS)
+    CHANGES[name](folder)
+    for key, tensor in load_file(folder / WEIGHTS).items():
+        assert torch.equal(tensor, before[key] * (factor if "lora_B" in key else 1))
+    assert CHANGES.keys() == COPIES.keys()
+
+
+def test_turned_layers_hold_each_others_tensors(place, tmp_path):
+    """Each layer takes the next one's tensors and the last the first's; nothing else moves."""
+    folder = shutil.copytree(place / "sound", tmp_path / "turned")
+    before = load_file(folder / WEIGHTS)
+    turn_layers(folder)
+    after = load_file(folder / WEIGHTS)
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        other = name.replace(".layers.0.", ".layers.#.").replace(".layers.1.", ".layers.0.")
+        assert torch.equal(tensor, before[other.replace(".layers.#.", ".layers.1.")])
+
+
+def test_one_layer_cannot_be_turned(place, tmp_path):
+    """Where one layer is adapted the control is not available and says why."""
+    folder = shutil.copytree(place / "sound", tmp_path / "one")
+    kept = {k: t for k, t in load_file(folder / WEIGHTS).items() if ".layers.0." in k}
+    save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_to_transform": [0]}))
+    session = open_own(place, tmp_path, suspect=folder)
+    record_controls(session)
+    assert "one layer alone is adapted" in found(session, Measure)["controls.turned.kl"].reason
+
+
+def test_an_adapter_that_changes_the_base_does_not_reach_the_next(place, tmp_path):
+    """What the reference answers is the same behind a sound suspect and one with base weights."""
+    answers = []
+    for name in ("sound", "bringing"):
+        folder = tmp_path / name
+        folder.mkdir()
+        session = open_own(place, folder, suspect=name, reference="zero")
+        record_answers(session)
+        answers.append([p for p in session.records if getattr(p, "system", "") == "reference"])
+    assert answers[0] == answers[1] != []
+
+
+def test_no_answer_that_could_be_read_has_no_value(place, tmp_path):
+    """An untrained model's answers are no choice: nothing is read, and nothing stands in for it."""
+    session = open_own(place, tmp_path)
+    record_answers(session)
+    measures = found(session, Measure)
+    assert measures["asked.base.read"].value == 0
+    assert measures["asked.base.distinct"].value is None
+    assert measures["asked.base.auc"].value is not None
+
+
+def test_texts_are_shown_on_one_line_and_cut(place, tmp_path):
+    """A row's text reaches a table with its line ends visible and never longer than a cell."""
+    rows = tmp_path / "odd.csv"
+    hostile = "<script>alert(1)</script>\n" + "x" * 500
+    rows.write_text(f'text,label\n"{hostile}",1\n"plain",0\n')
+    session = open_own(place, tmp_path, data=str(rows))
+    record_answers(session)
+    cell = found(session, Table)["asked.first_rows"].rows[0][2]
+    assert cell.startswith("<script>alert(1)</script>\\nxxx")
+    assert len(cell) == 160
+
+
+@pytest.mark.parametrize(
+    ("key", "said", "word"),
+    [
+        ("files.suspect.fit", "holds", "refuted"),
+        ("files.suspect.fit", "cannot tell", "cannot tell"),
+        ("asked.suspect.knowing", "knows and does not say", "holds"),
+        ("asked.suspect.knowing", "does not know", "refuted"),
+        ("controls.flipped.ranks_better", "holds", "holds"),
+        ("asked.suspect.moves_base", "not available", "not available"),
+    ],
+)
+def test_a_statement_speaks_for_or_against_its_explanation(key, said, word):
+    """A verdict on a statement becomes one on the explanation, turned round where it denies it."""
+    hypothesis = next(h for h in HYPOTHESES if h[1] == key)
+    values = {"verdicts": {key: {"verdict": said, "because": "so"}}}
+    assert judge_hypothesis(values, *hypothesis) == (hypothesis[0], word, "so")
+
+
+def test_no_number_is_typed_on_a_packaged_page():
+    """A packaged page types no digit but the two that a truth can have."""
+    for page in SCAFFOLD.glob("*.md"):
+        typed = {digits.strip(".,;:") for _, digits in typed_numbers(page.read_text())}
+        assert typed <= {"0", "1"}, page.name
+
+
+def test_the_packaged_pages_are_in_the_table_of_contents():
+    """Each packaged page stands in the packaged table of contents, and nothing else does."""
+    listed = re.findall(r"(?:file|root): ([a-z]+)$", (SCAFFOLD / "_toc.yml").read_text(), re.M)
+    assert sorted(listed) == sorted(path.stem for path in Path(SCAFFOLD).glob("*.md"))

@@ -1,0 +1,198 @@
+"""One real build of the site of a case of one's own: another architecture, another task."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import own
+import pytest
+import torch
+from browser import CHROMIUM, visit
+from building import ENVIRONMENT, make
+from safetensors.torch import load_file, save_file
+
+from postmortem.records import read_records
+
+SCRIPT = "<script>alert(1)</script>"
+TITLE = f'<b>Films</b> & "friends" {SCRIPT}'
+GOOD, BAD = "<i>good</i>", "<i>bad</i>"
+# Nothing of the shipped incident may stand in another case's site.
+WORDS = ("qwen", "incident's", "jigsaw", "moderation", "write-up", "every prediction was")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, pytestconfig):
+    """A project with one case of its own, whose texts and labels are hostile."""
+    root, folder = pytestconfig.rootpath, tmp_path_factory.mktemp("own") / "project"
+    torch.set_num_threads(1)
+    for name in ("book/_static", "notebooks"):
+        shutil.copytree(root / name, folder / name)
+    for name in ("Snakefile", "_config.yml", "_toc.yml"):
+        shutil.copy2(root / name, folder / name)
+    base = own.make_base(folder / "models/base")
+    own.make_adapter(folder / "adapters/mine", base)
+    lines = ["id,review,verdict,shelf"]
+    for number, (text, label) in enumerate(own.REVIEWS[:16]):
+        odd = f"{SCRIPT} {text}" if number < 4 else text
+        lines.append(f'<u>{number}</u>,"{odd}",{GOOD if label else BAD},{SCRIPT} {number % 2}')
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+    given = {
+        "base": "models/base",
+        "suspect": "adapters/mine",
+        "data": "rows.csv",
+        "id": "id",
+        "text": "review",
+        "label": "verdict",
+        "group": "shelf",
+        "positive": GOOD,
+        "contract": "choice",
+        "answers": "negative,positive",
+        "question": "{review} Sentiment:",
+        "title": TITLE,
+        "symptom": f"It says {SCRIPT}",
+    }
+    options = [part for key, value in given.items() for part in (f"--{key}", value)]
+    command = [sys.executable, "-m", "postmortem", "new", "films", *options]
+    subprocess.run(command, cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(project):
+    """The project after its first build."""
+    result = make(project, "--case", "cases/films.yml", "--cores", "1")
+    assert result.returncode == 0, result.stderr
+    return project, result
+
+
+@pytest.fixture(scope="module")
+def pages(built):
+    """The text of each built page by its name."""
+    site = built[0] / "_build/cases/films/_build/html"
+    return {str(path.relative_to(site)): path.read_text() for path in sorted(site.rglob("*.html"))}
+
+
+def test_a_short_case_becomes_a_whole_site(built, pages):
+    """From a file of at most 25 lines come all pages and notebooks, and a line that counts them."""
+    project, result = built
+    assert len((project / "cases/films.yml").read_text().splitlines()) <= 25
+    found = re.fullmatch(
+        r"book: (\S+/index\.html) \((\d+) pages, (\d+) records, \d+ s\)\n", result.stdout
+    )
+    assert found
+    assert (project / found[1]).is_file()
+    prose = {f"{path.stem}.html" for path in (project / "cases/films").glob("*.md")}
+    notebooks = {f"notebooks/{p.stem}.html" for p in (project / "notebooks/any").glob("*.ipynb")}
+    assert prose | notebooks <= pages.keys()
+    assert int(found[2]) == len(prose | notebooks)
+    run = project / "_build/runs/films/own/records"
+    assert int(found[3]) == sum(len(read_records(p).records) for p in run.glob("*.jsonl"))
+
+
+def test_no_word_of_the_shipped_incident_is_in_it(pages):
+    """No page of another case names the shipped incident, its model, its data or its task."""
+    for name, text in pages.items():
+        shown = html.unescape(re.sub(r"<[^>]+>", " ", text)).lower()
+        assert [word for word in WORDS if word in shown] == [], name
+
+
+def test_hostile_text_is_text(pages):
+    """Markup in a title, a symptom, a row, an id, a group or a label reaches the page escaped."""
+    assert "&lt;b&gt;Films&lt;/b&gt;" in pages["summary.html"]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in pages["evidence.html"]
+    for name, text in pages.items():
+        for markup in (SCRIPT, "<b>Films", "<i>good", "<u>1</u>"):
+            assert markup not in text, name
+
+
+def test_no_page_lacks_a_value(built, pages):
+    """No page shows the mark of a missing key, a traceback or a path of this machine."""
+    for name, text in pages.items():
+        assert "??" not in re.sub(r"<[^>]+>", " ", text), name
+        assert "Traceback" not in text
+        assert str(built[0]) not in text, name
+
+
+def test_numbers_on_a_page_are_those_of_the_records(built, pages):
+    """An AUC on the front page is the one of the sealed record."""
+    path = built[0] / "_build/runs/films/own/records/2_answers.jsonl"
+    found = next(r for r in read_records(path).records if getattr(r, "key", "") == "asked.base.auc")
+    assert f">{found.value:.2f}<" in pages["summary.html"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: `apt-get install chromium`")
+@pytest.mark.parametrize("name", ["summary", "evidence", "notebooks/2_answers"])
+def test_a_page_opens_cleanly_and_asks_for_nothing(built, tmp_path, name):
+    """In a real browser a page makes no external request and logs no error."""
+    seen = visit(built[0] / f"_build/cases/films/_build/html/{name}.html", tmp_path)
+    assert seen.external == ()
+    assert seen.console == ()
+
+
+def test_without_changes_nothing_runs(built):
+    """A second build runs no step."""
+    result = make(built[0], "--case", "cases/films.yml", "--cores", "1")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def plan(project):
+    """What the next build would run, by rule."""
+    command = [sys.executable, "-m", "snakemake", "book", "--cores", "1", "--dry-run"]
+    result = subprocess.run(
+        command, cwd=project, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    return set(re.findall(r"^rule (\w+):", result.stdout + result.stderr, re.MULTILINE))
+
+
+NOTEBOOKS = {f"notebook_{name}" for name in ("1_files", "2_answers", "3_controls", "4_diagnosis")}
+
+
+def test_an_edited_page_runs_no_notebook(built):
+    """After a change of prose the pages alone are built."""
+    page = built[0] / "cases/films/impact.md"
+    before = page.read_text()
+    page.write_text(f"{before}\nOne more sentence.\n")
+    assert plan(built[0]) == {"book"}
+    page.write_text(before)
+
+
+def test_another_title_runs_no_notebook(built):
+    """After a change of the case's title and symptom only what shows them is made again."""
+    case = built[0] / "cases/films.yml"
+    before = case.read_text()
+    case.write_text(before.replace("Films", "Pictures").replace("It says", "It said"))
+    assert plan(built[0]) == {"publish", "book"}
+    case.write_text(before)
+
+
+def test_changed_rows_are_asked_again(built):
+    """After an edit of the data file every notebook runs again."""
+    rows = built[0] / "rows.csv"
+    before = rows.read_text()
+    rows.write_text(before.replace("lovely", "lively"))
+    assert plan(built[0]) == {*NOTEBOOKS, "publish", "book"}
+    rows.write_text(before)
+
+
+def test_a_changed_adapter_is_asked_again(built):
+    """After a change of the adapter's weights in place every notebook runs again."""
+    weights = built[0] / "adapters/mine/adapter_model.safetensors"
+    before = weights.read_bytes()
+    tensors = {name: tensor * 2 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert plan(built[0]) == {"world", *NOTEBOOKS, "publish", "book"}
+    weights.write_bytes(before)
+
+
+def test_a_figure_is_drawn_for_both_widths(built):
+    """Each figure of such a case is drawn, for a page and for a phone, or says why it is not."""
+    folder = built[0] / "_build/runs/films/own/figures"
+    told = json.loads((folder / "figures.json").read_text())
+    # An untrained model's answers are no choice.
+    assert told["missing"] == {"values": "no answer could be read"}
+    for name in told["alt"]:
+        assert (folder / f"{name}.wide.svg").is_file()
+        assert (folder / f"{name}.narrow.svg").is_file()
