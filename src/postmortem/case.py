@@ -490,7 +490,7 @@ class Case(Frozen):
     forensics: Forensics | None = None
     adapter_filter: AdapterFilter | None = None
     columns: Columns = Columns()
-    prompts: dict[Identifier, PromptTemplate] = Field(min_length=1)
+    prompts: dict[Identifier, PromptTemplate]
     variations: dict[Identifier, Variation] = {}
     attempts: dict[Identifier, Attempt]
     timeline: list[Event] = []
@@ -502,7 +502,7 @@ class Case(Frozen):
     claims: list[Claim] = []
     lessons: list[Lesson] = []
     practice: Practice | None = None
-    profiles: dict[Identifier, Profile] = Field(min_length=1)
+    profiles: dict[Identifier, Profile]
 
     @property
     def asked(self) -> str:
