@@ -98,6 +98,11 @@ def as_identification(found: Identification) -> str:
     return "\n".join(_identification_lines(found))
 
 
+def as_identification_json(found: Identification) -> str:
+    """Write the same as JSON."""
+    return json.dumps(asdict(found), indent=2, ensure_ascii=False)
+
+
 def _identification_lines(found: Identification) -> Iterator[str]:
     sizes = found.sizes
     if sizes.held == 0:
