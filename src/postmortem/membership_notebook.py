@@ -23,9 +23,7 @@ from postmortem.siblings import (
     KINDS,
     Group,
     Trial,
-    read_group,
-    train_group,
-    try_group,
+    measure_group,
 )
 from postmortem.world import BASES, role_name
 
@@ -50,12 +48,11 @@ def record_siblings(session: Session) -> None:
     rows: list[tuple[Cell, ...]] = []
     for group in (CALIBRATION, HELD_OUT):
         with TemporaryDirectory() as folder, session.timed(f"siblings, {group.title}"):
-            trained = train_group(session.case, group, Path(folder), tell=session.say)
-            readings = read_group(trained)
-            trials = try_group(trained, readings)
+            trials, readings = measure_group(session.case, group, Path(folder), tell=session.say)
         rows += record_trials(session, group, trials)
-        session.measure(f"membership.{key_of(group)}.adapters", len(trained.pupils))
-        session.measure(f"membership.{key_of(group)}.bases", len(trained.bases))
+        adapters, bases = (len({pair[side] for pair in readings}) for side in (0, 1))
+        session.measure(f"membership.{key_of(group)}.adapters", adapters)
+        session.measure(f"membership.{key_of(group)}.bases", bases)
         if group is HELD_OUT:
             record_example(session, trials, readings)
     columns = ("siblings", "what stands to choose from", "questions", *OUTCOMES, "share right")

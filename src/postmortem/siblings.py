@@ -6,7 +6,7 @@ no seed, no text and no task, and the same code measures both.
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,15 @@ HELD_OUT = Group(
         Task("words counted", count_words),
     ),
 )
+
+
+# From the seeds of one group to those of another like it, so that none is used twice.
+NEXT_GROUP = 2000
+
+
+def more_of(group: Group, number: int) -> Group:
+    """Further siblings for the same tasks; number 0 is the group itself."""
+    return replace(group, seed=group.seed + NEXT_GROUP * number)
 
 
 @dataclass(frozen=True)
@@ -309,3 +318,12 @@ def _try_one(
     elif found.answer == "cannot separate" and (kind == ABSENT or pupil.home in found.remain):
         outcome = "cannot separate"
     return Trial(group, kind, pupil.name, pupil.home, found, outcome)
+
+
+def measure_group(
+    case: Case, group: Group, folder: Path, *, tell: Callable[[str], None] = lambda line: None
+) -> tuple[tuple[Trial, ...], dict[tuple[str, str], Reading]]:
+    """Train a group below a folder, read every adapter and put every question to the method."""
+    trained = train_group(case, group, folder, tell=tell)
+    readings = read_group(trained)
+    return try_group(trained, readings), readings
