@@ -280,6 +280,14 @@ def test_long_texts_are_cut(bases):
     assert (len(rows[0]), starts) == (8, [4])
 
 
+def test_where_there_is_no_room_for_a_gain_no_gain_says_nothing():
+    """A base that reads the texts nearly without loss is ruled out by harm alone."""
+    full = make_reading("full", 0.001, off=0.05, noise=0.001)
+    assert answer_of(full, make_reading("other", -0.3)) == ("cannot separate", ("full",))
+    harmed = make_reading("harmed", -0.2, off=0.05, noise=0.001)
+    assert answer_of(harmed, make_reading("other", -0.3)) == ("none", ())
+
+
 @pytest.mark.parametrize(
     ("content", "name", "first", "count"),
     [

@@ -54,6 +54,9 @@ class Limits:
     `trace`: another candidate whose gain lies wholly below this share of the leader's is out. A
     light fine-tune keeps more than half of it, and a base trained apart next to nothing.
 
+    `room`: where a base alone reads with less loss, in nats a token, hardly a gain can show. This
+    one was added when an adapter of the embedded world had nothing to gain on its own base.
+
     `rotations`: random controls, of which the luckiest is the one to beat. On another base an
     adapter is one more random update: it beats three such by luck one time in four.
 
@@ -64,6 +67,7 @@ class Limits:
     gain: float = 0.03
     share: float = 1 / 3
     trace: float = 0.25
+    room: float = 0.1
     rotations: int = 8
     texts: int = 16
     tokens: int = 512
@@ -290,7 +294,7 @@ def knew(
     scored: np.ndarray,
     limits: Limits = LIMITS,
 ) -> bool:
-    """Whether a base alone reads the texts better than every other candidate ever does.
+    """Whether a base alone reads the texts nearly without loss, or better than all others ever do.
 
     Such a base leaves an adapter nothing to gain, its own one too, so that no gain says nothing.
     Where the adapter does harm, it speaks against the base all the same.
@@ -298,9 +302,11 @@ def knew(
     one = readings[place]
     others = [reading for reading in readings if reading is not one]
     does_nothing = np.array_equal(one.on, one.off)
-    if not others or does_nothing or _value(judged[place].gain.high) < 0:
+    if does_nothing or _value(judged[place].gain.high) < 0:
         return False
-    return all(
+    if float(one.off[scored].mean()) < limits.room:
+        return True
+    return bool(others) and all(
         other.encoding == one.encoding and is_above((reached - one.off)[scored], limits.gain)
         for other in others
         for reached in (other.on, other.off)

@@ -42,7 +42,7 @@ def key_of(group: Group) -> str:
 
 def record_siblings(session: Session) -> None:
     """Train both groups, put every question to the method, and record what came of it."""
-    for name in ("gain", "share", "trace", "rotations", "texts"):
+    for name in ("gain", "share", "trace", "room", "rotations", "texts"):
         session.measure(f"membership.limit.{name}", getattr(LIMITS, name))
     session.measure("membership.limit.separable", SEPARABLE)
     rows: list[tuple[Cell, ...]] = []
@@ -192,6 +192,7 @@ def record_world(session: Session) -> None:
         reason = "this profile has no second base of the same shapes"
         session.table("membership.world", columns, [])
         session.table("membership.world_bases", ("adapter", "base", "gain", "so it"), [])
+        session.measure("membership.world.adapters", None, reason=reason)
         session.verdict("membership.world.no_error", "not available", reason)
         return
     rows: list[tuple[Cell, ...]] = []
@@ -208,6 +209,7 @@ def record_world(session: Session) -> None:
     session.table("membership.world", columns, rows)
     session.table("membership.world_bases", ("adapter", "base", "gain", "so it"), details)
     told = f"; not so: {', '.join(missed)}" if missed else ""
+    session.measure("membership.world.adapters", len(asked))
     because = f"of {len(asked)} adapters {len(asked) - len(missed)} kept their own base{told}"
     session.verdict("membership.world.no_error", not missed, because)
 

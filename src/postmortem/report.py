@@ -115,7 +115,10 @@ def _identification_lines(found: Identification) -> Iterator[str]:
         groups = "; ".join(f"{value}: {', '.join(ids)}" for value, ids in split.groups.items())
         yield f"would split by {split.field} (shown by {split.shown_by}): {groups}"
     if len(found.fits) > 1 and not found.splits:
-        yield "nothing in shapes tells these apart: only a hash, a record or a task score does"
+        yield (
+            "nothing in shapes tells these apart: only a hash, a record or a task score does, or "
+            "texts: --candidates A B --text FILE"
+        )
     yield f"file: {sizes.held:,} LoRA parameters, {sizes.held_bytes:,} bytes"
     if sizes.implied is not None:
         narrow, wide = 2 * sizes.implied / 1e6, 4 * sizes.implied / 1e6
