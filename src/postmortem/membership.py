@@ -44,12 +44,13 @@ class Limits:
     """What the answer is decided by, chosen on calibration siblings alone (`siblings`).
 
     `gain`: nats a token by which an adapter must beat each control, with the whole interval; with
-    the whole interval below it, it does not. Own bases gave intervals from 0.03 up, others with as
-    many rotations hardly any above it.
+    the whole interval below it, it does not. Of the calibration's adapters on their own bases next
+    to all had intervals above it, on bases apart from their own next to none.
 
-    `share`: what part of the gain no control may have. Where texts surprise a base a lot, any
-    update lowers its loss: on bases apart from its own an adapter that beat its controls there did
-    so by a quarter of its gain, on its own by half and more.
+    `share`: the part of its gain by which it must beat its best control. Where texts surprise a
+    base a lot, any update lowers its loss. Those that passed the first limit did so by a half of
+    the gain and more on their own bases, and by little more than a quarter on others; this stands
+    between the two.
 
     `trace`: another candidate whose gain lies wholly below this share of the leader's is out. A
     light fine-tune keeps more than half of it, and a base trained apart next to nothing.
@@ -65,7 +66,7 @@ class Limits:
     """
 
     gain: float = 0.03
-    share: float = 1 / 3
+    share: float = 0.4
     trace: float = 0.25
     room: float = 0.1
     rotations: int = 8
