@@ -14,20 +14,17 @@ from postmortem.cli import main
 from postmortem.embedded import BaseSpec, build_tokenizer, make_adapter, new_base, save_member
 from postmortem.errors import DataError, ModelError
 from postmortem.faults import edit_config, edit_tensors
+from postmortem.lora_controls import each_control, find_pairs, permute_layers, rotate
 from postmortem.membership import (
     LIMITS,
     Reading,
     Segment,
     conclude,
-    each_control,
     encode_segments,
     find_home,
-    find_pairs,
     mean_losses,
-    permute_layers,
     read_candidate,
     read_texts,
-    rotate,
 )
 from postmortem.membership_text import as_membership, say_answer
 from postmortem.models import attached, load_base
