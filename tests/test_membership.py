@@ -419,6 +419,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(siblings, "FROM_NOTHING", few)
     monkeypatch.setattr(siblings, "ADAPTING", few)
     monkeypatch.setattr(siblings, "FINE_TUNES", dict.fromkeys(FINE_TUNES, few))
+    monkeypatch.setattr(siblings, "BASES", 2)
     monkeypatch.setattr(siblings, "TEXTS", 16)
     monkeypatch.setattr(siblings, "TRAINING_TEXTS", 64)
     monkeypatch.setattr(membership_notebook, "WORLD_TEXTS", 16)
