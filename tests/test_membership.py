@@ -1,5 +1,6 @@
 import json
 import shutil
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -402,6 +403,21 @@ def test_a_misspelt_base_is_refused_before_any_is_loaded(bases, adapter, segment
     edit = dict.fromkeys(("a", "b"), bases["a"])
     with pytest.raises(ModelError, match="with adapter_config"):
         find_home(adapter.parent, {**edit, "b": bases["b"]}, segments=segments)
+
+
+def test_one_base_is_in_memory_at_a_time(bases, adapter, segments, monkeypatch):
+    """A candidate's model is gone before the next one is loaded."""
+    seen = []
+
+    def load(*arguments, **options):
+        assert all(model() is None for model in seen)
+        loaded = load_base(*arguments, **options)
+        seen.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr("postmortem.membership.load_base", load)
+    find_home(adapter, choose(bases, "a", "b", "a2"), segments=segments)
+    assert len(seen) == 3
 
 
 def test_a_name_cannot_forge_a_line(bases, adapter, segments):

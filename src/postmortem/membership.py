@@ -6,6 +6,7 @@ the same numbers with their order or direction lost do not, and on another base 
 to. Each candidate is held against itself with the adapter off, text by text.
 """
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -193,6 +194,7 @@ def find_home(
         finally:
             # The next one is loaded into the room that this one leaves.
             del base
+            gc.collect()
         left_out[name] = reading.unusable and f"its losses are not finite, {reading.unusable}"
         readings += [] if left_out[name] else [reading]
     unfit = {name: why for name, why in left_out.items() if why}
@@ -211,7 +213,7 @@ def conclude(
     Raises `DataError` where too few texts hold a token to score.
     """
     if not readings:
-        because = "it fits none of the candidates"
+        because = "it could be tried on none of the candidates, for the reasons given"
         return Membership(adapter, "none", (), because, (), left_out)
     scored = _scored(readings)
     if int(scored.sum()) < limits.texts:
