@@ -32,7 +32,7 @@ SEPARABLE = 0.9
 OUTCOMES = ("right", "cannot separate", "wrong")
 # Of all random turns the luckiest is shown.
 ROTATED = "rotated at random"
-WORLD_TEXTS = 48
+WORLD_TEXTS = 32
 
 
 def key_of(group: Group) -> str:
