@@ -29,8 +29,9 @@ def draw_membership(sheet: Sheet, source: Source) -> str:
     for base, gains in groups.items():
         rows += [Row(base), *(Row(n, ROLES.get(n, "base"), m) for n, m in gains.items())]
     highest = max(measure.high or measure.value or 0.0 for measure in found.values())
+    lowest = min(measure.low or measure.value or 0.0 for measure in found.values())
     top = max(highest, 0.01)
-    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(-HARM * top, top)
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(max(min(lowest, 0), -HARM * top), top)
     scale = Scale([float(tick) for tick in ticks], say_gain, line=(0.0, "adapter off"))
     labels = 126.0 if sheet.narrow else 150.0
     forest = Forest("Gain in nat a token", rows, scale, labels)

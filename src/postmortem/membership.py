@@ -23,7 +23,7 @@ from postmortem.errors import DataError, ModelError
 from postmortem.inspection import inspect_adapter
 from postmortem.lora_controls import each_control
 from postmortem.memory import with_budget
-from postmortem.metrics import Estimate, mean_estimate
+from postmortem.metrics import Estimate, mean_estimate, say_estimate
 from postmortem.models import LoadedBase, attached, check_adapter_folder, load_base
 from postmortem.scoring import batches
 
@@ -370,10 +370,8 @@ def _because(answer: Answer, remain: Sequence[str], judged: Sequence[Judged]) ->
 
 
 def say(found: Estimate) -> str:
-    """An estimate with its interval, signed."""
-    ends = (found.value, found.low, found.high)
-    value, low, high = (f"{_value(end):+z.3f}".replace("-", "\N{MINUS SIGN}") for end in ends)
-    return f"{value} [{low}, {high}]"
+    """A gain with its interval, signed."""
+    return say_estimate(found, "+z.3f")
 
 
 def _notes(readings: Sequence[Reading]) -> tuple[str, ...]:

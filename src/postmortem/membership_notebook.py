@@ -12,7 +12,7 @@ from postmortem.corpus import generate_rows
 from postmortem.embedded import END_OF_TURN, NUMERIC, RECIPES, Recipe
 from postmortem.membership import LIMITS, Membership, Reading, Segment, find_home, say
 from postmortem.membership_text import STANDS, say_answer
-from postmortem.metrics import Estimate, mean_estimate, rate_estimate
+from postmortem.metrics import Estimate, mean_estimate, rate_estimate, say_estimate
 from postmortem.prompts import render
 from postmortem.records import Cell
 from postmortem.session import Session
@@ -69,7 +69,13 @@ def record_trials(
         counts = Counter(trial.outcome for trial in trials if trial.kind == kind)
         share = rate_estimate(counts["right"], counts.total())
         rows.append(
-            (group.title, kind, counts.total(), *(counts[word] for word in OUTCOMES), _share(share))
+            (
+                group.title,
+                kind,
+                counts.total(),
+                *(counts[word] for word in OUTCOMES),
+                say_estimate(share, ".0%"),
+            )
         )
     apart = [trial.outcome for trial in trials if trial.kind == APART]
     right = rate_estimate(apart.count("right"), len(apart))
@@ -91,16 +97,10 @@ def judge_trials(right: Estimate, wrong: Estimate) -> tuple[bool, str]:
     """Whether no answer was wrong and enough of the separable questions were answered rightly."""
     assert right.value is not None
     because = (
-        f"{_share(right)} of the {right.n} questions among bases trained apart were answered "
-        f"rightly, and {round((wrong.value or 0) * wrong.n)} of all {wrong.n} wrongly"
+        f"of {right.n} questions among bases trained apart {say_estimate(right, '.0%')} were "
+        f"answered rightly, and {round((wrong.value or 0) * wrong.n)} of all {wrong.n} wrongly"
     )
     return not wrong.value and right.value >= SEPARABLE, because
-
-
-def _share(found: Estimate) -> str:
-    if found.value is None:
-        return "–"
-    return f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}]"
 
 
 def record_example(
@@ -118,11 +118,12 @@ def record_example(
     session.text("membership.example.system", shown.pupil)
     rows: list[tuple[Cell, ...]] = []
     for judged in shown.found.judged:
+        base = f"{judged.name}, its own" if judged.name == shown.home else judged.name
         for name, gains in gains_of(readings[shown.pupil, judged.name]).items():
-            session.measure(f"membership.example.{judged.name}.{name}", gains, unit="nat")
+            session.measure(f"membership.example.{base}.{name}", gains, unit="nat")
         rows.append(
             (
-                *(judged.name, say(judged.gain), judged.control, say(judged.over_control)),
+                *(base, say(judged.gain), judged.control, say(judged.over_control)),
                 STANDS[judged.stands],
             )
         )

@@ -190,7 +190,7 @@ def train_group(
     case: Case, group: Group, folder: Path, *, tell: Callable[[str], None] = lambda line: None
 ) -> Trained:
     """Train a group's bases, fine-tunes and adapters below a folder."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # too small for two threads to help
     tokenizer = build_tokenizer(case, seed=0)
     bases: dict[str, Path] = {}
     for number in range(BASES):
@@ -213,7 +213,7 @@ def train_group(
         pupils.append(
             _train_pupil(bases[home], tokenizer, home, task, folder, seed=group.seed + 200 + number)
         )
-        tell(f"{group.title}: {len(pupils)} adapters trained")
+    tell(f"{group.title}: {len(bases)} bases and {len(pupils)} adapters trained")
     return Trained(group, bases, tuple(pupils))
 
 
