@@ -19,7 +19,7 @@ BIN := $(abspath $(VENV))/bin
 # The graph calls `postmortem` and `snakemake` of this environment by name.
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := book
-.PHONY: book replay record confirm bench suite weights test lint clean environment
+.PHONY: book replay record confirm bench suite membership weights test lint clean environment
 
 environment: $(VENV)/.installed
 
@@ -55,6 +55,9 @@ bench: environment
 
 suite: environment
 	@$(BIN)/python scripts/make_suite.py --case "$(CASE)" --cores "$(CORES)"
+
+membership: environment
+	@$(BIN)/python scripts/measure_membership.py --case "$(CASE)" --cores "$(CORES)"
 
 weights: environment
 	@postmortem weights "$(PROFILE)"

@@ -144,6 +144,16 @@ def make_suite() -> list[Record]:
     ]
 
 
+def make_membership() -> list[Record]:
+    """An adapter and one control on two bases."""
+    names = ("the adapter", "layers permuted")
+    return [
+        interval(f"membership.example.base {place}.{name}", value)
+        for place, value in ((1, 0.8), (2, -0.3))
+        for name in names
+    ]
+
+
 def make_records(rows: int) -> dict[str, list[Record]]:
     """Records of the notebooks that have figures, a few rows each."""
     runs = {
@@ -186,6 +196,7 @@ def make_records(rows: int) -> dict[str, list[Record]]:
         ],
         "07_replay": [make_matrix()],
         "10_suite": make_suite(),
+        "11_membership": make_membership(),
         "kept.smollm2": make_kept(),
         "09_diagnosis": make_beliefs(),
         "06_controls": [
@@ -355,6 +366,14 @@ def test_a_suite_is_drawn_by_verdict(drawings: list[Drawing]) -> None:
     assert "donor" not in alt
 
 
+def test_an_adapter_stands_beside_its_controls_on_each_base(drawings: list[Drawing]) -> None:
+    """The figure of membership has a block for each base, the adapter before its controls."""
+    alt = pick(drawings, "membership").alt
+    told = [alt.index(part) for part in ("base 1:", "the adapter", "layers permuted", "base 2:")]
+    assert told == sorted(told)
+    assert "−0.30" in alt
+
+
 def test_absent_roles_are_said() -> None:
     """A system that is not available keeps its band, with the words; its figures say why not."""
     drawn, reasons = draw_all(make_files(change=without_adapters), make_case())
@@ -397,6 +416,7 @@ def test_run_speaks_where_the_base_does_not() -> None:
         "row_time",
         "real_models",
         "suite",
+        "membership",
         *CONTROL_FIGURES,
         *INQUIRY_FIGURES,
     }

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from postmortem.errors import PostmortemError
+from postmortem.errors import DataError, PostmortemError
 
 app = typer.Typer(
     add_completion=False,
@@ -32,6 +33,13 @@ class Format(StrEnum):
     TEXT = "text"
     JSON = "json"
     MARKDOWN = "markdown"
+
+
+class Plain(StrEnum):
+    """How an answer is written."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 @app.callback()
@@ -274,15 +282,79 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-def identify(adapter: Annotated[str, typer.Argument(help="An adapter folder or hub id.")]) -> None:
-    """List the known bases that the adapter's shapes fit, and why the others do not."""
+class ManyCandidates(TyperCommand):
+    """A command whose option `--candidates` takes every value up to the next option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each of its values, as click knows it."""
+        spread, takes_all = [], False
+        for place, value in enumerate(args):
+            if value.startswith("-"):
+                takes_all = value == "--candidates"
+            elif takes_all and args[place - 1] != "--candidates":
+                spread.append("--candidates")
+            spread.append(value)
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=ManyCandidates)
+def identify(
+    adapter: Annotated[str, typer.Argument(help="An adapter folder or hub id.")],
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(help="Bases of one shape to choose between: folders or hub ids."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Texts of the kind that the adapter was trained on; text or JSONL."),
+    ] = None,
+    output: Annotated[
+        Plain, typer.Option("--format", help="How to write the report.")
+    ] = Plain.TEXT,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """List the known bases that the adapter's shapes fit, and why the others do not.
+
+    With --candidates A B C --text FILE, say which of these bases it belongs to, by what it does to
+    the texts on each.
+    """
+    if candidates:
+        _find_home(adapter, candidates, text=text, output=output, device=device, dtype=dtype)
+        return
     from postmortem import report
     from postmortem.adapter import read_adapter
     from postmortem.identify import identify as identify_adapter
     from postmortem.sources import open_source
 
-    print(report.as_identification(identify_adapter(read_adapter(open_source(adapter)))))
+    found = identify_adapter(read_adapter(open_source(adapter)))
+    is_json = output is Plain.JSON
+    print(report.as_identification_json(found) if is_json else report.as_identification(found))
+
+
+def _find_home(
+    adapter: str,
+    candidates: Sequence[str],
+    *,
+    text: Path | None,
+    output: Plain,
+    device: str,
+    dtype: str,
+) -> None:
+    if text is None:
+        raise DataError(
+            "identify",
+            expected="`--text FILE` beside `--candidates`",
+            found="none",
+            remedy="Give texts of the kind that the adapter was trained on.",
+        )
+    from postmortem.membership import find_home, read_texts
+    from postmortem.membership_text import as_membership, as_membership_json
+
+    segments = read_texts(text)
+    named = {name: name for name in candidates}
+    found = find_home(adapter, named, segments=segments, device=device, dtype=dtype, tell=_say)
+    print(as_membership_json(found) if output is Plain.JSON else as_membership(found))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from postmortem.case import Case, Hypothesis
 from postmortem.figure_source import NotDrawable, Source
 from postmortem.figures_inquiry import draw_beliefs, draw_plan, draw_replay_matrix
 from postmortem.figures_kept import draw_real_models
+from postmortem.figures_membership import draw_membership
 from postmortem.records import Measure, Prediction, RecordFile, Table, Verdict, write_text
 from postmortem.sheet import (
     BODY,
@@ -705,6 +706,7 @@ FIGURES: dict[str, Draw] = {
     "kinds": draw_kinds,
     "real_models": draw_real_models,
     "suite": draw_suite,
+    "membership": draw_membership,
     "confidences": draw_confidences,
     "row_time": draw_row_time,
     "replay_matrix": draw_replay_matrix,

@@ -98,6 +98,11 @@ def as_identification(found: Identification) -> str:
     return "\n".join(_identification_lines(found))
 
 
+def as_identification_json(found: Identification) -> str:
+    """Write the same as JSON."""
+    return json.dumps(asdict(found), indent=2, ensure_ascii=False)
+
+
 def _identification_lines(found: Identification) -> Iterator[str]:
     sizes = found.sizes
     if sizes.held == 0:
@@ -110,7 +115,10 @@ def _identification_lines(found: Identification) -> Iterator[str]:
         groups = "; ".join(f"{value}: {', '.join(ids)}" for value, ids in split.groups.items())
         yield f"would split by {split.field} (shown by {split.shown_by}): {groups}"
     if len(found.fits) > 1 and not found.splits:
-        yield "nothing in shapes tells these apart: only a hash, a record or a task score does"
+        yield (
+            "nothing in shapes tells these apart: only a hash, a record or a task score does, or "
+            "texts: --candidates A B --text FILE"
+        )
     yield f"file: {sizes.held:,} LoRA parameters, {sizes.held_bytes:,} bytes"
     if sizes.implied is not None:
         narrow, wide = 2 * sizes.implied / 1e6, 4 * sizes.implied / 1e6
