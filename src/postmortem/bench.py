@@ -18,7 +18,7 @@ from postmortem.models import LoadedBase
 from postmortem.prefill import prefix_length
 from postmortem.prompts import Prompt, encode, lead_of
 from postmortem.records import Cell, Measure
-from postmortem.scoring import NUMBERS, alike_batches, longest_stems, score, suited_batch
+from postmortem.scoring import NUMBERS, batches, longest_stems, score, suited_batch
 from postmortem.session import Session
 
 NEW_TOKENS = 10  # as many as the incident's second attempt
@@ -287,7 +287,7 @@ def _pace(
 def _record_profile(session: Session, base: LoadedBase, prompts: Sequence[Prompt]) -> None:
     """Where the time of a batch of prompts goes, by kind of work."""
     rows = [prompt.token_ids for prompt in prompts]
-    batch = next(alike_batches(rows, prefix=0, batch_tokens=suited_batch(base.model)))
+    batch = next(batches([len(row) for row in rows], suited_batch(base.model)))
     ids = torch.tensor([rows[index][-min(len(rows[i]) for i in batch) :] for index in batch])
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as trace:
         base.model(input_ids=ids.to(base.model.device), use_cache=True, logits_to_keep=1)

@@ -118,7 +118,7 @@ def layers_below(adapters: Iterable[Path]) -> int:
 
 
 class Reader:
-    """Reads prompts on one model that stays as it is; `prefix` tokens are read once for all."""
+    """Reads prompts on one model that stays as it is; equal first `prefix` tokens are read once."""
 
     def __init__(self, model: Any, *, prefix: int, shared: SharedLayers | None = None) -> None:
         self.model, self.prefix = model, prefix
@@ -126,7 +126,7 @@ class Reader:
         self._prefixes: dict[tuple[int, ...], list[KeyValues]] = {}
 
     def read(self, rows: Sequence[Sequence[int]]) -> State:
-        """The state after each row of token ids; all rows begin with the same `prefix` tokens."""
+        """The state after each row of token ids; each has more than `prefix` of them."""
         return self._read([tuple(row) for row in rows], self.prefix)
 
     def _read(self, rows: Sequence[tuple[int, ...]], prefix: int) -> State:
@@ -140,10 +140,8 @@ class Reader:
         mask = torch.cat([mask.new_ones(len(rows), prefix), mask], 1)
         cache = DynamicCache(config=self.model.config)
         if prefix:
-            for layer, (keys, values) in enumerate(self._prefix_of(rows[0][:prefix])):
-                cache.update(
-                    keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer
-                )
+            for layer, (keys, values) in enumerate(self._beginnings([r[:prefix] for r in rows])):
+                cache.update(keys, values, layer)
         # Without padding no mask is needed, and attention takes its faster path.
         settings = {
             "attention_mask": mask if bool(pads.any()) else None,
@@ -175,10 +173,18 @@ class Reader:
             layer.update(keys, values)
         return logits
 
-    def _prefix_of(self, ids: tuple[int, ...]) -> list[KeyValues]:
-        if ids not in self._prefixes:
-            self._prefixes[ids] = _key_values(self._read([ids], 0).cache)
-        return self._prefixes[ids]
+    def _beginnings(self, rows: Sequence[tuple[int, ...]]) -> Iterator[KeyValues]:
+        """Keys and values of each layer after each row, of which new ones are read together."""
+        new = [ids for ids in dict.fromkeys(rows) if ids not in self._prefixes]
+        if new:
+            layers = _key_values(self._read(new, 0).cache)
+            for place, ids in enumerate(new):
+                self._prefixes[ids] = [
+                    (k[place : place + 1], v[place : place + 1]) for k, v in layers
+                ]
+        for parts in zip(*(self._prefixes[ids] for ids in rows), strict=True):
+            keys, values = zip(*parts, strict=True)
+            yield torch.cat(keys), torch.cat(values)
 
 
 def join(states: Sequence[State]) -> State:

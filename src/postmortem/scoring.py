@@ -96,7 +96,7 @@ def score(
     first: dict[int, np.ndarray] = {}
     written: dict[int, np.ndarray] = {}
     with torch.inference_mode():
-        read = alike_batches(rows, prefix=reader.prefix, batch_tokens=batch_tokens)
+        read = batches([len(row) - reader.prefix for row in rows], batch_tokens)
         for group in joined_batches(read, rows, joined_tokens if plain else 0):
             states = []
             for batch in group:
@@ -213,19 +213,6 @@ def suited_batch(model: Any) -> int:
         return 16384
     width = getattr(model.config.get_text_config(), "intermediate_size", None) or 4096
     return int(min(max(CACHED_NUMBERS // width, 512), 8192))
-
-
-def alike_batches(
-    rows: Sequence[Sequence[int]], *, prefix: int, batch_tokens: int
-) -> Iterator[list[int]]:
-    """Indices in batches that share their first `prefix` tokens and are of like length after it."""
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for index, row in enumerate(rows):
-        alike.setdefault(tuple(row[:prefix]), []).append(index)
-    for members in alike.values():
-        lengths = [len(rows[index]) - prefix for index in members]
-        for batch in batches(lengths, batch_tokens):
-            yield [members[place] for place in batch]
 
 
 def joined_batches(
