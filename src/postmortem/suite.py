@@ -157,13 +157,15 @@ class Plan:
     """A suite with its names resolved, as it stands in the output folder for every step.
 
     `chunks` holds the entries by the number of their chunk, `run` the digest that the results
-    must carry, `threads` is 0 where a step takes all cores.
+    must carry, `threads` is 0 where a step takes all cores, `base_bytes` the size of the base's
+    weights.
     """
 
     suite: Suite
     place: str
     base: str
     base_digest: str
+    base_bytes: int
     prompts: dict[str, PromptTemplate]
     run: str
     threads: int
@@ -207,6 +209,7 @@ def make_plan(path: str | Path) -> Plan:
         place=str(place),
         base=str(base.resolve()),
         base_digest=base_digest,
+        base_bytes=size,
         prompts=prompts,
         run=digest_run(suite, base=base_digest, rows=rows, prompts=prompts),
         threads=1 if size < SMALL else 0,
@@ -322,7 +325,7 @@ def read_plan(out: Path) -> Plan:
     """Read a plan back; `RecordError` where it is missing or altered beyond use."""
     try:
         data = json.loads((out / PLAN).read_text(encoding="utf-8"))
-        names = ("place", "base", "base_digest", "run", "threads")
+        names = ("place", "base", "base_digest", "base_bytes", "run", "threads")
         return Plan(
             suite=Suite.model_validate(data["suite"]),
             prompts={n: PromptTemplate.model_validate(p) for n, p in data["prompts"].items()},

@@ -91,8 +91,8 @@ class Results(Frozen):
         )
 
 
-def collect(plan: Plan, out: Path) -> Results:
-    """Judge the results in the output folder and write them as JSON and CSV.
+def collect(plan: Plan, out: Path, *, into: Path | None = None) -> Results:
+    """Judge the results in the output folder and write them there as JSON and CSV, or elsewhere.
 
     Raises `RecordError` where one is missing.
     """
@@ -115,9 +115,10 @@ def collect(plan: Plan, out: Path) -> Results:
         run=plan.run,
         judged=digest_judgement(plan.suite),
     )
-    write_text(out / "results.csv", as_csv(results))
-    write_text(out / "summary.txt", f"suite: {results.line}\n")
-    write_text(out / "results.json", results.model_dump_json(indent=1) + "\n")
+    into = into or out
+    write_text(into / "results.csv", as_csv(results))
+    write_text(into / "summary.txt", f"suite: {results.line}\n")
+    write_text(into / "results.json", results.model_dump_json(indent=1) + "\n")
     return results
 
 

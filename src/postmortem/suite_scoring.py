@@ -128,9 +128,16 @@ class Bench:
 
 
 def score_chunk(
-    plan: Plan, out: Path, number: str, report: Callable[[str], None] = lambda line: None
+    plan: Plan,
+    out: Path,
+    number: str,
+    *,
+    mark: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Score what a chunk's file lacks, one line after the other, and mark the chunk as done.
+
+    The mark stands beside the file, unless another place is given for it.
 
     A run that was killed may have left workers behind: the chunk is locked, and its file is read
     once it is ours.
@@ -150,7 +157,7 @@ def score_chunk(
                     found = bench.score(entry.name, entry.folder, digest=entry.digest, run=plan.run)
                     _append(lines, found)
         report(f"chunk {number}: {len(missing)} of {len(chunk)} adapters scored")
-        write_text(stream.with_suffix(".done"), f"{plan.run}\n")
+        write_text(mark or stream.with_suffix(".done"), f"{plan.run}\n")
 
 
 def open_bench(plan: Plan) -> Bench:
