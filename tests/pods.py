@@ -55,15 +55,15 @@ class Pods:
             given[variable["name"]] = base64.b64decode(value).decode()
         place = self.folder / name
         place.mkdir()
-        log = (place.parent / f"{name}.log").open("w")
-        self.processes[name] = subprocess.Popen(
-            [*container["command"], *container["args"]],
-            cwd=place,
-            env={key: os.environ[key] for key in KEPT if key in os.environ} | given,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with place.with_suffix(".log").open("w") as log:
+            self.processes[name] = subprocess.Popen(
+                [*container["command"], *container["args"]],
+                cwd=place,
+                env={key: os.environ[key] for key in KEPT if key in os.environ} | given,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def state(self, name: str) -> dict:
         """A job's counts as the API gives them."""

@@ -26,11 +26,11 @@ from postmortem.suite import (
     Limits,
     Reading,
     Scored,
-    drop_incomplete,
     find_adapters,
     load_suite,
     make_plan,
     name_adapters,
+    prepare_chunks,
     read_plan,
     read_results,
     valid_results,
@@ -357,6 +357,8 @@ def test_an_adapter_that_joins_moves_the_others_and_is_scored_alone(
     shutil.copytree(whole / CHUNKS, tmp_path / "out" / CHUNKS)
     adapter(tmp_path / "adapters/a", untrained / "reference")
     plan, told = make_plan(write_spec(tmp_path, untrained / "base")), []
+    prepare_chunks(plan, tmp_path / "out")
+    prepare_chunks(plan, tmp_path / "out")
     for number in plan.chunks:
         score_chunk(plan, tmp_path / "out", number, report=told.append)
     assert [line.partition(": ")[2] for line in told] == [
@@ -370,10 +372,10 @@ def test_a_chunk_that_lost_its_file_is_not_done(place, whole, tmp_path):
     """The mark of a chunk is taken back where its results are gone, and collecting refuses."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     plan = make_plan(place / "suite.yml")
-    drop_incomplete(plan, tmp_path)
+    prepare_chunks(plan, tmp_path)
     assert (tmp_path / CHUNKS / "0001.done").exists()
     (tmp_path / CHUNKS / "0001.jsonl").unlink()
-    drop_incomplete(plan, tmp_path)
+    prepare_chunks(plan, tmp_path)
     assert not (tmp_path / CHUNKS / "0001.done").exists()
     with pytest.raises(RecordError, match="none for 'adapters/a4'"):
         collect(plan, tmp_path)

@@ -16,7 +16,7 @@ from postmortem.cluster import place_options
 from postmortem.confirm import confirm_files
 from postmortem.errors import BookError, CaseError, DataError, SuiteError
 from postmortem.records import RecordFile, locked, read_records, write_text
-from postmortem.suite import drop_incomplete, make_plan, write_plan
+from postmortem.suite import make_plan, prepare_chunks, write_plan
 from postmortem.world import embedded_digest
 
 RECORDED = Path("results")
@@ -119,7 +119,7 @@ def run_suite(path: str | Path, out: str | Path, *, cores: int, executor: str = 
     plan = make_plan(path)
     with locked(out / ".lock", "suite: waiting for another run in this folder to end"):
         write_plan(plan, out)
-        drop_incomplete(plan, out)
+        prepare_chunks(plan, out)
         # Jobs that start in a folder of their own are sent the graph from here.
         write_text(out / "Snakefile", Path(__file__).with_name("suite.smk").read_text("utf-8"))
         options = ["--snakefile", out / "Snakefile", "--directory", out.resolve(), "results"]

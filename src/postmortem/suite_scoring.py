@@ -19,7 +19,7 @@ from postmortem.parsing import parse_as_written, parse_strict
 from postmortem.prompts import Prompt, encode, lead_of
 from postmortem.records import locked, write_text
 from postmortem.scoring import YES_NO, Reply, Scores, score
-from postmortem.suite import CHUNKS, Plan, Reading, Scored, read_held, read_results
+from postmortem.suite import CHUNKS, Plan, Reading, Scored, read_chunk, read_results
 from postmortem.untrusted import printable
 
 # Weights in float32 do not determine more decimals of a log-odds, in nats.
@@ -146,7 +146,7 @@ def score_chunk(
     with locked(
         stream.with_suffix(".lock"), f"chunk {number}: waiting for an earlier run's worker"
     ):
-        held, end = read_held(plan, out), read_results(stream)[1]
+        held, end = read_chunk(plan, out, number), read_results(stream)[1]
         missing = [entry for entry in chunk if entry.name not in held]
         if missing or "" not in held:
             bench = open_bench(plan)
