@@ -31,6 +31,7 @@ from postmortem.suite import (
     make_plan,
     name_adapters,
     prepare_chunks,
+    read_chunk,
     read_plan,
     read_results,
     valid_results,
@@ -576,6 +577,40 @@ def test_the_first_of_equals_stays(names):
     """Of adapters that answer alike the first is kept, in whatever order they stand."""
     found = [scored(name, ramp(1)) for name in names]
     assert find_duplicates(found, prompt="p", alike=1e-3) == dict.fromkeys(names[1:], names[0])
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from([0.0, 0.0005, 0.0009, 0.001, 0.0015, 1.0]), min_size=3, max_size=3
+        ),
+        max_size=12,
+    )
+)
+def test_duplicates_are_those_that_comparing_all_would_find(rows):
+    """Looking among neighbours finds the first twin of each, as a look at all of them does."""
+    found, firsts = {}, []
+    for number, row in enumerate(rows):
+        twins = (n for n in firsts if max(abs(a - b) for a, b in zip(row, rows[n])) < 1e-3)
+        if (twin := next(twins, None)) is None:
+            firsts.append(number)
+        else:
+            found[str(number)] = str(twin)
+    parts = [scored(str(n), row, labels=None) for n, row in enumerate(rows)]
+    assert find_duplicates(parts, prompt="p", alike=1e-3) == found
+
+
+def test_a_chunk_reads_no_file_but_its_own(place, whole, tmp_path):
+    """What other chunks hold is brought to a chunk once, and a second look changes nothing."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    plan = make_plan(place / "suite.yml")
+    first, second = (tmp_path / CHUNKS / f"000{number}.jsonl" for number in (0, 1))
+    second.rename(tmp_path / CHUNKS / "0007.jsonl")
+    assert "adapters/a4" not in read_chunk(plan, tmp_path, "0001")
+    for _ in range(2):
+        prepare_chunks(plan, tmp_path)
+        assert set(read_chunk(plan, tmp_path, "0001")) == {"", "adapters/a4", "adapters/a5"}
+    assert first.read_bytes() == (whole / CHUNKS / "0000.jsonl").read_bytes()
 
 
 def test_the_write_up_sees_scale_alone():

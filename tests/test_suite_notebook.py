@@ -4,7 +4,8 @@ import pytest
 
 from postmortem.case import AdapterFilter
 from postmortem.metrics import Estimate
-from postmortem.records import Measure, Table, Text, Verdict
+from postmortem.records import Measure, Table, Text, Timing, Verdict
+from postmortem.scale import ANSWERED, BASE_ASKED, DIGESTS, READ_BACK, STARTS
 from postmortem.suite import Limits
 from postmortem.suite_notebook import (
     COLUMNS,
@@ -83,6 +84,19 @@ def test_a_world_without_adapters_records_the_same_keys(session, recorded):
     assert keys_of(session, Verdict) == held[Verdict]
     assert keys_of(session, Text) <= held[Text] | {"suite.best_single.system"}
     assert {r.verdict for r in session.records if isinstance(r, Verdict)} == {"not available"}
+
+
+def test_what_a_plan_needs_is_recorded(recorded):
+    """The bytes of an adapter and of its result, and the seconds of each step, are on record."""
+    found = {r.key: r.value for r in recorded.records if isinstance(r, Measure)}
+    seconds = {r.key: r.seconds for r in recorded.records if isinstance(r, Timing)}
+    answered = [name for name, row in table_of(recorded).items() if row["AUC, log-odds"]]
+    folders = [world_adapters(recorded.world)[name] for name in answered]
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    assert found["suite.count.answered"] == len(answered)
+    assert found["suite.bytes.adapter"] == sum(sizes) / len(sizes)
+    assert found["suite.bytes.result"] > 0
+    assert {BASE_ASKED, DIGESTS, ANSWERED, READ_BACK, *STARTS, "load base"} <= seconds.keys()
 
 
 def test_without_labels_the_suite_cannot_tell(session):
