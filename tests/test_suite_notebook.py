@@ -6,13 +6,15 @@ from postmortem.case import AdapterFilter
 from postmortem.metrics import Estimate
 from postmortem.records import Measure, Table, Text, Timing, Verdict
 from postmortem.scale import ANSWERED, BASE_ASKED, DIGESTS, READ_BACK, STARTS
-from postmortem.suite import Limits
+from postmortem.suite import Limits, Scored
 from postmortem.suite_notebook import (
     COLUMNS,
     GAINS,
+    PROMPT,
     judge_gain,
     limits_of,
     record_suite,
+    vary_results,
     world_adapters,
 )
 
@@ -97,6 +99,18 @@ def test_what_a_plan_needs_is_recorded(recorded):
     assert found["suite.bytes.adapter"] == sum(sizes) / len(sizes)
     assert found["suite.bytes.result"] > 0
     assert {BASE_ASKED, DIGESTS, ANSWERED, READ_BACK, *STARTS, "load base"} <= seconds.keys()
+
+
+def test_results_for_the_clock_are_no_twins():
+    """What stands in for many results has as many names, and moves each log-odds that it has."""
+    estimate = Estimate(None, None, None, 2)
+    numbers = dict.fromkeys(("mean", "std", "minimum", "maximum", "tied_pairs", "parsed"), 0.5)
+    aucs = dict.fromkeys(("auc", "auc_written", "gain"), estimate)
+    reading = {**numbers, **aucs, "distinct": 2, "effect": 0.1, "log_odds": [1.0, None]}
+    parts = {"digest": "d", "run": "r", "status": "ok", "readings": {PROMPT: reading}}
+    found = list(vary_results([Scored(name=name, **parts) for name in "ab"], 5))
+    assert [s.name for s in found] == ["a 0", "b 1", "a 2", "b 3", "a 4"]
+    assert [s.readings[PROMPT].log_odds for s in found][2] == [1.02, None]
 
 
 def test_without_labels_the_suite_cannot_tell(session):

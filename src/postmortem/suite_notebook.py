@@ -3,7 +3,8 @@
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from postmortem.analysis import NO_LABELS, ONE_CLASS
@@ -22,7 +23,8 @@ from postmortem.scale import (
 )
 from postmortem.session import Session
 from postmortem.suite import Limit, Limits, Scored
-from postmortem.suite_results import Judged, Results, judge_adapters, judge_suite
+from postmortem.suite import Limit, Limits, Scored
+from postmortem.suite_results import Judged, Results, judge_suite
 from postmortem.suite_scoring import Bench
 from postmortem.world import ADAPTERS, World, digest_model, role_name
 
@@ -151,14 +153,29 @@ def record_costs(session: Session, results: Results) -> None:
         session.measure(f"suite.bytes.{name}", mean, unit="byte", reason=NONE)
     if not answered:
         return
+    lines = [s.model_dump_json() for s in vary_results(answered, COPIES)]
     with session.timed(READ_BACK):
-        again = [Scored.model_validate_json(lines[i % len(lines)]) for i in range(COPIES)]
-        judge_adapters(
-            again, labels=session.rows.labels, limits=results.limits, prompt=results.decided_by
+        again = judge_suite(
+            results.base,
+            [Scored.model_validate_json(line) for line in lines],
+            labels=session.rows.labels,
+            limits=results.limits,
+            title=results.title,
+            decided_by=PROMPT,
         )
+        again.model_dump_json()
     for step, module in STARTS.items():
         with session.timed(step):
             subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+
+
+def vary_results(scored: Sequence[Scored], count: int) -> Iterator[Scored]:
+    """As many results as asked for, each with a name of its own and the twin of no other."""
+    for number, found in zip(range(count), cycle(scored), strict=False):
+        reading = found.readings[PROMPT]
+        moved = [None if odds is None else odds + number / 100 for odds in reading.log_odds]
+        readings = {PROMPT: reading.model_copy(update={"log_odds": moved})}
+        yield found.model_copy(update={"name": f"{found.name} {number}", "readings": readings})
 
 
 def list_gains(results: Results) -> dict[str, Estimate]:
