@@ -137,17 +137,17 @@ def test_the_plan_adds_up():
     assert scale.core_hours == pytest.approx((10_000 * 0.5 + 27 * 10) / 3600)
     assert scale.hours == pytest.approx((10 + 380 * 0.5) / 3600)
     assert (scale.read_gb, scale.results_gb) == pytest.approx((60, 0.03))
-    assert scale.judging_hours == pytest.approx(20 / 3600)
+    assert scale.judging_minutes == pytest.approx(20 / 60)
     table = values_with(run_of())["tables"]["scale.plan"]
     assert [row[0] for row in table["rows"]] == [f"{size:,}" for size in SIZES]
 
 
-def test_a_benchmark_gives_the_years_of_its_machine():
-    """Rows a second on record turn into years for all adapters; without them there is none."""
-    pace = {"value": ADAPTERS * 100 / (365 * 24 * 3600)}
+def test_a_benchmark_gives_the_days_of_its_machine():
+    """Rows a second on record turn into days for all adapters; without them there is none."""
+    pace = {"value": ADAPTERS * 100 / (24 * 3600)}
     found = values_with(run_of(), **{"bench.v2.numeric.pace": pace})["measures"]
-    assert found["scale.bench_years"]["value"] == pytest.approx(1)
-    assert values_with(run_of())["measures"]["scale.bench_years"]["value"] is None
+    assert found["scale.bench_days"]["value"] == pytest.approx(1)
+    assert values_with(run_of())["measures"]["scale.bench_days"]["value"] is None
 
 
 def test_the_estimate_for_a_card_takes_the_prompts_on_record():

@@ -85,14 +85,14 @@ class Scale:
         return self.adapters * self.rates.result_bytes / 1e9
 
     @property
-    def digest_hours(self) -> float:
+    def digest_minutes(self) -> float:
         """How long the command reads the adapters before the first job."""
-        return self.adapters * self.rates.digest / 3600
+        return self.adapters * self.rates.digest / 60
 
     @property
-    def judging_hours(self) -> float:
+    def judging_minutes(self) -> float:
         """How long the last step takes."""
-        return self.adapters * self.rates.judged / 3600
+        return self.adapters * self.rates.judged / 60
 
     @property
     def judging_gb(self) -> float:
@@ -136,7 +136,7 @@ def add_scale(
         **_list_fixed(),
         **_list_rates(rates),
         **_list_sizes(largest),
-        "bench_years": pace and ADAPTERS * rows / pace / 3600 / 24 / 365,
+        "bench_days": pace and ADAPTERS * rows / pace / 3600 / 24,
         "card_hours": estimate_card_hours(recorded.get(PROFILE), rows),
     }.items():
         reason = NONE if value is None else ""
@@ -157,8 +157,8 @@ def _list_plans(rates: Rates | None) -> Iterable[tuple[Cell, ...]]:
         return [("not available", *[None] * (len(PLAN) - 1))]
     return [
         (
-            *(f"{s.adapters:,}", rates.chunk, s.jobs, _short(s.core_hours), _short(s.hours)),
-            *(_short(s.read_gb), _short(s.results_gb)),
+            *(f"{s.adapters:,}", min(rates.chunk, s.adapters), s.jobs),
+            *map(_short, (s.core_hours, s.hours, s.read_gb, s.results_gb)),
         )
         for s in (Scale(size, rates) for size in SIZES)
     ]
@@ -186,7 +186,7 @@ def _list_rates(rates: Rates | None) -> dict[str, float | None]:
 
 def _list_sizes(largest: Scale | None) -> dict[str, float | None]:
     names = ("jobs", "core_hours", "hours", "read_gb", "results_gb")
-    judged = ("digest_hours", "judging_hours", "judging_gb")
+    judged = ("digest_minutes", "judging_minutes", "judging_gb")
     return {name: getattr(largest, name) if largest else None for name in (*names, *judged)}
 
 
