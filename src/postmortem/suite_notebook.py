@@ -23,7 +23,6 @@ from postmortem.scale import (
 )
 from postmortem.session import Session
 from postmortem.suite import Limit, Limits, Scored
-from postmortem.suite import Limit, Limits, Scored
 from postmortem.suite_results import Judged, Results, judge_suite
 from postmortem.suite_scoring import Bench
 from postmortem.world import ADAPTERS, World, digest_model, role_name
