@@ -14,12 +14,14 @@ DEVICE ?= auto
 DTYPE ?= auto
 CORES ?= 0
 WORLDS ?= 3
+EXECUTOR ?=
 
 BIN := $(abspath $(VENV))/bin
 # The graph calls `postmortem` and `snakemake` of this environment by name.
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := book
-.PHONY: book replay record confirm bench suite membership weights test lint clean environment
+.PHONY: book replay record confirm bench suite membership weights test lint clean environment \
+  cluster
 
 environment: $(VENV)/.installed
 
@@ -35,11 +37,11 @@ $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
 book: environment
 	@postmortem book --case "$(CASE)" --profile "$(PROFILE)" --data "$(DATA)" \
 	  --labels "$(LABELS)" --rows "$(ROWS)" --suspect "$(SUSPECT)" --reference "$(REFERENCE)" \
-	  --device "$(DEVICE)" --dtype "$(DTYPE)" --cores "$(CORES)"
+	  --device "$(DEVICE)" --dtype "$(DTYPE)" --cores "$(CORES)" --executor "$(EXECUTOR)"
 
 replay: environment
 	@postmortem replay --case "$(CASE)" --profile "$(PROFILE)" --worlds "$(WORLDS)" \
-	  --cores "$(CORES)"
+	  --cores "$(CORES)" --executor "$(EXECUTOR)"
 
 record: environment
 	@postmortem record --case "$(CASE)" --profile "$(PROFILE)" --files "$(FILES)" \
@@ -61,6 +63,11 @@ membership: environment
 
 weights: environment
 	@postmortem weights "$(PROFILE)"
+
+# Snakemake's executors for SLURM and Kubernetes, which nothing else needs.
+cluster: environment
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[cluster]'
 
 test: environment
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile \

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from postmortem.case import case_digest, load_case
 from postmortem.case_site import site_of
+from postmortem.cluster import gpu_resources
 from postmortem.inputs import settings_digest
 from postmortem.provenance import modules_behind, notebook_digests
 from postmortem.recorded import kept_inputs
@@ -30,13 +31,30 @@ WORLD = TRAINED.get(PROFILE.seed, "")
 REPLAYS = f"{BUILD}/replays/{CASE.name}/{SETTINGS['profile']}"
 STARTS = LINEAGE_STARTS if EMBEDDED else {}
 # The embedded models are too small for two threads to help; a real one takes all there are.
-THREADS = 1 if EMBEDDED else workflow.cores
+THREADS = 1 if EMBEDDED else config.get("threads") or workflow.cores or 1
+# What to ask a scheduler for, in MB and minutes; a retry gets more. The largest base of the
+# profiles takes 12 GB as float32.
+MEMORY, MINUTES = (2_000, 60) if EMBEDDED else (16_000, 1_440)
+RESOURCES = {
+    "mem_mb": lambda wildcards, attempt: MEMORY * attempt,
+    "runtime": lambda wildcards, attempt: MINUTES * attempt,
+    **({} if EMBEDDED else gpu_resources(SETTINGS["device"])),
+}
 # Runs on real models that are kept; `make record` and `make bench` make them again.
 KEPT = [] if CASE.own else sorted(str(path) for path in Path("results").glob("*/*.jsonl"))
 # The heavy notebook that this run was asked for, if any.
 HEAVY = SETTINGS.get("heavy", "")
 # Notebooks that read what an earlier one recorded.
 EARLIER = {"02_v2_run": "01_v1_run", "09_diagnosis": "07_replay"}
+
+
+# These take seconds and no model, or write what the next command reads here.
+localrules:
+    book,
+    publish,
+    world,
+    replay,
+    replay_world,
 
 
 def lineages_of(seed):
@@ -96,6 +114,8 @@ for order, name in enumerate(sorted(NOTEBOOKS, key=lambda name: name == "07_repl
             depends=notebook_digests(SOURCES[name]),
             settings=settings_digest(CASE, SETTINGS),
         threads: THREADS
+        resources:
+            **RESOURCES,
         priority: order
         shell:
             "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
@@ -141,6 +161,8 @@ rule replay_notebook:
         depends=notebook_digests("notebooks/07_replay.ipynb"),
         settings=settings_digest(CASE, SETTINGS),
     threads: THREADS
+    resources:
+        **RESOURCES,
     shell:
         "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
         " --records {output.records:q} --executed {output.executed:q}"
@@ -157,7 +179,9 @@ if HEAVY:
         output:
             records=SETTINGS["kept"],
             executed=f"{RUN}/recorded/{HEAVY}.ipynb",
-        threads: workflow.cores
+        threads: THREADS
+        resources:
+            **RESOURCES,
         shell:
             "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
             " --records {output.records:q} --executed {output.executed:q} --world {input.world:q}"
@@ -189,6 +213,8 @@ for order, (lineage, start) in enumerate(reversed(STARTS.items())):
             lineage=lineage,
             folder=f"{BUILD}/worlds/{CASE.name}-{{digest}}/{lineage}",
             seed=lambda wildcards: WORLDS[wildcards.digest],
+        resources:
+            **RESOURCES,
         priority: order
         shell:
             "OMP_NUM_THREADS=1 postmortem step lineage {params.lineage}"

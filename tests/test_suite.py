@@ -26,11 +26,12 @@ from postmortem.suite import (
     Limits,
     Reading,
     Scored,
-    drop_incomplete,
     find_adapters,
     load_suite,
     make_plan,
     name_adapters,
+    prepare_chunks,
+    read_chunk,
     read_plan,
     read_results,
     valid_results,
@@ -357,6 +358,8 @@ def test_an_adapter_that_joins_moves_the_others_and_is_scored_alone(
     shutil.copytree(whole / CHUNKS, tmp_path / "out" / CHUNKS)
     adapter(tmp_path / "adapters/a", untrained / "reference")
     plan, told = make_plan(write_spec(tmp_path, untrained / "base")), []
+    prepare_chunks(plan, tmp_path / "out")
+    prepare_chunks(plan, tmp_path / "out")
     for number in plan.chunks:
         score_chunk(plan, tmp_path / "out", number, report=told.append)
     assert [line.partition(": ")[2] for line in told] == [
@@ -370,10 +373,10 @@ def test_a_chunk_that_lost_its_file_is_not_done(place, whole, tmp_path):
     """The mark of a chunk is taken back where its results are gone, and collecting refuses."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     plan = make_plan(place / "suite.yml")
-    drop_incomplete(plan, tmp_path)
+    prepare_chunks(plan, tmp_path)
     assert (tmp_path / CHUNKS / "0001.done").exists()
     (tmp_path / CHUNKS / "0001.jsonl").unlink()
-    drop_incomplete(plan, tmp_path)
+    prepare_chunks(plan, tmp_path)
     assert not (tmp_path / CHUNKS / "0001.done").exists()
     with pytest.raises(RecordError, match="none for 'adapters/a4'"):
         collect(plan, tmp_path)
@@ -569,11 +572,46 @@ def test_an_ensemble_does_not_see_scale(odds, factor, offset):
     assert np.array_equal(mean_ranks([row, row]), mean_ranks([row]))
 
 
+@settings(deadline=None)
 @given(st.permutations(list("abcdef")))
 def test_the_first_of_equals_stays(names):
     """Of adapters that answer alike the first is kept, in whatever order they stand."""
     found = [scored(name, ramp(1)) for name in names]
     assert find_duplicates(found, prompt="p", alike=1e-3) == dict.fromkeys(names[1:], names[0])
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from([0.0, 0.0005, 0.0009, 0.001, 0.0015, 1.0]), min_size=3, max_size=3
+        ),
+        max_size=12,
+    )
+)
+def test_duplicates_are_those_that_comparing_all_would_find(rows):
+    """Looking among neighbours finds the first twin of each, as a look at all of them does."""
+    found, firsts = {}, []
+    for number, row in enumerate(rows):
+        twins = (n for n in firsts if np.abs(np.subtract(row, rows[n])).max() < 1e-3)
+        if (twin := next(twins, None)) is None:
+            firsts.append(number)
+        else:
+            found[str(number)] = str(twin)
+    parts = [scored(str(n), row, labels=None) for n, row in enumerate(rows)]
+    assert find_duplicates(parts, prompt="p", alike=1e-3) == found
+
+
+def test_a_chunk_reads_no_file_but_its_own(place, whole, tmp_path):
+    """What other chunks hold is brought to a chunk once, and a second look changes nothing."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    plan = make_plan(place / "suite.yml")
+    first, second = (tmp_path / CHUNKS / f"000{number}.jsonl" for number in (0, 1))
+    second.rename(tmp_path / CHUNKS / "0007.jsonl")
+    assert "adapters/a4" not in read_chunk(plan, tmp_path, "0001")
+    for _ in range(2):
+        prepare_chunks(plan, tmp_path)
+        assert set(read_chunk(plan, tmp_path, "0001")) == {"", "adapters/a4", "adapters/a5"}
+    assert first.read_bytes() == (whole / CHUNKS / "0000.jsonl").read_bytes()
 
 
 def test_the_write_up_sees_scale_alone():

@@ -4,14 +4,17 @@ import pytest
 
 from postmortem.case import AdapterFilter
 from postmortem.metrics import Estimate
-from postmortem.records import Measure, Table, Text, Verdict
-from postmortem.suite import Limits
+from postmortem.records import Measure, Table, Text, Timing, Verdict
+from postmortem.scale import ANSWERED, BASE_ASKED, DIGESTS, READ_BACK, STARTS
+from postmortem.suite import Limits, Scored
 from postmortem.suite_notebook import (
     COLUMNS,
     GAINS,
+    PROMPT,
     judge_gain,
     limits_of,
     record_suite,
+    vary_results,
     world_adapters,
 )
 
@@ -83,6 +86,31 @@ def test_a_world_without_adapters_records_the_same_keys(session, recorded):
     assert keys_of(session, Verdict) == held[Verdict]
     assert keys_of(session, Text) <= held[Text] | {"suite.best_single.system"}
     assert {r.verdict for r in session.records if isinstance(r, Verdict)} == {"not available"}
+
+
+def test_what_a_plan_needs_is_recorded(recorded):
+    """The bytes of an adapter and of its result, and the seconds of each step, are on record."""
+    found = {r.key: r.value for r in recorded.records if isinstance(r, Measure)}
+    seconds = {r.key: r.seconds for r in recorded.records if isinstance(r, Timing)}
+    answered = [name for name, row in table_of(recorded).items() if row["AUC, log-odds"]]
+    folders = [world_adapters(recorded.world)[name] for name in answered]
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    assert found["suite.count.answered"] == len(answered)
+    assert found["suite.bytes.adapter"] == sum(sizes) / len(sizes)
+    assert found["suite.bytes.result"] > 0
+    assert {BASE_ASKED, DIGESTS, ANSWERED, READ_BACK, *STARTS, "load base"} <= seconds.keys()
+
+
+def test_results_for_the_clock_are_no_twins():
+    """What stands in for many results has as many names, and moves each log-odds that it has."""
+    estimate = Estimate(None, None, None, 2)
+    numbers = dict.fromkeys(("mean", "std", "minimum", "maximum", "tied_pairs", "parsed"), 0.5)
+    aucs = dict.fromkeys(("auc", "auc_written", "gain"), estimate)
+    reading = {**numbers, **aucs, "distinct": 2, "effect": 0.1, "log_odds": [1.0, None]}
+    parts = {"digest": "d", "run": "r", "status": "ok", "readings": {PROMPT: reading}}
+    found = list(vary_results([Scored(name=name, **parts) for name in "ab"], 5))
+    assert [s.name for s in found] == ["a 0", "b 1", "a 2", "b 3", "a 4"]
+    assert [s.readings[PROMPT].log_odds for s in found][2] == [1.02, None]
 
 
 def test_without_labels_the_suite_cannot_tell(session):

@@ -118,7 +118,10 @@ def book(
     reference: Annotated[str, typer.Option(help="Folder of the reference adapter.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+    cores: Annotated[int, typer.Option(min=0, help="Cores, or jobs at once; 0 takes all.")] = 0,
+    executor: Annotated[
+        str, typer.Option(help="slurm, kubernetes or the folder of a Snakemake profile.")
+    ] = "",
 ) -> None:
     """Bring the book up to date: world, notebooks, values, pages."""
     from postmortem.graph import build
@@ -134,7 +137,7 @@ def book(
         device=device,
         dtype=dtype,
     )
-    print(build(settings, cores=_count(cores)))
+    print(build(settings, cores=_count(cores, executor), executor=executor))
 
 
 @app.command()
@@ -142,13 +145,16 @@ def replay(
     case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
     profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "",
     worlds: Annotated[int, typer.Option(min=1, help="Embedded worlds to train, each a seed.")] = 3,
-    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+    cores: Annotated[int, typer.Option(min=0, help="Cores, or jobs at once; 0 takes all.")] = 0,
+    executor: Annotated[
+        str, typer.Option(help="slurm, kubernetes or the folder of a Snakemake profile.")
+    ] = "",
 ) -> None:
     """Replay every cause at every severity in several worlds, and judge the diagnosis by it."""
     from postmortem import graph
 
     settings = _make_settings(case=case, profile=profile, worlds=worlds)
-    print(graph.replay(settings, cores=_count(cores)))
+    print(graph.replay(settings, cores=_count(cores, executor), executor=executor))
 
 
 @app.command()
@@ -208,13 +214,15 @@ def bench(
 def suite(
     spec: Annotated[Path, typer.Argument(help="The suite file.")],
     out: Annotated[Path, typer.Option(help="The folder for results; a run there is resumed.")],
-    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
-    executor: Annotated[str, typer.Option(help="Another executor of Snakemake's.")] = "",
+    cores: Annotated[int, typer.Option(min=0, help="Cores, or jobs at once; 0 takes all.")] = 0,
+    executor: Annotated[
+        str, typer.Option(help="slurm, kubernetes or the folder of a Snakemake profile.")
+    ] = "",
 ) -> None:
     """Score many adapters on one base and say which to keep."""
     from postmortem.graph import run_suite
 
-    print(run_suite(spec, out, cores=_count(cores), executor=executor))
+    print(run_suite(spec, out, cores=_count(cores, executor), executor=executor))
 
 
 @app.command()
@@ -445,21 +453,21 @@ def evaluate_replays(records: list[Path], out: Annotated[Path, typer.Option()]) 
 
 
 @steps.command("suite-chunk")
-def score_chunk(number: str) -> None:
+def score_chunk(number: str, mark: Annotated[Path, typer.Option()]) -> None:
     """Score one chunk of the suite whose output folder this is."""
     from postmortem.suite import read_plan
     from postmortem.suite_scoring import score_chunk
 
-    score_chunk(read_plan(Path()), Path(), number, report=_say)
+    score_chunk(read_plan(Path()), Path(), number, mark=mark, report=_say)
 
 
 @steps.command("suite-results")
-def collect_results() -> None:
+def collect_results(into: Annotated[Path, typer.Option()]) -> None:
     """Judge the adapters of the suite whose output folder this is."""
     from postmortem.suite import read_plan
     from postmortem.suite_results import collect
 
-    collect(read_plan(Path()), Path())
+    collect(read_plan(Path()), Path(), into=into)
 
 
 @steps.command("publish")
@@ -507,9 +515,9 @@ def _make_settings(**given: str | int) -> dict[str, str | int]:
     return {**empty, "device": "auto", "dtype": "auto", "rows": 0, "worlds": 1, **given}
 
 
-def _count(cores: int) -> int:
-    """Cores to use; 0 stands for all that this process may use."""
-    return cores or len(os.sched_getaffinity(0))
+def _count(cores: int, executor: str = "") -> int:
+    """Cores to use; 0 stands for all that this process may use, or for what a profile says."""
+    return cores if cores or executor else len(os.sched_getaffinity(0))
 
 
 def _settings() -> dict[str, Any]:

@@ -52,6 +52,10 @@ class SuiteError(PostmortemError):
     """A suite names no adapter, prompt or rows, or its steps did not all succeed."""
 
 
+class ClusterError(PostmortemError):
+    """The graph cannot be run where it was asked to be: a profile, plugin or cluster is missing."""
+
+
 class ParameterError(PostmortemError):
     """A notebook was given parameters that it does not declare, or not those it needs."""
 

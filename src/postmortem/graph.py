@@ -12,10 +12,11 @@ from pathlib import Path
 
 from postmortem.case import load_case
 from postmortem.case_site import BUILD, site_of
+from postmortem.cluster import place_options
 from postmortem.confirm import confirm_files
 from postmortem.errors import BookError, CaseError, DataError, SuiteError
 from postmortem.records import RecordFile, locked, read_records, write_text
-from postmortem.suite import drop_incomplete, make_plan, write_plan
+from postmortem.suite import make_plan, prepare_chunks, write_plan
 from postmortem.world import embedded_digest
 
 RECORDED = Path("results")
@@ -24,10 +25,11 @@ DTYPES = re.compile("auto|float32|bfloat16|float16")
 Settings = dict[str, str | int]
 
 
-def build(settings: Settings, *, cores: int) -> str:
+def build(settings: Settings, *, cores: int, executor: str = "") -> str:
     """Bring the book up to date and return the line that says so.
 
     The case, the profile and the names of the data files are checked before anything runs.
+    `executor` and `cores` say where, as for `place_options`; so they do for the other builds here.
     Raises `BookError` where a step failed; its own message stands above.
     """
     start = time.perf_counter()
@@ -37,14 +39,14 @@ def build(settings: Settings, *, cores: int) -> str:
     with one_build():
         if not (site.html / "index.html").is_file():
             site.summary.unlink(missing_ok=True)  # its pages are gone
-        _run_graph("book", settings, cores=cores)
+        _run_graph("book", settings, cores=cores, executor=executor)
     summary = json.loads(site.summary.read_text(encoding="utf-8"))
     seconds = time.perf_counter() - start
     counts = f"{summary['pages']} pages, {summary['records']} records, {seconds:.0f} s"
     return f"book: {site.html / 'index.html'} ({counts})"
 
 
-def replay(settings: Settings, *, cores: int) -> str:
+def replay(settings: Settings, *, cores: int, executor: str = "") -> str:
     """Replay every cause at every severity in several worlds; return the line that sums it up."""
     settings = check_settings(settings)
     if load_case(str(settings["case"])).own:
@@ -55,7 +57,7 @@ def replay(settings: Settings, *, cores: int) -> str:
             remedy="`postmortem diagnose` works on this one.",
         )
     with one_build():
-        _run_graph("replay", settings, cores=cores)
+        _run_graph("replay", settings, cores=cores, executor=executor)
     told = json.loads((BUILD / "replays.json").read_text(encoding="utf-8"))
     return f"replay: {told['line']}"
 
@@ -109,18 +111,20 @@ def train_base(settings: Settings, *, cores: int) -> Path:
 def run_suite(path: str | Path, out: str | Path, *, cores: int, executor: str = "") -> str:
     """Run a suite, resuming what an earlier run has left; return the line that sums it up.
 
-    With an `executor` of Snakemake's (slurm, kubernetes), `cores` is how many chunks run at once.
+    With an `executor`, `cores` is how many chunks run at once, and 0 leaves it to the profile.
     Raises `SuiteError` where a step failed; its own message stands above.
     """
     start, out = time.perf_counter(), Path(out)
+    place = place_options(executor, cores=cores, out=out)
     plan = make_plan(path)
     with locked(out / ".lock", "suite: waiting for another run in this folder to end"):
         write_plan(plan, out)
-        drop_incomplete(plan, out)
-        options = ["--snakefile", str(Path(__file__).with_name("suite.smk")), "--directory", out]
-        jobs = ["--executor", executor, "--jobs"] if executor else ["--cores"]
+        prepare_chunks(plan, out)
+        # Jobs that start in a folder of their own are sent the graph from here.
+        write_text(out / "Snakefile", Path(__file__).with_name("suite.smk").read_text("utf-8"))
+        options = ["--snakefile", out / "Snakefile", "--directory", out.resolve(), "results"]
         # One chunk that fails does not stop the others.
-        if _run_snakemake([*options, "results", "--keep-going", *jobs, cores]):
+        if _run_snakemake([*options, "--keep-going", *place]):
             raise SuiteError(out, expected="every chunk to succeed", found="one that did not")
         line = (out / "summary.txt").read_text(encoding="utf-8").strip()
     return f"{line}, {time.perf_counter() - start:.0f} s"
@@ -159,10 +163,13 @@ def one_build() -> Iterator[None]:
         yield
 
 
-def _run_graph(target: str, settings: Settings, *, cores: int, again: bool = False) -> None:
+def _run_graph(
+    target: str, settings: Settings, *, cores: int, executor: str = "", again: bool = False
+) -> None:
+    place = place_options(executor, cores=cores)
     write_text(BUILD / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
     forced = ["--forcerun", target] if again else []
-    if _run_snakemake([target, "--cores", cores, *forced]):
+    if _run_snakemake([target, *place, *forced]):
         raise BookError("the build", expected="every step to succeed", found="one that did not")
 
 

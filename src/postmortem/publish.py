@@ -26,6 +26,7 @@ from postmortem.records import (
     read_records,
     write_text,
 )
+from postmortem.scale import add_scale
 from postmortem.values import Values, add_table
 from postmortem.world import Training, World, check_members, read_world, role_name
 
@@ -63,14 +64,14 @@ def publish(
         add_own_values(values, loaded, rows=scored)
         drawings, missing = draw_all(files, loaded, FIGURES_OWN)
     else:
-        drawings, missing = _add_incident(values, loaded, files=files)
+        drawings, missing = _add_incident(values, loaded, files=files, rows=len(scored))
     save_drawings(drawings, missing, Path(out) / "figures")
     write_text(Path(out) / "values.json", json.dumps(values, indent=1, ensure_ascii=False))
     return sum(len(file.records) for file in files.values())
 
 
 def _add_incident(
-    values: Values, case: Case, *, files: dict[str, RecordFile]
+    values: Values, case: Case, *, files: dict[str, RecordFile], rows: int
 ) -> tuple[list[Drawing], dict[str, str]]:
     """Add what a case in full holds and the runs that are kept for it; draw its figures."""
     recorded, bench = read_kept(case, "real_model"), read_kept(case, "bench")
@@ -78,6 +79,7 @@ def _add_incident(
     add_recorded(values, recorded)
     add_training(values, case, recorded)
     add_bench(values, bench)
+    add_scale(values, files.get("10_suite"), rows=rows, recorded=recorded)
     add_case_values(values, case)
     kept = {f"{KEPT}{name}": file for name, file in recorded.items()}
     return draw_all(files | kept, case)

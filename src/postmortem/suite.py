@@ -23,6 +23,8 @@ from postmortem.untrusted import printable
 from postmortem.world import digest_model, find_base
 
 PLAN, CHUNKS = "plan.json", "chunks"
+# The end of the name of a file with what a chunk has from others.
+MOVED = ".moved.jsonl"
 # A base above this size is worth more than one thread.
 SMALL = 100 << 20
 UNREADABLE = "unreadable"
@@ -157,13 +159,15 @@ class Plan:
     """A suite with its names resolved, as it stands in the output folder for every step.
 
     `chunks` holds the entries by the number of their chunk, `run` the digest that the results
-    must carry, `threads` is 0 where a step takes all cores.
+    must carry, `threads` is 0 where a step takes all cores, `base_bytes` the size of the base's
+    weights.
     """
 
     suite: Suite
     place: str
     base: str
     base_digest: str
+    base_bytes: int
     prompts: dict[str, PromptTemplate]
     run: str
     threads: int
@@ -207,6 +211,7 @@ def make_plan(path: str | Path) -> Plan:
         place=str(place),
         base=str(base.resolve()),
         base_digest=base_digest,
+        base_bytes=size,
         prompts=prompts,
         run=digest_run(suite, base=base_digest, rows=rows, prompts=prompts),
         threads=1 if size < SMALL else 0,
@@ -322,7 +327,7 @@ def read_plan(out: Path) -> Plan:
     """Read a plan back; `RecordError` where it is missing or altered beyond use."""
     try:
         data = json.loads((out / PLAN).read_text(encoding="utf-8"))
-        names = ("place", "base", "base_digest", "run", "threads")
+        names = ("place", "base", "base_digest", "base_bytes", "run", "threads")
         return Plan(
             suite=Suite.model_validate(data["suite"]),
             prompts={n: PromptTemplate.model_validate(p) for n, p in data["prompts"].items()},
@@ -336,21 +341,41 @@ def read_plan(out: Path) -> Plan:
         raise RecordError(out / PLAN, expected="a plan", found=str(error)[:200]) from None
 
 
-def drop_incomplete(plan: Plan, out: Path) -> None:
-    """Take back the mark of each chunk whose results are not all there any more."""
-    held = read_held(plan, out)
+def prepare_chunks(plan: Plan, out: Path) -> None:
+    """Bring each chunk what earlier runs have measured of it, and take back the marks of others.
+
+    An adapter that joins the suite moves others to another chunk; they are not measured again.
+    What stands in another chunk's file is copied here once, so that no chunk reads all of them.
+    """
+    files = {path.name: _read_valid(plan, [path]) for path in _list_files(out)}
+    held = {name: result for found in files.values() for name, result in found.items()}
     for number, chunk in plan.chunks.items():
-        if {"", *(entry.name for entry in chunk)} - held.keys():
+        names = [entry.name for entry in chunk]
+        if {"", *names} - held.keys():
             (out / CHUNKS / f"{number}.done").unlink(missing_ok=True)
+        streamed = files.get(f"{number}.jsonl", {})
+        moved = [name for name in names if name in held and name not in streamed]
+        if moved:
+            lines = [held[name].model_dump_json() + "\n" for name in ("", *moved) if name in held]
+            write_text(out / CHUNKS / f"{number}{MOVED}", "".join(lines))
 
 
 def read_held(plan: Plan, out: Path) -> dict[str, Scored]:
-    """By name, the results that count, in whichever chunk's file they stand.
+    """By name, the results that count, in whichever chunk's file they stand."""
+    return _read_valid(plan, _list_files(out))
 
-    An adapter that joins the suite moves others to another chunk; they are not measured again.
-    """
-    files = sorted((out / CHUNKS).glob("*.jsonl"))
-    return valid_results(plan, [result for file in files for result in read_results(file)[0]])
+
+def read_chunk(plan: Plan, out: Path, number: str) -> dict[str, Scored]:
+    """By name, the results that count in a chunk's own files."""
+    return _read_valid(plan, [out / CHUNKS / f"{number}{end}" for end in (MOVED, ".jsonl")])
+
+
+def _list_files(out: Path) -> list[Path]:
+    return sorted((out / CHUNKS).glob("*.jsonl"))
+
+
+def _read_valid(plan: Plan, files: Iterable[Path]) -> dict[str, Scored]:
+    return valid_results(plan, (result for file in files for result in read_results(file)[0]))
 
 
 def valid_results(plan: Plan, results: Iterable[Scored]) -> dict[str, Scored]:

@@ -1,15 +1,28 @@
 """A small suite in the book: every adapter that this world has, on its base."""
 
-from collections.abc import Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from postmortem.analysis import NO_LABELS, ONE_CLASS
 from postmortem.case import AdapterFilter
 from postmortem.metrics import Estimate, say_estimate
 from postmortem.models import LoadedBase, load_base
-from postmortem.records import Cell
+from postmortem.records import Cell, Timing
+from postmortem.scale import (
+    ANSWERED,
+    BASE_ASKED,
+    COPIES,
+    DIGESTS,
+    NONE,
+    READ_BACK,
+    STARTS,
+)
 from postmortem.session import Session
-from postmortem.suite import Limit, Limits
+from postmortem.suite import Limit, Limits, Scored
 from postmortem.suite_results import Judged, Results, judge_suite
 from postmortem.suite_scoring import Bench
 from postmortem.world import ADAPTERS, World, digest_model, role_name
@@ -58,7 +71,8 @@ def run_world_suite(session: Session) -> Results | None:
         again = load_base(session.world.path("base"), device=session.device, dtype=session.dtype)
         return next(bases, again)
 
-    with session.timed("suite"):
+    _ = session.base  # loaded ahead of the clock below, and under its own
+    with session.timed(BASE_ASKED):
         bench = Bench(
             load,
             folder=session.world.path("base"),
@@ -67,10 +81,16 @@ def run_world_suite(session: Session) -> Results | None:
             max_new_tokens=attempt.decoding.max_new_tokens,
             max_prompt_tokens=attempt.decoding.max_prompt_tokens,
         )
-        scored = [
-            bench.score(name, folder, digest=digest_model(folder))
-            for name, folder in adapters.items()
-        ]
+    with session.timed(DIGESTS):
+        digests = {name: digest_model(folder) for name, folder in adapters.items()}
+    session.say("suite: adapters")
+    scored, seconds = [], 0.0
+    for name, folder in adapters.items():
+        start = time.perf_counter()
+        scored.append(bench.score(name, folder, digest=digests[name]))
+        if scored[-1].status == "ok":
+            seconds += time.perf_counter() - start
+    session.add(Timing(key=ANSWERED, seconds=seconds))
     return judge_suite(
         bench.score_base(),
         scored,
@@ -107,6 +127,7 @@ def record_suite(session: Session) -> Results | None:
     session.measure("suite.best_single.auc", results.best_auc, reason=why)
     for name, found in list_gains(results).items():
         session.measure(f"suite.gain.{name}", found, reason=why)
+    record_costs(session, results)
     kept = results.ensembles.get("kept")
     session.measure("suite.ensemble.auc", kept.auc if kept else None, reason=why)
     session.text("suite.best_single.system", results.best_single or "none")
@@ -114,6 +135,46 @@ def record_suite(session: Session) -> Results | None:
     for name, key in (("over_best", "beats_best"), ("over_all", "filtering_pays")):
         session.verdict(f"suite.{key}", *judge_gain(list_gains(results)[name], lack=why))
     return results
+
+
+def record_costs(session: Session, results: Results) -> None:
+    """Record what a plan for many adapters needs: bytes of each, and how long a job takes to start.
+
+    A job starts a worker, and Snakemake where another executor runs it.
+    """
+    adapters = world_adapters(session.world)
+    answered = [j.scored for j in results.adapters if j.scored.status == "ok"]
+    session.measure("suite.count.answered", len(answered))
+    sizes = [sum(f.stat().st_size for f in adapters[s.name].iterdir()) for s in answered]
+    lines = [s.model_dump_json() for s in answered]
+    for name, found in {"adapter": sizes, "result": list(map(len, lines))}.items():
+        mean = sum(found) / len(found) if found else None
+        session.measure(f"suite.bytes.{name}", mean, unit="byte", reason=NONE)
+    if not answered:
+        return
+    lines = [s.model_dump_json() for s in vary_results(answered, COPIES)]
+    with session.timed(READ_BACK):
+        again = judge_suite(
+            results.base,
+            [Scored.model_validate_json(line) for line in lines],
+            labels=session.rows.labels,
+            limits=results.limits,
+            title=results.title,
+            decided_by=PROMPT,
+        )
+        again.model_dump_json()
+    for step, module in STARTS.items():
+        with session.timed(step):
+            subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+
+
+def vary_results(scored: Sequence[Scored], count: int) -> Iterator[Scored]:
+    """As many results as asked for, each with a name of its own and the twin of no other."""
+    for number, found in zip(range(count), cycle(scored), strict=False):
+        reading = found.readings[PROMPT]
+        moved = [None if odds is None else odds + number / 100 for odds in reading.log_odds]
+        readings = {PROMPT: reading.model_copy(update={"log_odds": moved})}
+        yield found.model_copy(update={"name": f"{found.name} {number}", "readings": readings})
 
 
 def list_gains(results: Results) -> dict[str, Estimate]:
@@ -149,9 +210,10 @@ def _record_absence(session: Session) -> None:
     reason = "this profile has no adapter"
     cells: tuple[Cell, ...] = ("not available", reason)
     session.table("suite.adapters", ("adapter", "because"), [cells])
-    for name in ("adapters", "kept", "dropped", "write_up", "failed"):
+    for name in ("adapters", "kept", "dropped", "write_up", "failed", "answered"):
         session.measure(f"suite.count.{name}", None, reason=reason)
-    for name in (*(f"gain.{gain}" for gain in GAINS), "ensemble.auc", "best_single.auc"):
+    rest = ("ensemble.auc", "best_single.auc", "bytes.adapter", "bytes.result")
+    for name in (*(f"gain.{gain}" for gain in GAINS), *rest):
         session.measure(f"suite.{name}", None, reason=reason)
     session.text("suite.best_single.system", "none")
     for key in ("filters_agree", "beats_best", "filtering_pays"):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -91,8 +92,8 @@ class Results(Frozen):
         )
 
 
-def collect(plan: Plan, out: Path) -> Results:
-    """Judge the results in the output folder and write them as JSON and CSV.
+def collect(plan: Plan, out: Path, *, into: Path | None = None) -> Results:
+    """Judge the results in the output folder and write them there as JSON and CSV, or elsewhere.
 
     Raises `RecordError` where one is missing.
     """
@@ -115,9 +116,10 @@ def collect(plan: Plan, out: Path) -> Results:
         run=plan.run,
         judged=digest_judgement(plan.suite),
     )
-    write_text(out / "results.csv", as_csv(results))
-    write_text(out / "summary.txt", f"suite: {results.line}\n")
-    write_text(out / "results.json", results.model_dump_json(indent=1) + "\n")
+    into = into or out
+    write_text(into / "results.csv", as_csv(results))
+    write_text(into / "summary.txt", f"suite: {results.line}\n")
+    write_text(into / "results.json", results.model_dump_json(indent=1) + "\n")
     return results
 
 
@@ -317,15 +319,25 @@ def find_reversed(scored: Sequence[Scored], *, prompt: str) -> list[str]:
 
 def find_duplicates(scored: Sequence[Scored], *, prompt: str, alike: float) -> dict[str, str]:
     """Adapters whose log-odds all lie within `alike` of an earlier one's, with its name."""
-    seen: dict[str, np.ndarray] = {}
+    odds = np.array([s.readings[prompt].log_odds for s in scored], dtype=np.float64)
+    # Twins are near in the first row already: only neighbours there are compared.
+    seen: list[tuple[float, int]] = []
     found = {}
-    for s in scored:
-        odds = np.array(s.readings[prompt].log_odds, dtype=np.float64)
-        twin = next((n for n, other in seen.items() if np.abs(odds - other).max() < alike), None)
+    for number, s in enumerate(scored):
+        first = odds[number, 0]
+        low, high = (bisect_left(seen, (first + 2 * step, 0)) for step in (-alike, alike))
+        twin = next(
+            (
+                other
+                for other in sorted(other for _, other in seen[low:high])
+                if np.abs(odds[number] - odds[other]).max() < alike
+            ),
+            None,
+        )
         if twin is None:
-            seen[s.name] = odds
+            insort(seen, (first, number))
         else:
-            found[s.name] = twin
+            found[s.name] = scored[twin].name
     return found
 
 

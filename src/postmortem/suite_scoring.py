@@ -19,7 +19,7 @@ from postmortem.parsing import parse_as_written, parse_strict
 from postmortem.prompts import Prompt, encode, lead_of
 from postmortem.records import locked, write_text
 from postmortem.scoring import YES_NO, Reply, Scores, score
-from postmortem.suite import CHUNKS, Plan, Reading, Scored, read_held, read_results
+from postmortem.suite import CHUNKS, Plan, Reading, Scored, read_chunk, read_results
 from postmortem.untrusted import printable
 
 # Weights in float32 do not determine more decimals of a log-odds, in nats.
@@ -128,9 +128,16 @@ class Bench:
 
 
 def score_chunk(
-    plan: Plan, out: Path, number: str, report: Callable[[str], None] = lambda line: None
+    plan: Plan,
+    out: Path,
+    number: str,
+    *,
+    mark: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Score what a chunk's file lacks, one line after the other, and mark the chunk as done.
+
+    The mark stands beside the file, unless another place is given for it.
 
     A run that was killed may have left workers behind: the chunk is locked, and its file is read
     once it is ours.
@@ -139,7 +146,7 @@ def score_chunk(
     with locked(
         stream.with_suffix(".lock"), f"chunk {number}: waiting for an earlier run's worker"
     ):
-        held, end = read_held(plan, out), read_results(stream)[1]
+        held, end = read_chunk(plan, out, number), read_results(stream)[1]
         missing = [entry for entry in chunk if entry.name not in held]
         if missing or "" not in held:
             bench = open_bench(plan)
@@ -150,7 +157,7 @@ def score_chunk(
                     found = bench.score(entry.name, entry.folder, digest=entry.digest, run=plan.run)
                     _append(lines, found)
         report(f"chunk {number}: {len(missing)} of {len(chunk)} adapters scored")
-        write_text(stream.with_suffix(".done"), f"{plan.run}\n")
+        write_text(mark or stream.with_suffix(".done"), f"{plan.run}\n")
 
 
 def open_bench(plan: Plan) -> Bench:

@@ -1,0 +1,318 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from pods import Pods
+from test_suite import adapter, bytes_of, write_spec
+
+import postmortem
+from postmortem import cluster
+from postmortem.cluster import (
+    PROFILES,
+    SHIPPED,
+    find_profile,
+    gpu_resources,
+    memory_mb,
+    place_options,
+    require_plugin,
+)
+from postmortem.errors import ClusterError
+from postmortem.suite import CHUNKS, make_plan, write_plan
+
+START = Path(__file__).parents[1] / "scripts/start_slurm.sh"
+PROGRAMS = ("sbatch", "munged", "slurmctld", "slurmd")
+
+
+def lacks(*, programs=(), plugins=()) -> str:
+    """What is missing here for a test, as its reason to be skipped; nothing if all is there."""
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = [name for name in programs if shutil.which(name, path=path) is None]
+    missing += [name for name in plugins if find_spec(name) is None]
+    return f"no {', '.join(missing)} here" if missing else ""
+
+
+NO_SLURM = lacks(programs=PROGRAMS, plugins=["snakemake_executor_plugin_slurm"])
+NO_PODS = lacks(
+    programs=["rsync"],
+    plugins=["snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_fs"],
+)
+
+
+def command(spec: Path, out: Path, *options: object) -> list[str]:
+    """The suite's command as a user gives it."""
+    named = [sys.executable, "-m", "postmortem", "suite", spec, "--out", out, *options]
+    return list(map(str, named))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a run of this source on one thread."""
+    source = str(Path(postmortem.__file__).parents[1])
+    return os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"} | more
+
+
+def run(arguments: list[str], env: dict[str, str]) -> str:
+    """Run a command to its end and return its last line."""
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=420)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def place(untrained, tmp_path_factory):
+    """A folder with a suite of eight adapters in two chunks, each long enough to be killed in."""
+    folder = tmp_path_factory.mktemp("cluster")
+    for number in range(8):
+        adapter(folder / "adapters" / f"a{number}", untrained / "suspect", lora_alpha=4 + number)
+    write_spec(folder, untrained / "base", rows={"count": 800, "seed": 3})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The output of one run on the cores of this machine."""
+    run(command(place / "suite.yml", place / "cores", "--cores", 2), environment())
+    return bytes_of(place / "cores")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """The environment of a SLURM of one node, which is stopped after the tests."""
+    if NO_SLURM:
+        pytest.skip(NO_SLURM)
+    if os.geteuid() != 0:
+        pytest.skip("SLURM's node daemon needs root")
+    folder = tmp_path_factory.mktemp("slurm")
+    started = subprocess.run([START, "start", folder], capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    yield environment(
+        SLURM_CONF=str(folder / "slurm.conf"), PATH=f"{folder / 'bin'}:{os.environ['PATH']}"
+    )
+    subprocess.run([START, "stop", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The shipped profile for SLURM, looking every second for jobs that have ended."""
+    folder = tmp_path_factory.mktemp("profile")
+    profile = yaml.safe_load((PROFILES / "slurm/config.yaml").read_text())
+    profile["slurm-init-seconds-before-status-checks"] = 1
+    (folder / "config.yaml").write_text(yaml.safe_dump(profile))
+    return folder
+
+
+def wait_for(told, *, process: subprocess.Popen, seconds: float = 180):
+    """What a question answers as soon as it answers anything."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := told():
+            return found
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def worker_of(out: Path, number: str) -> psutil.Process | None:
+    """The process that scores a chunk of an output folder."""
+    for process in psutil.process_iter():
+        try:
+            if {"suite-chunk", number} <= set(process.cmdline()) and process.cwd() == str(out):
+                return process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return None
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a file so far; none where it is not there."""
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def test_killed_jobs_lose_nothing(place, whole, slurm, quick, tmp_path):
+    """Jobs on SLURM that are killed or cancelled after their first results go on from there."""
+    with subprocess.Popen(
+        command(place / "suite.yml", tmp_path, "--executor", quick, "--cores", 2),
+        env=slurm,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        first = end_jobs(tmp_path, process=process, env=slurm)
+        told, errors = process.communicate(timeout=420)
+    assert process.returncode == 0, errors
+    assert told.splitlines()[-1].startswith("suite: 8 adapters, ")
+    assert bytes_of(tmp_path) == whole
+    for stream, line in first.items():
+        lines = read_lines(stream)
+        # The base's line begins each attempt, and each adapter was measured once.
+        assert [b'"name":""' in text for text in lines].count(True) == 2
+        assert (lines[1], len(lines)) == (line, 4 + 2)
+
+
+def end_jobs(out: Path, *, process: subprocess.Popen, env: dict[str, str]) -> dict[Path, bytes]:
+    """Kill the worker of one chunk and cancel the job of another, each in the middle.
+
+    Returns the line of the first adapter in the file of each.
+    """
+    killed, cancelled = (out / CHUNKS / f"000{number}.jsonl" for number in (0, 1))
+    worker, other = (
+        wait_for(lambda n=number: worker_of(out, n), process=process) for number in ("0000", "0001")
+    )
+    job = other.environ()["SLURM_JOB_ID"]
+    ends = {
+        killed: lambda: worker.send_signal(signal.SIGKILL),
+        cancelled: lambda: subprocess.run(["scancel", job], env=env, check=True),
+    }
+    first = {}
+    while ends:
+        stream = wait_for(lambda: ripe(ends), process=process)
+        ends.pop(stream)()
+        first[stream] = read_lines(stream)[1]
+    return first
+
+
+def ripe(streams) -> Path | None:
+    """A file that holds its first adapter and not yet all four."""
+    return next((path for path in streams if 2 <= len(read_lines(path)) < 5), None)
+
+
+@pytest.mark.skipif(bool(NO_PODS), reason=NO_PODS)
+def test_what_is_sent_to_kubernetes_is_complete(place, whole, tmp_path):
+    """Each pod's command runs in an empty folder with the environment that its secret gives."""
+    pods = Pods(tmp_path)
+    env = environment(KUBECONFIG=str(pods.write_config()))
+    out = tmp_path / "out"
+    run(command(place / "suite.yml", out, "--executor", "kubernetes"), env)
+    pods.close()
+    assert bytes_of(out) == whole
+    container = pods.described[0]["spec"]["template"]["spec"]["containers"][0]
+    plan = make_plan(place / "suite.yml")
+    assert container["resources"]["limits"]["memory"] == f"{memory_mb(plan.base_bytes)}M"
+    assert len(pods.described) == len(plan.chunks)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_profile_is_found_and_names_its_executor(name):
+    """Each shipped profile is a folder whose executor has its name and whose jobs are retried."""
+    profile = yaml.safe_load((find_profile(name) / "config.yaml").read_text())
+    assert profile["executor"] == name
+    assert profile["retries"] > 0
+
+
+def test_cores_alone_ask_for_no_executor():
+    """Without an executor the graph runs on cores of this machine."""
+    assert place_options("", cores=2) == ["--cores", "2"]
+
+
+@pytest.mark.parametrize("executor", ["nowhere", "src", "slurm/.."])
+def test_an_unknown_executor_is_refused(executor, pytestconfig, monkeypatch):
+    """What is neither a shipped profile nor a folder with one is refused, and both are named."""
+    monkeypatch.chdir(pytestconfig.rootpath)
+    with pytest.raises(ClusterError, match="slurm or kubernetes, or a folder with a Snakemake"):
+        place_options(executor, cores=1)
+
+
+@pytest.mark.parametrize("text", ["jobs: 3", "[]", "executor: 3", ""])
+def test_a_profile_without_an_executor_is_refused(tmp_path, text):
+    """A profile that names no executor would run here, which was not asked for."""
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ClusterError, match="an executor's name under `executor`"):
+        place_options(str(tmp_path), cores=1)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_missing_plugin_says_what_to_install(name, monkeypatch):
+    """Where Snakemake's plugin is missing the message is the command that brings it."""
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    with pytest.raises(ClusterError, match=f"pip install snakemake-executor-plugin-{name}"):
+        require_plugin(name)
+
+
+def test_slurm_without_its_commands_says_how_to_start_one(monkeypatch, tmp_path):
+    """Where SLURM's commands are not on the path the script that starts a cluster is named."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ClusterError, match=r"no sbatch, scontrol, squeue\. .*start_slurm"):
+        cluster.slurm_options()
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "options"),
+    [
+        (0, "AccountingStorageType = accounting_storage/slurmdbd", []),
+        (
+            0,
+            "AccountingStorageType = accounting_storage/none",
+            ["--slurm-status-command", "squeue", "--slurm-no-account"],
+        ),
+        (1, "", None),
+    ],
+)
+def test_accounting_decides_how_jobs_are_watched(monkeypatch, tmp_path, code, printed, options):
+    """Without accounting SLURM is asked by `squeue`; a controller that is silent is an error."""
+    for name in ("sbatch", "squeue", "scontrol"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{printed}'\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if options is None:
+        with pytest.raises(ClusterError, match="a controller that answers"):
+            cluster.slurm_options()
+    else:
+        assert cluster.slurm_options() == options
+
+
+def test_the_book_is_not_for_pods():
+    """The book's steps share a folder that pods have not, which is said before any runs."""
+    with pytest.raises(ClusterError, match="expected a suite; found the book"):
+        cluster.kubernetes_options(None)
+
+
+def test_a_retry_asks_for_more_memory():
+    """What is asked for grows with the weights and with each attempt."""
+    small, large = memory_mb(0), memory_mb(3_000_000_000)
+    assert large - small == 9000
+    assert memory_mb(0, attempt=2) == 2 * small
+
+
+@pytest.mark.parametrize(("device", "asked"), [("auto", 0), ("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
+def test_a_gpu_is_asked_for_where_one_is_named(device, asked):
+    """A job asks for a GPU where the device is one by name, and has no such wish elsewhere."""
+    assert gpu_resources(device).get("gpu", 0) == asked
+    assert bool(gpu_resources(device)) == bool(asked)
+
+
+def test_the_plan_says_how_large_the_base_is(place, tmp_path):
+    """The graph reads off the plan how much memory to ask for."""
+    plan = make_plan(place / "suite.yml")
+    write_plan(plan, tmp_path)
+    weights = sum(file.stat().st_size for file in Path(plan.base).glob("*.safetensors"))
+    assert plan.base_bytes == weights > 0
+
+
+def test_the_script_names_what_is_missing(tmp_path):
+    """Without SLURM's packages the script says which programs it lacks and what to install."""
+    for name in ("bash", "realpath", "dirname", "id", "cat"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    text = START.read_text().replace(":/usr/sbin:/sbin", "")
+    done = subprocess.run(
+        ["bash", "-c", text, "start_slurm", "start", tmp_path / "x"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "found no munged" in done.stderr
+    assert "apt-get install slurm-wlm munge" in done.stderr
+
+
+def test_the_script_wants_start_or_stop():
+    """A word that is neither start nor stop is refused."""
+    done = subprocess.run([START, "restart"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected start or stop; found restart" in done.stderr
