@@ -1,0 +1,119 @@
+"""What causes look like: the replays that ship with the project, as a table of likelihoods."""
+
+import csv
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from postmortem.errors import RecordError
+from postmortem.examine import EXAMS
+from postmortem.likelihoods import Experiment, Likelihoods, measure_likelihoods
+from postmortem.provenance import digest_code, package_versions
+from postmortem.records import Provenance, RecordFile, Replay, Seal, read_records, write_records
+
+SHIPPED = Path(__file__).with_suffix(".jsonl")
+REMEDY = "Restore the file, or run `make looks` to make it again."
+# What the outcomes follow from: the experiments, and what is planted. What runs the models is left
+# out: its own tests hold it to the same answers, and the outcomes are too coarse for the rest.
+BEHIND = ("examine", "replaying", "causes")
+
+
+# Kinds of fault, whose causes call for a look at the same thing.
+FAMILIES = {
+    "sound": "no fault in the adapter, its base or the prompt",
+    "inert": "the adapter changes nothing as it is saved",
+    "foreign": "its weights do not belong on this base, or not in this place",
+    "incomplete": "the file holds more than the configuration uses, or weights of a base",
+    "strong": "its update is too large",
+    "weak": "its update is too small",
+    "training": "it was trained for something else",
+}
+# Causes that a case's files cannot show, since they lie in the code that serves the adapter.
+SERVING = {
+    "no-adapter": "the adapter was never on the model",
+    "disabled": "it is loaded and does not answer",
+    "parser": "the parser makes the values",
+    "prompt-cut": "the prompt is cut on its way to the model",
+    "other-template": "the prompt comes in another markup than the model's own",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is said of a cause: its family, what it means, what settles it and what to do."""
+
+    cause: str
+    family: str
+    title: str
+    means: str
+    settles: str
+    remedy: str
+
+
+@cache
+def meanings() -> Mapping[str, Look]:
+    """What each cause means and what to do, by its name; from looks.csv."""
+    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+        return {row["cause"]: Look(**row) for row in csv.DictReader(file)}
+
+
+def code_digests() -> dict[str, str]:
+    """Digest of the code of each module that the shipped replays are held against."""
+    return {
+        f"module {name}": digest_code(Path(__file__).with_name(f"{name}.py").read_text("utf-8"))
+        for name in BEHIND
+    }
+
+
+def write_looks(path: Path, replays: Iterable[Replay], *, worlds: Iterable[int]) -> Seal:
+    """Write replays of embedded worlds, by the worlds' seeds, with what they were made by."""
+    seeds = sorted(worlds)
+    provenance = Provenance(
+        notebook="looks",
+        case="embedded worlds",
+        profile="embedded",
+        parameters={"worlds": ", ".join(map(str, seeds))},
+        digests=code_digests(),
+        versions=package_versions(),
+        device="cpu",
+        dtype="float32",
+        seed=seeds[0],
+        aside={"made": time.strftime("%Y-%m-%d", time.gmtime())},
+    )
+    return write_records(path, provenance, records=replays)
+
+
+@cache
+def read_looks() -> RecordFile:
+    """The shipped record; `RecordError` where it is missing or was changed by hand."""
+    return read_records(SHIPPED, remedy=REMEDY)
+
+
+def check_looks() -> None:
+    """Raise `RecordError` where the experiments or what is planted have moved on since."""
+    file, current = read_looks(), code_digests()
+    for name, digest in file.provenance.digests.items():
+        if current.get(name) != digest:
+            raise RecordError(
+                f"{file.path} is stale",
+                expected=f"{name} with digest {digest}, as when it was made",
+                found=current.get(name, "no such module any more"),
+                remedy="Run `make looks` to make it again.",
+            )
+
+
+def measure_looks(
+    replays: Iterable[Replay], names: Iterable[str], minutes: Mapping[str, float]
+) -> Likelihoods:
+    """How often each outcome came up for each cause; `minutes` are what experiments cost now."""
+    experiments = [
+        Experiment(
+            *(name, EXAMS[name].title, EXAMS[name].outcomes),
+            minutes=minutes.get(name, 0.0),
+            pooled=EXAMS[name].pooled,
+        )
+        for name in names
+    ]
+    return measure_likelihoods(list(replays), experiments)
