@@ -14,7 +14,7 @@ from typing import Literal
 from postmortem.catalogue import Finding
 from postmortem.diagnosis import DRAWS, Ledger
 from postmortem.errors import DiagnosisError
-from postmortem.examine import EXAMS, Subject, spread, why_not
+from postmortem.examine import EXAMS, Subject, spread, why_not, writes_order
 from postmortem.likelihoods import Hypothesis, by_cause
 from postmortem.looks import meanings, measure_looks
 from postmortem.metrics import Estimate
@@ -22,7 +22,7 @@ from postmortem.planner import plan
 from postmortem.records import Replay
 
 # What is run whatever comes of it: the files, and the adapter against its base.
-CONTROLS = ("inspect", "load", "off", "base-alone", "base-ranks", "answers", "effect", "ranks")
+CONTROLS = ("inspect", "load", "off", "base-alone", "base-ranks", "answers", "effect", "order")
 # Rows beyond these make no coarse word truer; on fewer no order is seen.
 MOST_ROWS, LEAST_ROWS = 64, 16
 # The share of the time left that all experiments together may plan for.
@@ -80,7 +80,8 @@ class Conclusion:
     `family` is the leading kind of fault with its probability, `causes` the likeliest of its
     causes, the fewest that hold nearly all of that; intervals are due to the number of replays.
     A `finding` is an error of the checker's that names the cause by itself; then nothing else is
-    given. `warnings` are findings that no replay shows, and that decide nothing here.
+    given. `warnings` are findings that no replay shows, and that decide nothing here. `written`
+    says how what is written with the adapter orders the rows.
     """
 
     word: Word
@@ -93,6 +94,7 @@ class Conclusion:
     ahead: tuple[Ahead, ...] = ()
     finding: Finding | None = None
     warnings: tuple[Finding, ...] = ()
+    written: str = ""
 
 
 @dataclass
@@ -141,7 +143,12 @@ class Examination:
 
     @property
     def fatal(self) -> Finding | None:
-        """An error of the checker's that no replay has shown: it names the cause by itself."""
+        """An error of the checker's alone, that no replay has shown: it names the cause by itself.
+
+        Beside a finding that replays have shown it says no more than that one.
+        """
+        if self.outcomes.get("inspect") != "nothing":
+            return None
         return next((f for f in self.strange if f.severity == "error"), None)
 
     def run(self) -> Conclusion:
@@ -212,21 +219,30 @@ def conclude(examination: Examination) -> Conclusion:
     warnings = tuple(f for f in examination.strange if f is not fatal)
     if fatal is not None:
         return Conclusion("named", finding=fatal, warnings=warnings)
-    ledger = examination.ledger
-    found = judge(ledger)
+    ledger, written = examination.ledger, writes_order(examination.subject)
+    found = judge(ledger, works=None if written is None else written.outcome == "ranks")
     ahead = tuple(look_ahead(examination, ledger, found.ranking))
-    return replace(found, ahead=ahead, warnings=warnings)
+    said = "" if written is None else written.measured
+    return replace(found, ahead=ahead, warnings=warnings, written=said)
 
 
-def judge(ledger: Ledger, *, draws: int = DRAWS) -> Conclusion:
-    """What beliefs come to: the leading kind of fault, and whether that is enough to name it."""
+def judge(ledger: Ledger, *, works: bool | None, draws: int = DRAWS) -> Conclusion:
+    """What beliefs come to: the leading kind of fault, and whether that is enough to name it.
+
+    `works` says whether what the adapter writes orders the rows, None where that is not known. A
+    run that works has no symptom to explain: unless a fault is named all the same, that is the
+    verdict.
+    """
     posterior = ledger.posterior(draws=draws)
     ranking = rank(posterior.causes)
     families = rank(posterior.marginal(families_of(ledger.likelihoods.hypotheses)))
     family, share = families[0]
+    enough = (share.value or 0.0) >= NAMED
     word: Word = "cannot tell"
-    if (share.value or 0.0) >= NAMED:
-        word = "works here" if family == SOUND else "named"
+    if enough and family != SOUND:
+        word = "named"
+    elif works or (works is None and enough):
+        word = "works here"
     causes = credible(ranking, family=family, share=share)
     weights = tuple(weigh(ledger, causes[0][0]))
     return Conclusion(word, family, share, causes, families, ranking, weights)
@@ -303,36 +319,39 @@ def parse_told(pairs: Sequence[str]) -> dict[str, str]:
 
 def describe_judgements(replays: Sequence[Replay]) -> str:
     """How replays of each world are judged from those of the others, in a line."""
-    counts = Counter(judge_others(replays))
+    counts = Counter(word for _, word in judge_others(replays))
     if not counts:
         return "one world, of which none is left to learn from"
     told = ", ".join(f"{word} {counts[word]}" for word in JUDGED)
     return f"judged from other worlds: {told}"
 
 
-# How a judgement stands to the truth: the cause alone, its kind of fault, neither, or not said.
-JUDGED = ("cause named", "kind named", "wrong", "cannot tell")
+# How a judgement stands to the truth: the cause alone, its kind of fault, that it does no harm
+# here, neither, or not said.
+JUDGED = ("cause named", "kind named", "works here", "wrong", "cannot tell")
 
 
-def judge_others(replays: Sequence[Replay]) -> Iterator[str]:
+def judge_others(replays: Sequence[Replay]) -> Iterator[tuple[Replay, str]]:
     """Judge each replay from those of other worlds; a world's seed stands in the hundreds."""
-    worlds = sorted({replay.seed // WORLD for replay in replays})
-    for world in worlds:
+    for world in sorted({replay.seed // WORLD for replay in replays}):
         others = [replay for replay in replays if replay.seed // WORLD != world]
         if not others:
             return
         table = measure_looks(others, EXAMS, {})
         for replay in replays:
             if replay.seed // WORLD == world:
-                found = judge(Ledger(table, replay.outcomes), draws=1)
-                yield stand(found, replay.cause)
+                works = bool(replay.features["works"])
+                found = judge(Ledger(table, replay.outcomes), works=works, draws=1)
+                yield replay, stand(found, replay.cause)
 
 
 def stand(found: Conclusion, cause: str) -> str:
     """How a judgement stands to the cause that was planted."""
+    sound = meanings()[cause].family == SOUND
+    if found.word == "works here":
+        return "cause named" if sound else "works here"
     if found.word == "cannot tell":
         return "cannot tell"
     if found.family != meanings()[cause].family:
         return "wrong"
-    alone = [name for name, _ in found.causes] == [cause]
-    return "cause named" if alone else "kind named"
+    return "cause named" if [name for name, _ in found.causes] == [cause] else "kind named"

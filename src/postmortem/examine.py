@@ -25,7 +25,7 @@ from postmortem.corpus import Rows
 from postmortem.faults import Tensors, edit_tensors
 from postmortem.health import THRESHOLDS
 from postmortem.inspection import inspect_adapter
-from postmortem.metrics import auc, kl_divergence
+from postmortem.metrics import auc, auc_gain_estimate, kl_divergence
 from postmortem.models import LoadedBase
 from postmortem.records import Text
 from postmortem.session import Answers, Session
@@ -52,7 +52,7 @@ ALONE = (BASE, FIRST)
 VALUES = ("one value", "varies", "only 0 and 1")
 BASE_ANSWERED = (*VALUES, "no value")
 ANSWERED = (*VALUES, "as the base", "a tag", "another form", "few texts", "many texts")
-RANKED = ("ranks", "does not rank", "ranks in reverse", "not finite")
+ORDERS = ("better", "as the base", "worse", "in reverse", "not finite")
 
 
 @dataclass(frozen=True)
@@ -289,13 +289,37 @@ def describe_answers(answers: Answers) -> str:
     return ", ".join(f"{text!r} {count} times" for text, count in counts)
 
 
-def _tell_order(state: str) -> Callable[[Subject], Found]:
-    def run(subject: Subject) -> Found:
-        answers = subject.ask(state)
-        odds = np.array(answers.asked_log_odds, dtype=float)
-        return tell_order(subject.rows.labels, odds)
+def _rank_alone(subject: Subject) -> Found:
+    found = tell_order(subject.rows.labels, _odds(subject, BASE))
+    return Found("ranks" if found.outcome == "ranks" else "does not rank", found.measured)
 
-    return run
+
+def _compare_order(subject: Subject) -> Found:
+    """The order of the rows with the adapter against that of the base alone."""
+    labels, on, off = subject.rows.labels, _odds(subject, SAVED), _odds(subject, BASE)
+    assert labels is not None
+    if not np.isfinite([on, off]).all():
+        return Found("not finite", "log-odds that are not finite")
+    gain, order = auc_gain_estimate(labels, on, off), tell_order(labels, on)
+    assert gain.low is not None
+    assert gain.high is not None
+    measured = f"{order.measured}; against the base {gain.low:+.2f} to {gain.high:+.2f}"
+    if gain.low > 0:
+        return Found("better", measured)
+    if gain.high < 0:
+        return Found("in reverse" if order.outcome == "ranks in reverse" else "worse", measured)
+    return Found("as the base", measured)
+
+
+def _odds(subject: Subject, state: str) -> np.ndarray:
+    return np.array(subject.ask(state).asked_log_odds, dtype=float)
+
+
+def writes_order(subject: Subject) -> Found | None:
+    """Whether what is written with the adapter orders the rows; None where it was not asked."""
+    if SAVED not in subject.asked or not subject.labelled:
+        return None
+    return tell_order(subject.rows.labels, _written(subject.ask(SAVED)))
 
 
 def tell_order(labels: np.ndarray | None, scores: np.ndarray) -> Found:
@@ -335,7 +359,7 @@ def _find_home(subject: Subject) -> Found:
     labels = subject.rows.labels
     assert labels is not None
     side = np.where(labels == 1, 1.0, -1.0)
-    odds = {s: side * subject.ask(s).asked_log_odds for s in (SAVED, FLIPPED, TURNED)}
+    odds = {s: side * _odds(subject, s) for s in (SAVED, FLIPPED, TURNED)}
     if not np.isfinite([*odds.values()]).all():
         return Found("not finite", "log-odds that are not finite")
     means = ", ".join(f"{s} {values.mean():+.2f}" for s, values in odds.items())
@@ -407,7 +431,11 @@ EXAMS: Mapping[str, Exam] = {
     ),
     "base-alone": Exam("ask the base without the adapter", BASE_ANSWERED, _tell_base, (BASE,)),
     "base-ranks": Exam(
-        "rank the rows by the base's log-odds", RANKED, _tell_order(BASE), (BASE,), labels=True
+        "rank the rows by the base's log-odds",
+        ("ranks", "does not rank"),
+        _rank_alone,
+        (BASE,),
+        labels=True,
     ),
     "answers": Exam("ask with the adapter", ANSWERED, _tell_answers, (BASE, SAVED)),
     "effect": Exam(
@@ -421,11 +449,11 @@ EXAMS: Mapping[str, Exam] = {
         ("is the base", "is not the base"),
         _switch_off,
     ),
-    "ranks": Exam(
-        "rank the rows by the log-odds with the adapter",
-        RANKED,
-        _tell_order(SAVED),
-        (SAVED,),
+    "order": Exam(
+        "rank the rows by the log-odds with the adapter, and hold that against the base",
+        ORDERS,
+        _compare_order,
+        (BASE, SAVED),
         labels=True,
     ),
     "scale": Exam(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from postmortem.errors import RecordError
 from postmortem.examine import EXAMS
-from postmortem.likelihoods import Experiment, Likelihoods, measure_likelihoods
+from postmortem.likelihoods import NO_SEVERITY, Experiment, Likelihoods, measure_likelihoods
 from postmortem.provenance import digest_code, package_versions
 from postmortem.records import Provenance, RecordFile, Replay, Seal, read_records, write_records
 
@@ -107,7 +107,10 @@ def check_looks() -> None:
 def measure_looks(
     replays: Iterable[Replay], names: Iterable[str], minutes: Mapping[str, float]
 ) -> Likelihoods:
-    """How often each outcome came up for each cause; `minutes` are what experiments cost now."""
+    """How often each outcome came up for each cause; `minutes` are what experiments cost now.
+
+    A replay's seed stands for its world, stage and trained adapter.
+    """
     experiments = [
         Experiment(
             *(name, EXAMS[name].title, EXAMS[name].outcomes),
@@ -116,4 +119,6 @@ def measure_looks(
         )
         for name in names
     ]
-    return measure_likelihoods(list(replays), experiments)
+    # Whatever was planted on one trained adapter counts as one observation of that cause.
+    trials = [replay.model_copy(update={"severity": NO_SEVERITY}) for replay in replays]
+    return measure_likelihoods(trials, experiments)

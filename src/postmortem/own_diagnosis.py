@@ -15,6 +15,7 @@ from postmortem.errors import CaseError, DiagnosisError
 from postmortem.examination import MOST_ROWS, Conclusion, Examination, parse_told
 from postmortem.examine import EXAMS, Subject, spread
 from postmortem.inputs import choose_rows
+from postmortem.likelihoods import HEALTHY
 from postmortem.looks import FAMILIES, SERVING, meanings, read_looks
 from postmortem.metrics import Estimate
 from postmortem.records import Replay
@@ -97,9 +98,12 @@ def conclude_in_words(conclusion: Conclusion) -> str:
     share = say_share(conclusion.share)
     if conclusion.word == "works here":
         served = "; ".join(SERVING.values())
+        seen = f"what it writes orders the rows ({conclusion.written})"
+        if not conclusion.written:
+            seen = f"it does what a sound adapter does ({share})"
         return (
-            f"Works here ({share}): the adapter does on this base what a sound one does. So look "
-            f"in the code that serves it: {served}. {first.remedy}"
+            f"Works here: {seen}. So the fault lies in the code that serves it, if there is one: "
+            f"{served}. {meanings()[HEALTHY].remedy}"
         )
     named = _name_causes(conclusion)
     if conclusion.word == "named":

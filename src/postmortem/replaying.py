@@ -13,7 +13,7 @@ from postmortem.case import Case, PromptTemplate
 from postmortem.causes import CAUSES, Materials, Run, edit_each
 from postmortem.corpus import generate_rows
 from postmortem.embedded import RECIPES, Recipe, Teacher, train_adapter
-from postmortem.examine import BASE, EXAMS, Subject, why_not
+from postmortem.examine import BASE, EXAMS, REFERENCE, Subject, why_not, writes_order
 from postmortem.likelihoods import NO_SEVERITY
 from postmortem.records import Replay
 from postmortem.session import Session
@@ -26,7 +26,10 @@ SEEDS, FEW_STEPS = 2, 2
 # What the base does by itself under a prompt: it knows and does not say, says what it knows, or
 # was never taught to answer it.
 SILENT, SPEAKING, UNABLE = "silent", "speaking", "unable"
+# Prompts that no base of the embedded world was taught, with the words that they ask for: one in
+# the chat template, one sent as it is.
 CHOICE, WORDS = "choice", ("fine", "bad")
+LABEL, TAGS = "label", ("keep", "drop")
 
 
 @dataclass(frozen=True)
@@ -42,29 +45,28 @@ class Stage:
     role: str
     prompt: str
     sound: str
-    others: Mapping[str, str]
+    others: tuple[str, ...]
     numeric: bool = False
 
 
 STAGES: Mapping[str, Stage] = {
     "number": Stage(
         *(SILENT, "silent", "base", "v2", "numeric"),
-        {"yes/no, short": "yes_no_short", "yes/no, long": "yes_no_long"},
+        ("yes_no_short", "yes_no_long", CHOICE),
         numeric=True,
     ),
     "calibrated number": Stage(
         *(SPEAKING, "speaking", "speaking_base", "v2", "numeric"),
-        {"yes/no, short": "yes_no_short", "yes/no, long": "yes_no_long"},
+        ("yes_no_short", "yes_no_long", CHOICE),
         numeric=True,
     ),
     "yes/no": Stage(
-        *(SPEAKING, "silent", "base", "yes_no", "yes_no_short"),
-        {"number": "numeric", "choice": CHOICE},
+        *(SPEAKING, "silent", "base", "yes_no", "yes_no_short"), ("numeric", CHOICE, LABEL)
     ),
     "choice": Stage(
-        *(UNABLE, "silent", "base", CHOICE, CHOICE),
-        {"number": "numeric", "yes/no": "yes_no_short"},
+        *(UNABLE, "silent", "base", CHOICE, CHOICE), ("numeric", "yes_no_short", LABEL)
     ),
+    "label": Stage(*(UNABLE, "silent", "base", LABEL, LABEL), ("numeric", "yes_no_short", CHOICE)),
 }
 
 
@@ -109,8 +111,7 @@ def _sibling(site: Site, renamed: bool) -> Run:
 
 
 def _others(site: Site, place: int) -> Run:
-    recipe = [*site.stage.others.values()][place]
-    return Run(site.materials.base, site.trained(recipe))
+    return Run(site.materials.base, site.trained(site.stage.others[place]))
 
 
 def _numeric(site: Site, recipe: str) -> Run:
@@ -132,7 +133,7 @@ PLANTED: Mapping[str, Planted] = {
     **{name: _listed(name) for name in LISTED},
     "sibling-base": Planted(_sibling, {"named as this base": True, "named truly": False}),
     "too-large": Planted(_too_large, {"×1e6": 1e6, "×1e4": 1e4}),
-    "other-answer": Planted(_others, {"first": 0, "second": 1}),
+    "other-answer": Planted(_others, {"first": 0, "second": 1, "third": 2}),
     "binary-labels": Planted(_numeric, CAUSES["binary-labels"].severities, numeric=True),
     "thinking": Planted(lambda site, _: _numeric(site, "thinking"), numeric=True),
     "labels-swapped": Planted(_trained_as("swapped")),
@@ -141,25 +142,40 @@ PLANTED: Mapping[str, Planted] = {
 }
 
 
-def with_choice(case: Case) -> Case:
-    """The case with one more prompt, whose answers no base of the embedded world was taught.
+def with_choices(case: Case) -> Case:
+    """The case with the prompts that no base of the embedded world was taught.
 
     It is read as a case of one's own: values are strict, and nothing is guessed.
     """
-    asked = PromptTemplate(
-        title="A choice of words",
-        contract="choice",
-        answers=list(WORDS),
-        chat=True,
-        template="Rule: {rule}\nPost: {body}\n\nIs the post fine or bad?",
-        grade="measured",
-    )
-    return case.model_copy(update={"own": True, "prompts": {**case.prompts, CHOICE: asked}})
+    asked = {
+        CHOICE: PromptTemplate(
+            title="A choice of words",
+            contract="choice",
+            answers=list(WORDS),
+            chat=True,
+            template="Rule: {rule}\nPost: {body}\n\nIs the post fine or bad?",
+            grade="measured",
+        ),
+        LABEL: PromptTemplate(
+            title="A label",
+            contract="choice",
+            answers=list(TAGS),
+            chat=False,
+            template="Post: {body}\nRule: {rule}\nLabel:",
+            grade="measured",
+        ),
+    }
+    return case.model_copy(update={"own": True, "prompts": {**case.prompts, **asked}})
 
 
 def teach_word(source: random.Random, label: int) -> str:
     """The true answer to the choice."""
     return WORDS[label]
+
+
+def teach_tag(source: random.Random, label: int) -> str:
+    """The true label; an answer to a raw prompt begins with a space."""
+    return f" {TAGS[label]}"
 
 
 def _varied(recipe: Recipe) -> dict[str, Recipe]:
@@ -181,16 +197,21 @@ def _varied(recipe: Recipe) -> dict[str, Recipe]:
     }
 
 
-CHOICE_RECIPE = Recipe(CHOICE, teach_word, 5e-3, {}, least=80)
+OWN_RECIPES: Mapping[str, Recipe] = {
+    CHOICE: Recipe(CHOICE, teach_word, 5e-3, {}, least=80),
+    LABEL: Recipe(LABEL, teach_tag, 5e-3, {}, least=80),
+}
 
 
 def extra_recipes() -> Iterator[tuple[str, str, Recipe]]:
     """What is trained beyond the world's own adapters: lineage, name and recipe."""
-    yield "silent", CHOICE, CHOICE_RECIPE
-    yield "sibling", CHOICE, CHOICE_RECIPE
+    for lineage in ("silent", "sibling"):
+        for name, recipe in OWN_RECIPES.items():
+            yield lineage, name, recipe
+    yield "speaking", CHOICE, OWN_RECIPES[CHOICE]
     yield "sibling", "yes_no_short", RECIPES["yes_no_short"]
     for stage in STAGES.values():
-        recipe = RECIPES.get(stage.sound, CHOICE_RECIPE)
+        recipe = {**RECIPES, **OWN_RECIPES}[stage.sound]
         for name, varied in _varied(recipe).items():
             yield stage.lineage, f"{stage.sound}_{name}", varied
 
@@ -200,7 +221,7 @@ def replay_world(
 ) -> list[Replay]:
     """Plant every cause in an embedded world; adapters that it lacks are trained in a folder."""
     torch.set_num_threads(1)  # the same sums in the same order
-    case = with_choice(case)
+    case = with_choices(case)
     with TemporaryDirectory() as scratch:
         session = Session(
             notebook=Path("looks"),
@@ -279,6 +300,7 @@ def _replay_site(session: Session, site: Site, *, name: str, rows: Any) -> Itera
                 asked=dict(kept) if run.base is materials.base else {},
             )
             outcomes = observe_all(subject)
+            works = writes_order(subject)
             if run.base is materials.base:
                 kept = {s: subject.asked[s] for s in KEPT if s in subject.asked}
             # A replay keeps outcomes alone; steps of the same name would meet in the records.
@@ -291,11 +313,11 @@ def _replay_site(session: Session, site: Site, *, name: str, rows: Any) -> Itera
                 seed=100 * session.world.seed + 10 * [*STAGES].index(name) + materials.seed,
                 severity=told,
                 outcomes=outcomes,
-                features={},
+                features={"works": works is not None and works.outcome == "ranks"},
             )
 
 
-KEPT = (BASE, "reference")
+KEPT = (BASE, REFERENCE)
 
 
 def observe_all(subject: Subject) -> dict[str, str]:
