@@ -13,16 +13,24 @@ SEEN = {
     "healthy": {"inspect": "nothing", "answers": "varies", "effect": "clear", "home": "at home"},
     "zero-b": {"inspect": "untrained", "answers": "one value", "effect": "none"},
     "scale-up": {
-        "inspect": "nothing", "answers": "many texts", "effect": "clear",
-        "home": "not at home", "scale": "better at 1/8",
+        "inspect": "nothing",
+        "answers": "many texts",
+        "effect": "clear",
+        "home": "not at home",
+        "scale": "better at 1/8",
     },
     "sibling-base": {
-        "inspect": "nothing", "answers": "many texts", "effect": "clear",
-        "home": "not at home", "scale": "no better",
+        "inspect": "nothing",
+        "answers": "many texts",
+        "effect": "clear",
+        "home": "not at home",
+        "scale": "no better",
     },
 }
 REPLAYS = [
-    replay(cause, "unable", seed=100 * world + seed, **found)
+    replay(cause, "unable", seed=100 * world + seed, **found).model_copy(
+        update={"features": {"works": cause == "healthy"}}
+    )
     for cause, found in SEEN.items()
     for world in range(2)
     for seed in range(3)
@@ -39,6 +47,7 @@ class Stub(SimpleNamespace):
             labelled=labelled,
             reference=None,
             asked={},
+            ask=lambda state: None,
             pace=pace,
             overhead=0.0,
             rows=[rows] * 64,

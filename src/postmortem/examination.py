@@ -14,7 +14,7 @@ from typing import Literal
 from postmortem.catalogue import Finding
 from postmortem.diagnosis import DRAWS, Ledger
 from postmortem.errors import DiagnosisError
-from postmortem.examine import EXAMS, Subject, spread, why_not, writes_order
+from postmortem.examine import EXAMS, FIRST, Subject, spread, why_not, writes_order
 from postmortem.likelihoods import Hypothesis, by_cause
 from postmortem.looks import meanings, measure_looks
 from postmortem.metrics import Estimate
@@ -112,6 +112,7 @@ class Examination:
     report: Callable[[str], None] = lambda line: None
     steps: list[Step] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
+    is_paced: bool = False
 
     @property
     def outcomes(self) -> dict[str, str]:
@@ -156,7 +157,11 @@ class Examination:
         for exam, outcome in self.told.items():
             self.steps.append(Step(exam, outcome, "as told", 0.0, told=True))
         for exam in CONTROLS:
-            if self.fatal is None and self._is_open(exam) and self._fits(exam):
+            if self.fatal is not None or self.seconds_left <= 0:
+                break
+            if EXAMS[exam].states and not self.is_paced:
+                self._fit_rows()
+            if self._is_open(exam) and self._fits(exam):
                 self._run(exam)
         while (chosen := self._choose()) is not None:
             self._run(chosen)
@@ -182,8 +187,6 @@ class Examination:
         step = Step(exam, outcome, found.measured, time.perf_counter() - start)
         self.steps.append(step)
         self.report(f"{step.seconds:6.1f} s  {exam}: {outcome} ({found.measured})")
-        if exam == "off":
-            self._fit_rows()
 
     def _known_outcome(self) -> str:
         """The worst finding of those that replays have shown, or that there is none."""
@@ -192,7 +195,8 @@ class Examination:
 
     def _fit_rows(self) -> None:
         """Take as many rows as let all experiments fit into the time left."""
-        subject = self.subject
+        subject, self.is_paced = self.subject, True
+        subject.ask(FIRST)
         open_ = [name for name in EXAMS if self._is_open(name)]
         states = {s for name in open_ for s in EXAMS[name].states if s not in subject.asked}
         left = PLANNED * self.seconds_left / MARGIN - subject.overhead * len(states)

@@ -48,6 +48,8 @@ BASE, FIRST, SAVED, OFF, EIGHTH, EIGHTFOLD, FLIPPED, TURNED, REFERENCE = (
     *("sign flipped", "layers turned", "reference"),
 )
 ALONE = (BASE, FIRST)
+# What is compared by its whole distribution and not by its answers.
+COMPARED = (*ALONE, SAVED, OFF)
 # What a base answers; and an adapter, whose texts of another form are held against the base's.
 VALUES = ("one value", "varies", "only 0 and 1")
 BASE_ANSWERED = (*VALUES, "no value")
@@ -102,8 +104,11 @@ class Subject:
         if state not in self.asked:
             rows = self.rows.head(FEW) if state in (FIRST, OFF) else self.rows
             start = time.perf_counter()
-            self.asked[state] = self._answer(state, rows)
+            answers = self._answer(state, rows)
             self._note_pace(state, time.perf_counter() - start, len(rows))
+            if state not in COMPARED:  # a large vocabulary on many rows takes much memory
+                answers = replace(answers, first_log_probs=answers.first_log_probs[:, :0])
+            self.asked[state] = answers
         return self.asked[state]
 
     def load(self) -> tuple[Answers, tuple[str, ...]]:

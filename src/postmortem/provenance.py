@@ -19,7 +19,7 @@ VERSIONED = ("torch", "transformers", "peft", "numpy", "pandas", "papermill")
 def modules_behind(sources: Iterable[str]) -> dict[str, str]:
     """Digest of the code of each library module that the source texts import, at any remove.
 
-    A table or text that lies beside a module under its name counts as well.
+    A table, text or record that lies beside a module under its name counts as well.
 
     Read from the import statements, so it needs no import and is the same before, during and
     after a run.
@@ -32,7 +32,7 @@ def modules_behind(sources: Iterable[str]) -> dict[str, str]:
         if name in found or name in HARMLESS or not path.is_file():
             continue
         found[name] = digest_code(path.read_text(encoding="utf-8"))
-        beside = [path.with_suffix(suffix) for suffix in (".csv", ".yml")]
+        beside = [path.with_suffix(suffix) for suffix in (".csv", ".yml", ".jsonl")]
         found |= {data.name: digest_file(data) for data in beside if data.is_file()}
         waiting += _imports(path.read_text(encoding="utf-8"))
     return {f"module {name}": found[name] for name in sorted(found)}
