@@ -1,5 +1,6 @@
 """Trained adapters of another architecture and task than any that the diagnosis learnt from."""
 
+import json
 import random
 import re
 import shutil
@@ -281,6 +282,26 @@ def _add_embedding(other):
     return change
 
 
+def plant_edits(work, sound):
+    """Faults that are made by editing a sound adapter, by their cause."""
+    one = json.loads(Path(sound, "adapter_config.json").read_text())["target_modules"]
+    alpha = 16
+    return {
+        "healthy": sound,
+        "zero-b": _edited(sound, work / "zero", _zeroed),
+        "alpha-zero": _edited(sound, work / "alpha", lora_alpha=0),
+        "key-prefix": _edited(sound, work / "prefix", _renamed),
+        "scale-up": _edited(sound, work / "up16", lora_alpha=16 * alpha),
+        "scale-up x8": _edited(sound, work / "up8", lora_alpha=8 * alpha),
+        "scale-down": _edited(sound, work / "down16", _scaled(1 / 16)),
+        "scale-down /8": _edited(sound, work / "down8", _scaled(1 / 8)),
+        "too-large": _edited(sound, work / "large", _scaled(1e5)),
+        "layers-permuted": _edited(sound, work / "turned", _moved(lambda n: (n + 1) % 3)),
+        "layers-shifted": _edited(sound, work / "shifted", _moved(lambda n: n + 1)),
+        "targets-dropped": _edited(sound, work / "dropped", target_modules=[sorted(one)[0]]),
+    }
+
+
 def plant_all(work, kind="llama"):
     """A base, and adapters on it by the cause that is planted: (base, {name: (cause, folder)})."""
     work = Path(work)
@@ -289,22 +310,8 @@ def plant_all(work, kind="llama"):
     wide = make_base(work / "wide", kind, seed=12, steps=150, hidden_size=96)
     sound = make_adapter(work / "sound", base)
     foreign = make_adapter(work / "wide-adapter", wide)
-    alpha = 16
-    one = SHAPES[kind][1][0]
-    planted = {
-        "healthy": sound,
+    planted = plant_edits(work, sound) | {
         "healthy again": make_adapter(work / "sound-2", base, seed=4),
-        "zero-b": _edited(sound, work / "zero", _zeroed),
-        "alpha-zero": _edited(sound, work / "alpha", lora_alpha=0),
-        "key-prefix": _edited(sound, work / "prefix", _renamed),
-        "scale-up ×8": _edited(sound, work / "up8", lora_alpha=8 * alpha),
-        "scale-up ×16": _edited(sound, work / "up16", lora_alpha=16 * alpha),
-        "scale-down ÷8": _edited(sound, work / "down8", _scaled(1 / 8)),
-        "scale-down ÷16": _edited(sound, work / "down16", _scaled(1 / 16)),
-        "too-large": _edited(sound, work / "large", _scaled(1e5)),
-        "layers-permuted": _edited(sound, work / "turned", _moved(lambda n: (n + 1) % 3)),
-        "layers-shifted": _edited(sound, work / "shifted", _moved(lambda n: n + 1)),
-        "targets-dropped": _edited(sound, work / "dropped", target_modules=[one]),
         "base-overwritten": _edited(sound, work / "over", _add_embedding(sibling)),
         "sibling-base": make_adapter(work / "from-sibling", sibling),
         "other-shapes": foreign,

@@ -41,13 +41,15 @@ class Stub(SimpleNamespace):
     """A subject whose experiments come out as told, at a second a row."""
 
     def __init__(self, findings=(), *, labelled=True, pace=0.0):
-        rows = SimpleNamespace(labels=None)
+        rows, asked = SimpleNamespace(labels=None), SimpleNamespace(contract="choice")
         super().__init__(
             findings=findings,
             labelled=labelled,
             reference=None,
             asked={},
             ask=lambda state: None,
+            prompt="ask",
+            session=SimpleNamespace(case=SimpleNamespace(prompt=lambda name: asked)),
             pace=pace,
             overhead=0.0,
             rows=[rows] * 64,

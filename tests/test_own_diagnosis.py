@@ -168,3 +168,16 @@ def test_a_notebook_records_the_diagnosis(place, tmp_path):
 def test_minutes_are_rounded_up():
     """A duration is whole minutes, and one at least."""
     assert (say_minutes(0.0), say_minutes(1.2)) == ("1 minute", "2 minutes")
+
+
+def test_a_base_that_does_not_load_is_no_finding_of_the_adapters(place, tmp_path, capsys):
+    """A damaged base stops the diagnosis with its own name; nothing is concluded from it."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in (place / "base").iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    (base / "model.safetensors").write_bytes(b"damaged")
+    out, err, code = diagnose(capsys, write(place, tmp_path / "c.yml", base=base))
+    assert code == 2
+    assert str(base) in err
+    assert "load: raises" not in out

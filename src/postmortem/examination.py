@@ -34,6 +34,8 @@ NAMED, SETTLED = 0.9, 0.99
 # Half a power of ten, as in `diagnosis`: less is barely worth mentioning.
 WORTH_SAYING = 0.3
 SOUND = "sound"
+# What is told by the form of an answer, which a classifier cannot miss.
+FORMS = ("base-alone", "answers")
 # A seed of a replay holds its world in the hundreds.
 WORLD = 100
 Word = Literal["named", "works here", "cannot tell"]
@@ -120,6 +122,18 @@ class Examination:
         return {step.exam: step.outcome for step in self.steps}
 
     @property
+    def contract(self) -> str:
+        """What the prompt asks for."""
+        return self.subject.session.case.prompt(self.subject.prompt).contract
+
+    @property
+    def evidence(self) -> dict[str, str]:
+        """The outcomes that replays speak about: a classifier's answers always have their form."""
+        classifies = self.contract == "class"
+        hidden = FORMS if classifies else ()
+        return {exam: word for exam, word in self.outcomes.items() if exam not in hidden}
+
+    @property
     def seconds_left(self) -> float:
         """What is left of the time box."""
         return 60 * self.minutes - (time.perf_counter() - self.started)
@@ -128,7 +142,7 @@ class Examination:
     def ledger(self) -> Ledger:
         """Beliefs after the outcomes so far; the experiments at what they cost now."""
         minutes = {name: self.cost(name) / 60 for name in EXAMS}
-        return Ledger(measure_looks(self.replays, EXAMS, minutes), self.outcomes)
+        return Ledger(measure_looks(self.replays, EXAMS, minutes), self.evidence)
 
     @cached_property
     def known_findings(self) -> frozenset[str]:

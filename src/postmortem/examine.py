@@ -113,8 +113,6 @@ class Subject:
 
     def load(self) -> tuple[Answers, tuple[str, ...]]:
         """The answer to the first row, and what PEFT said while it loaded the adapter."""
-        if self.base is None:
-            _ = self.session.base  # an error of the base's is none of the adapter's
         before = len(self.session.records)
         answers = self._answer(SAVED, self.rows.head(1))
         added = self.session.records[before:]
@@ -204,6 +202,8 @@ def _inspect(subject: Subject) -> Found:
 
 
 def _load(subject: Subject) -> Found:
+    if subject.base is None:
+        _ = subject.session.base  # an error of the base's is none of the adapter's
     try:
         _, said = subject.load()
     # Whatever it raises is the outcome: PEFT has no list of what it may raise.
