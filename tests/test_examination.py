@@ -144,3 +144,11 @@ def test_worlds_are_judged_from_the_others():
     """Each replay is judged from the other worlds, and one world alone is not judged."""
     assert "wrong 0" in describe_judgements(REPLAYS)
     assert "none is left" in describe_judgements(REPLAYS[:1])
+
+
+def test_an_error_of_the_checkers_decides_where_the_replays_do_not(examine):
+    """An adapter that will not work as saved is never said to work, and the finding names it."""
+    known = finding("untrained", evidence="lora_B", expected="a", found="b")
+    _, found, _ = examine("healthy", findings=(known,))
+    assert (found.word, found.finding) == ("named", known)
+    assert found.ranking

@@ -14,10 +14,12 @@ from typing import Literal
 from postmortem.catalogue import Finding
 from postmortem.diagnosis import DRAWS, Ledger
 from postmortem.errors import DiagnosisError
-from postmortem.examine import EXAMS, FIRST, Subject, spread, why_not, writes_order
+from postmortem.examine import EXAMS, FIRST, SAVED, Subject, spread, why_not
+from postmortem.examine import _written as as_scores
+from postmortem.health import THRESHOLDS
 from postmortem.likelihoods import Hypothesis, by_cause
 from postmortem.looks import meanings, measure_looks
-from postmortem.metrics import Estimate
+from postmortem.metrics import Estimate, auc_estimate
 from postmortem.planner import plan
 from postmortem.records import Replay
 
@@ -34,8 +36,9 @@ NAMED, SETTLED = 0.9, 0.99
 # Half a power of ten, as in `diagnosis`: less is barely worth mentioning.
 WORTH_SAYING = 0.3
 SOUND = "sound"
-# What is told by the form of an answer, which a classifier cannot miss.
-FORMS = ("base-alone", "answers")
+# What a classifier tells nothing by: its answers have their form always, and its head, trained with
+# the adapter, has an effect of its own.
+UNTOLD = ("base-alone", "answers", "effect")
 # A seed of a replay holds its world in the hundreds.
 WORLD = 100
 Word = Literal["named", "works here", "cannot tell"]
@@ -81,9 +84,9 @@ class Conclusion:
 
     `family` is the leading kind of fault with its probability, `causes` the likeliest of its
     causes, the fewest that hold nearly all of that; intervals are due to the number of replays.
-    A `finding` is an error of the checker's that names the cause by itself; then nothing else is
-    given. `warnings` are findings that no replay shows, and that decide nothing here. `written`
-    says how what is written with the adapter orders the rows.
+    A `finding` is an error of the checker's that names the cause by itself; one that no replay
+    shows comes alone. `warnings` are other findings that no replay shows, and that decide nothing
+    here. `written` is the AUC of what is written with the adapter.
     """
 
     word: Word
@@ -96,7 +99,7 @@ class Conclusion:
     ahead: tuple[Ahead, ...] = ()
     finding: Finding | None = None
     warnings: tuple[Finding, ...] = ()
-    written: str = ""
+    written: Estimate | None = None
 
 
 @dataclass
@@ -128,9 +131,8 @@ class Examination:
 
     @property
     def evidence(self) -> dict[str, str]:
-        """The outcomes that replays speak about: a classifier's answers always have their form."""
-        classifies = self.contract == "class"
-        hidden = FORMS if classifies else ()
+        """The outcomes that replays speak about."""
+        hidden = UNTOLD if self.contract == "class" else ()
         return {exam: word for exam, word in self.outcomes.items() if exam not in hidden}
 
     @property
@@ -165,6 +167,13 @@ class Examination:
         if self.outcomes.get("inspect") != "nothing":
             return None
         return next((f for f in self.strange if f.severity == "error"), None)
+
+    @property
+    def error(self) -> Finding | None:
+        """The checker's worst finding, where it says that the adapter will not work as saved."""
+        ran = any(step.exam == "inspect" and not step.told for step in self.steps)
+        found = self.subject.findings if ran else ()
+        return next((f for f in found if f.severity == "error"), None)
 
     def run(self) -> Conclusion:
         """Check, run the controls, then what the planner chooses, until it is settled."""
@@ -237,11 +246,22 @@ def conclude(examination: Examination) -> Conclusion:
     warnings = tuple(f for f in examination.strange if f is not fatal)
     if fatal is not None:
         return Conclusion("named", finding=fatal, warnings=warnings)
-    ledger, written = examination.ledger, writes_order(examination.subject)
-    found = judge(ledger, works=None if written is None else written.outcome == "ranks")
+    error = examination.error
+    ledger, written = examination.ledger, order_written(examination.subject)
+    useful = None if written is None else (written.low or 0.0) > THRESHOLDS.useful
+    found = judge(ledger, works=False if error else useful)
+    if found.word == "cannot tell" and error is not None:
+        found = replace(found, word="named", finding=error)
     ahead = tuple(look_ahead(examination, ledger, found.ranking))
-    said = "" if written is None else written.measured
-    return replace(found, ahead=ahead, warnings=warnings, written=said)
+    return replace(found, ahead=ahead, warnings=warnings, written=written)
+
+
+def order_written(subject: Subject) -> Estimate | None:
+    """AUC of what is written with the adapter; None without labels, or where it was not asked."""
+    if SAVED not in subject.asked or not subject.labelled:
+        return None
+    assert subject.rows.labels is not None
+    return auc_estimate(subject.rows.labels, as_scores(subject.ask(SAVED)))
 
 
 def judge(ledger: Ledger, *, works: bool | None, draws: int = DRAWS) -> Conclusion:

@@ -3,9 +3,11 @@
 import csv
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from postmortem.errors import RecordError
 from postmortem.examine import EXAMS
@@ -20,6 +22,8 @@ REMEDY = "Restore the file, or run `make looks` to make it again."
 BEHIND = ("examine", "replaying", "causes")
 
 
+# What these find follows from the base and the rows, whatever the cause.
+ALONE_EXAMS = ("base-alone", "base-ranks")
 # Kinds of fault, whose causes call for a look at the same thing.
 FAMILIES = {
     "sound": "no fault in the adapter, its base or the prompt",
@@ -121,4 +125,17 @@ def measure_looks(
     ]
     # Whatever was planted on one trained adapter counts as one observation of that cause.
     trials = [replay.model_copy(update={"severity": NO_SEVERITY}) for replay in replays]
-    return measure_likelihoods(trials, experiments)
+    table = measure_likelihoods(trials, experiments)
+    return replace(table, counts=_share_base_counts(table))
+
+
+def _share_base_counts(table: Likelihoods) -> np.ndarray:
+    """The counts, where what the base does alone is the same whatever was done to the adapter."""
+    counts = table.counts.copy()
+    bases = np.array([hypothesis.base for hypothesis in table.hypotheses])
+    for name in ALONE_EXAMS:
+        if name in table.blocks:
+            for base in table.bases:
+                rows = bases == base
+                counts[rows, table.blocks[name]] = counts[rows, table.blocks[name]].mean(axis=0)
+    return counts

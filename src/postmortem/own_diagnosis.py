@@ -98,9 +98,9 @@ def conclude_in_words(conclusion: Conclusion) -> str:
     share = say_share(conclusion.share)
     if conclusion.word == "works here":
         served = "; ".join(SERVING.values())
-        seen = f"what it writes orders the rows ({conclusion.written})"
-        if not conclusion.written:
-            seen = f"it does what a sound adapter does ({share})"
+        seen = f"it does what a sound adapter does ({share})"
+        if conclusion.written is not None:
+            seen = f"what it writes orders the rows (AUC {_say_number(conclusion.written)})"
         return (
             f"Works here: {seen}. So the fault lies in the code that serves it, if there is one: "
             f"{served}. {meanings()[HEALTHY].remedy}"
@@ -112,6 +112,10 @@ def conclude_in_words(conclusion: Conclusion) -> str:
             f"Settled by: {first.settles} Remedy: {first.remedy}"
         )
     return f"Cannot tell yet: {_say_next(conclusion)} So far {named} ({share})."
+
+
+def _say_number(told: Estimate) -> str:
+    return f"{told.value:.2f} [{told.low:.2f}, {told.high:.2f}]"
 
 
 def _name_causes(conclusion: Conclusion) -> str:

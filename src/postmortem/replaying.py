@@ -155,6 +155,8 @@ def with_choices(case: Case) -> Case:
             chat=True,
             template="Rule: {rule}\nPost: {body}\n\nIs the post fine or bad?",
             grade="measured",
+            # The small vocabulary takes several tokens for a word.
+            max_new_tokens=8,
         ),
         LABEL: PromptTemplate(
             title="A label",
@@ -163,6 +165,7 @@ def with_choices(case: Case) -> Case:
             chat=False,
             template="Post: {body}\nRule: {rule}\nLabel:",
             grade="measured",
+            max_new_tokens=8,
         ),
     }
     return case.model_copy(update={"own": True, "prompts": {**case.prompts, **asked}})
