@@ -11,13 +11,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+
 from postmortem.catalogue import Finding
 from postmortem.diagnosis import DRAWS, Ledger
 from postmortem.errors import DiagnosisError
 from postmortem.examine import EXAMS, FIRST, SAVED, Subject, spread, why_not
 from postmortem.examine import _written as as_scores
 from postmortem.health import THRESHOLDS
-from postmortem.likelihoods import Hypothesis, by_cause
+from postmortem.likelihoods import Hypothesis, by_cause, memberships
 from postmortem.looks import meanings, measure_looks
 from postmortem.metrics import Estimate, auc_estimate
 from postmortem.planner import plan
@@ -36,6 +38,7 @@ NAMED, SETTLED = 0.9, 0.99
 # Half a power of ten, as in `diagnosis`: less is barely worth mentioning.
 WORTH_SAYING = 0.3
 SOUND = "sound"
+TINY = np.finfo(float).tiny
 # What a classifier tells nothing by: its answers have their form always, and its head, trained with
 # the adapter, has an effect of its own.
 UNTOLD = ("base-alone", "answers", "effect")
@@ -68,7 +71,7 @@ class Weight:
 class Ahead:
     """An experiment that was not run: expected bits about the cause, minutes, and why it was not.
 
-    `parts` are the two likeliest causes that it tells apart.
+    `parts` are the likeliest cause and the one that it best tells from that.
     """
 
     exam: str
@@ -252,7 +255,7 @@ def conclude(examination: Examination) -> Conclusion:
     found = judge(ledger, works=False if error else useful)
     if found.word == "cannot tell" and error is not None:
         found = replace(found, word="named", finding=error)
-    ahead = tuple(look_ahead(examination, ledger, found.ranking))
+    ahead = tuple(look_ahead(examination, ledger))
     return replace(found, ahead=ahead, warnings=warnings, written=written)
 
 
@@ -320,9 +323,7 @@ def weigh(ledger: Ledger, cause: str) -> Iterator[Weight]:
             yield weight
 
 
-def look_ahead(
-    examination: Examination, ledger: Ledger, ranking: Sequence[tuple[str, Estimate]]
-) -> Iterator[Ahead]:
+def look_ahead(examination: Examination, ledger: Ledger) -> Iterator[Ahead]:
     """What was not run and would say more, in the planner's order, with the reason."""
     subject, outcomes = examination.subject, examination.outcomes
     reasons = {
@@ -332,12 +333,26 @@ def look_ahead(
     }
     # What cannot be had by giving more is not held out.
     ahead = [name for name, why in reasons.items() if "the adapter" not in why]
-    parts = (ranking[0][0], ranking[1][0])
     if not ahead or max(ledger.marginal(by_cause(ledger.likelihoods)).values()) >= SETTLED:
         return
     for step in plan(ledger, by_cause(ledger.likelihoods), candidates=ahead).steps:
         name = step.experiment
-        yield Ahead(name, step.bits, step.minutes, reasons[name], parts)
+        yield Ahead(name, step.bits, step.minutes, reasons[name], parted(ledger, name))
+
+
+def parted(ledger: Ledger, exam: str) -> tuple[str, str]:
+    """The likeliest cause, and the one that an experiment best tells from it for its probability.
+
+    How far it tells two apart is the distance in variation of their outcomes.
+    """
+    table = ledger.likelihoods
+    names, members = memberships(table, by_cause(table))
+    joint = members * ledger.weights
+    shares = joint.sum(axis=1)
+    outcomes = joint / np.maximum(shares, TINY)[:, None] @ table.of(exam)
+    first = int(shares.argmax())
+    gaps = shares * np.abs(outcomes - outcomes[first]).sum(axis=1)
+    return names[first], names[int(gaps.argmax())]
 
 
 def parse_told(pairs: Sequence[str]) -> dict[str, str]:

@@ -126,13 +126,14 @@ def _name_causes(conclusion: Conclusion) -> str:
 
 
 def _say_next(conclusion: Conclusion) -> str:
-    rivals = [meanings()[cause].title for cause, _ in conclusion.ranking[:2]]
-    between = f"which separates “{rivals[0]}” from “{rivals[1]}”"
     if not conclusion.ahead:
         return f"no experiment left here separates more. {_settle(conclusion)}"
     step = conclusion.ahead[0]
-    need = f" ({step.why})" if step.why else ""
-    return f"run `{step.exam}` (about {say_minutes(step.minutes)}), {between}{need}."
+    first, other = (meanings()[cause].title for cause in step.parts)
+    return (
+        f"run `{step.exam}` (about {say_minutes(step.minutes)}), which separates “{first}” from "
+        f"“{other}”; not run yet: {step.why}."
+    )
 
 
 def _settle(conclusion: Conclusion) -> str:
