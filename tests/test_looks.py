@@ -7,7 +7,14 @@ from postmortem.errors import RecordError
 from postmortem.examination import judge_others
 from postmortem.examine import EXAMS
 from postmortem.likelihoods import HEALTHY
-from postmortem.looks import FAMILIES, SERVING, check_looks, meanings, read_looks
+from postmortem.looks import (
+    FAMILIES,
+    SERVING,
+    check_looks,
+    meanings,
+    measure_looks,
+    read_looks,
+)
 from postmortem.records import Replay
 from postmortem.replaying import PLANTED, STAGES
 
@@ -52,6 +59,17 @@ def test_every_outcome_is_one_of_its_experiment():
 
 def test_other_worlds_are_judged_well():
     """Replays of one world judged from those of the others: few are wrong."""
-    found = list(judge_others(read_looks().of(Replay)))
+    found = [word for _, word in judge_others(read_looks().of(Replay))]
     if found:
         assert found.count("wrong") <= 0.1 * len(found)
+
+
+def test_what_the_base_does_alone_is_one_quantity():
+    """Causes on one kind of base share what the base does alone, in the mean and in each draw."""
+    table = measure_looks(read_looks().of(Replay), EXAMS, {})
+    first = table.hypotheses[0].base
+    own = [place for place, found in enumerate(table.hypotheses) if found.base == first]
+    assert len({tuple(row) for row in table.of("base-alone")[own].tolist()}) == 1
+    drawn = table.draw("base-alone", "varies", draws=5, seed=0)[:, own]
+    assert (drawn == drawn[:, :1]).all()
+    assert not (table.draw("answers", "varies", draws=5, seed=0)[:, own] == drawn).all()

@@ -252,7 +252,9 @@ def conclude(examination: Examination) -> Conclusion:
     error = examination.error
     ledger, written = examination.ledger, order_written(examination.subject)
     useful = None if written is None else (written.low or 0.0) > THRESHOLDS.useful
-    found = judge(ledger, works=False if error else useful)
+    # However well it ranks: it will not work as saved, or leaves another base behind.
+    spoilt = error is not None or examination.outcomes.get("off") == "is not the base"
+    found = judge(ledger, works=False if spoilt else useful)
     if found.word == "cannot tell" and error is not None:
         found = replace(found, word="named", finding=error)
     ahead = tuple(look_ahead(examination, ledger))

@@ -3,7 +3,7 @@
 import csv
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -54,6 +54,18 @@ class Look:
     means: str
     settles: str
     remedy: str
+
+
+class Looks(Likelihoods):
+    """A table in which what the base does alone is one quantity for each kind of base."""
+
+    def draw(self, experiment: str, outcome: str, *, draws: int, seed: int) -> np.ndarray:
+        """As of any table; what is one quantity is drawn once."""
+        drawn = super().draw(experiment, outcome, draws=draws, seed=seed)
+        if experiment not in ALONE_EXAMS:
+            return drawn
+        bases = [hypothesis.base for hypothesis in self.hypotheses]
+        return drawn[:, [bases.index(base) for base in bases]]
 
 
 @cache
@@ -126,7 +138,7 @@ def measure_looks(
     # Whatever was planted on one trained adapter counts as one observation of that cause.
     trials = [replay.model_copy(update={"severity": NO_SEVERITY}) for replay in replays]
     table = measure_likelihoods(trials, experiments)
-    return replace(table, counts=_share_base_counts(table))
+    return Looks(table.experiments, table.hypotheses, _share_base_counts(table), table.replays)
 
 
 def _share_base_counts(table: Likelihoods) -> np.ndarray:
