@@ -20,7 +20,7 @@ BIN := $(abspath $(VENV))/bin
 # The graph calls `postmortem` and `snakemake` of this environment by name.
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := book
-.PHONY: book replay record confirm bench suite membership weights test lint clean environment \
+.PHONY: book replay looks record confirm bench suite membership weights test lint clean environment \
   cluster
 
 environment: $(VENV)/.installed
@@ -42,6 +42,9 @@ book: environment
 replay: environment
 	@postmortem replay --case "$(CASE)" --profile "$(PROFILE)" --worlds "$(WORLDS)" \
 	  --cores "$(CORES)" --executor "$(EXECUTOR)"
+
+looks: environment
+	@postmortem looks --cores "$(CORES)"
 
 record: environment
 	@postmortem record --case "$(CASE)" --profile "$(PROFILE)" --files "$(FILES)" \

@@ -199,6 +199,24 @@ rule replay_world:
         " --seed {wildcards.seed}"
 
 
+rule looks:
+    input:
+        expand(f"{BUILD}/looks/{{seed}}.jsonl", seed=TRAINED),
+    output:
+        touch(f"{BUILD}/looks/all"),
+
+
+rule looks_of_world:
+    input:
+        f"{REPLAYS}/{{seed}}.world.json",
+    output:
+        f"{BUILD}/looks/{{seed}}.jsonl",
+    params:
+        code=modules_behind(["import postmortem.replaying"]),
+    shell:
+        "OMP_NUM_THREADS=1 postmortem step looks --world {input:q} --out {output:q}"
+
+
 # Those that others start from first, then the longest.
 for order, (lineage, start) in enumerate(reversed(STARTS.items())):
 

@@ -158,6 +158,18 @@ def replay(
 
 
 @app.command()
+def looks(
+    worlds: Annotated[int, typer.Option(min=1, help="Embedded worlds to train, each a seed.")] = 2,
+    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+) -> None:
+    """Make anew what `diagnose` knows of causes: each planted, and met with every test."""
+    from postmortem import graph
+
+    settings = _make_settings(case="cases/qwen-lora.yml", profile="embedded", worlds=worlds)
+    print(graph.make_looks(settings, cores=_count(cores)))
+
+
+@app.command()
 def record(
     case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
     profile: Annotated[str, typer.Option(help="A profile of the case.")] = "smollm2",
@@ -227,27 +239,73 @@ def suite(
 
 @app.command()
 def diagnose(
-    case: Annotated[Path, typer.Argument(help="A case file whose book has been built.")],
-    profile: Annotated[str, typer.Option(help="A profile of the case.")] = "embedded",
+    case: Annotated[Path, typer.Argument(help="A case file.")],
+    profile: Annotated[str, typer.Option(help="A profile of the case; none is its first.")] = "",
     prior: Annotated[str, typer.Option(help="flat, or the write-up's: initial or final.")] = "flat",
     observe: Annotated[
         list[str] | None, typer.Option(help="A further outcome, as TEST=OUTCOME.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="Minutes for the next tests; none is no limit.")
+        float | None,
+        typer.Option(
+            min=0, help="The time box: for a case of one's own 10, for the next tests no limit."
+        ),
     ] = None,
+    output: Annotated[
+        Format, typer.Option("--format", help="How to write the verdict: text or json.")
+    ] = Format.TEXT,
 ) -> None:
-    """Rank the causes by the evidence, with what speaks for and against, and what to run next."""
-    from postmortem.beliefs import open_inquiry
+    """Find the cause: run what tells most a minute, or weigh the evidence of an incident.
+
+    A case of one's own is examined in its time box. For an incident whose book has been built, the
+    causes are ranked by the evidence on record, with what to run next.
+    """
     from postmortem.case import load_case
+
+    # What a library prints while it loads a model would stand between the steps.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    loaded = load_case(case)
+    chosen = profile or loaded.default_profile
+    loaded.profile(chosen)
+    if loaded.own:
+        _diagnose_own(
+            loaded,
+            profile=chosen,
+            minutes=minutes,
+            prior=prior,
+            told=observe or [],
+            is_json=output is Format.JSON,
+        )
+        return
+    from postmortem.beliefs import open_inquiry
     from postmortem.diagnosis_text import as_diagnosis
     from postmortem.records import Replay, read_records
 
-    loaded = load_case(case)
-    loaded.profile(profile)
-    records = Path("_build/runs", loaded.name, profile, "records", "07_replay.jsonl")
+    records = Path("_build/runs", loaded.name, chosen, "records", "07_replay.jsonl")
     inquiry = open_inquiry(loaded, read_records(records).of(Replay))
     print(as_diagnosis(inquiry, prior=prior, extra=observe or [], minutes=minutes))
+
+
+def _diagnose_own(
+    case: Any,
+    *,
+    profile: str,
+    minutes: float | None,
+    prior: str,
+    told: Sequence[str],
+    is_json: bool,
+) -> None:
+    from postmortem.own_diagnosis import TIME_BOX, as_json, as_text, diagnose_case
+
+    examination, conclusion = diagnose_case(
+        case,
+        profile=profile,
+        minutes=TIME_BOX if minutes is None else minutes,
+        prior=prior,
+        told=told,
+        report=_say if is_json else lambda line: print(line, flush=True),
+    )
+    print((as_json if is_json else as_text)(examination, conclusion))
 
 
 @app.command()
@@ -450,6 +508,22 @@ def evaluate_replays(records: list[Path], out: Annotated[Path, typer.Option()]) 
 
     found = evaluate_worlds(load_case(_settings()["case"]), [read_records(p) for p in records])
     write_text(out, json.dumps({"line": describe_trust(found)}) + "\n")
+
+
+@steps.command("looks")
+def replay_looks(
+    world: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()]
+) -> None:
+    """Plant every cause in one embedded world and meet it with every test."""
+    from postmortem.case import load_case
+    from postmortem.looks import write_looks
+    from postmortem.replaying import replay_world
+    from postmortem.world import read_world
+
+    found = read_world(world)
+    case = load_case(_settings()["case"])
+    replays = replay_world(case, found, out.with_suffix(".adapters"), report=_say)
+    write_looks(out, replays, worlds=[found.seed])
 
 
 @steps.command("suite-chunk")

@@ -15,7 +15,7 @@ from postmortem.case_site import BUILD, site_of
 from postmortem.cluster import place_options
 from postmortem.confirm import confirm_files
 from postmortem.errors import BookError, CaseError, DataError, SuiteError
-from postmortem.records import RecordFile, locked, read_records, write_text
+from postmortem.records import RecordFile, Replay, locked, read_records, write_text
 from postmortem.suite import make_plan, prepare_chunks, write_plan
 from postmortem.world import embedded_digest
 
@@ -97,6 +97,22 @@ def confirm_record(settings: Settings, *, sample: int, cores: int) -> str:
     with one_build():
         _run_graph("keep", settings | asked, cores=cores, again=True)
     return f"confirm: {place}: {confirm_files(place, again)}, {time.perf_counter() - start:.0f} s"
+
+
+def make_looks(settings: Settings, *, cores: int) -> str:
+    """Plant every cause in embedded worlds anew and ship what was seen; return a line on it."""
+    from postmortem.examination import describe_judgements
+    from postmortem.looks import SHIPPED, write_looks
+
+    settings = check_settings(settings)
+    with one_build():
+        _run_graph("looks", settings, cores=cores)
+    seed = load_case(str(settings["case"])).profile(str(settings["profile"])).seed
+    worlds = range(seed, seed + int(settings["worlds"]))
+    files = [read_records(BUILD / "looks" / f"{world}.jsonl") for world in worlds]
+    replays = [replay for file in files for replay in file.of(Replay)]
+    write_looks(SHIPPED, replays, worlds=worlds)
+    return f"looks: {len(replays)} replays, {describe_judgements(replays)}"
 
 
 def train_base(settings: Settings, *, cores: int) -> Path:

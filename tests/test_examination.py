@@ -1,0 +1,154 @@
+from types import SimpleNamespace
+
+import pytest
+from replays import replay
+
+from postmortem import examination as module
+from postmortem.catalogue import finding
+from postmortem.errors import DiagnosisError
+from postmortem.examination import Examination, describe_judgements, parse_told, stand
+from postmortem.examine import EXAMS, Found
+
+SEEN = {
+    "healthy": {"inspect": "nothing", "answers": "varies", "effect": "clear", "home": "at home"},
+    "zero-b": {"inspect": "untrained", "answers": "one value", "effect": "none"},
+    "scale-up": {
+        "inspect": "nothing",
+        "answers": "many texts",
+        "effect": "clear",
+        "home": "not at home",
+        "scale": "better at 1/8",
+    },
+    "sibling-base": {
+        "inspect": "nothing",
+        "answers": "many texts",
+        "effect": "clear",
+        "home": "not at home",
+        "scale": "no better",
+    },
+}
+REPLAYS = [
+    replay(cause, "unable", seed=100 * world + seed, **found).model_copy(
+        update={"features": {"works": cause == "healthy"}}
+    )
+    for cause, found in SEEN.items()
+    for world in range(2)
+    for seed in range(3)
+]
+
+
+class Stub(SimpleNamespace):
+    """A subject whose experiments come out as told, at a second a row."""
+
+    def __init__(self, findings=(), *, labelled=True, pace=0.0):
+        rows, asked = SimpleNamespace(labels=None), SimpleNamespace(contract="choice")
+        super().__init__(
+            findings=findings,
+            labelled=labelled,
+            reference=None,
+            asked={},
+            ask=lambda state: None,
+            prompt="ask",
+            session=SimpleNamespace(case=SimpleNamespace(prompt=lambda name: asked)),
+            pace=pace,
+            overhead=0.0,
+            rows=[rows] * 64,
+        )
+
+
+@pytest.fixture
+def examine(monkeypatch):
+    """A function that examines a stub whose experiments come out as those of a cause."""
+
+    def run(cause, *, minutes=10.0, told=None, **changes):
+        seen = {**dict.fromkeys(EXAMS), **SEEN[cause]}
+        exams = {
+            name: exam.__class__(**{**vars(exam), "run": lambda s, n=name: Found(seen[n], "")})
+            for name, exam in EXAMS.items()
+            if seen[name] is not None
+        }
+        monkeypatch.setattr(module, "CONTROLS", [n for n in module.CONTROLS if n in exams])
+        monkeypatch.setattr(module, "EXAMS", exams)
+        monkeypatch.setattr(module, "spread", lambda rows, count: rows[:count])
+        lines = []
+        examination = Examination(
+            Stub(**changes), REPLAYS, minutes, told or {}, report=lines.append
+        )
+        return examination, examination.run(), lines
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("cause", "word"),
+    [("healthy", "works here"), ("zero-b", "named"), ("scale-up", "named")],
+)
+def test_what_replays_show_is_named(examine, cause, word):
+    """A case that comes out as a cause's replays is given that cause, with what speaks for it."""
+    _, found, lines = examine(cause)
+    assert (found.word, found.causes[0][0]) == (word, cause)
+    assert stand(found, cause) in ("cause named", "kind named")
+    assert found.weights[0].log10 > 0
+    assert len(lines) >= 3
+
+
+def test_an_error_that_no_replay_shows_names_the_cause_by_itself(examine):
+    """Nothing more is run, and the beliefs are left out of it."""
+    odd = finding("head-dropped", evidence="score", expected="a", found="b")
+    examination, found, _ = examine("healthy", findings=(odd,))
+    assert (found.word, found.finding, found.ranking) == ("named", odd, ())
+    assert list(examination.outcomes) == ["inspect"]
+
+
+def test_a_warning_that_no_replay_shows_decides_nothing(examine):
+    """It stands beside the verdict, and the checker counts as having found nothing."""
+    odd = finding("base-name-mismatch", evidence="a", expected="a", found="b")
+    examination, found, _ = examine("healthy", findings=(odd,))
+    assert found.warnings == (odd,)
+    assert examination.outcomes["inspect"] == "nothing"
+    assert found.word == "works here"
+
+
+def test_what_does_not_fit_into_the_time_is_not_begun(examine):
+    """With rows that take minutes only the files are read, and the next experiment is named."""
+    examination, found, _ = examine("sibling-base", minutes=0.1, pace=60.0)
+    assert list(examination.outcomes) == ["inspect"]
+    assert found.word == "cannot tell"
+    assert "fit" in found.ahead[0].why
+    assert found.ahead[0].minutes > 1
+
+
+def test_without_labels_what_takes_them_is_asked_for(examine):
+    """An experiment that takes labels is no dead end: the verdict says to give them."""
+    examination, found, _ = examine("sibling-base", labelled=False)
+    assert not {"home", "scale"} & set(examination.outcomes)
+    assert any("labels" in step.why for step in found.ahead)
+
+
+def test_what_was_told_is_not_run(examine):
+    """A told outcome counts as evidence and costs nothing."""
+    examination, found, _ = examine("sibling-base", told={"scale": "better at 1/8"})
+    assert [step.told for step in examination.steps if step.exam == "scale"] == [True]
+    assert found.causes[0][0] == "scale-up"
+
+
+@pytest.mark.parametrize("pair", ["scale", "x-ray=seen", "scale=worse", ""])
+def test_an_outcome_that_cannot_be_is_refused(pair):
+    """What is told must be an experiment and one of its outcomes."""
+    with pytest.raises(DiagnosisError):
+        parse_told([pair])
+    assert parse_told([" scale = better at 8 "]) == {"scale": "better at 8"}
+
+
+def test_worlds_are_judged_from_the_others():
+    """Each replay is judged from the other worlds, and one world alone is not judged."""
+    assert "wrong 0" in describe_judgements(REPLAYS)
+    assert "none is left" in describe_judgements(REPLAYS[:1])
+
+
+def test_an_error_of_the_checkers_decides_where_the_replays_do_not(examine):
+    """An adapter that will not work as saved is never said to work, and the finding names it."""
+    known = finding("untrained", evidence="lora_B", expected="a", found="b")
+    _, found, _ = examine("healthy", findings=(known,))
+    assert (found.word, found.finding) == ("named", known)
+    assert found.ranking

@@ -1,0 +1,164 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from postmortem.corpus import Rows
+from postmortem.examine import (
+    CHANGES,
+    EIGHTFOLD,
+    EXAMS,
+    FEW,
+    FLIPPED,
+    TURNED,
+    Subject,
+    _form_of,
+    classify_values,
+    spread,
+    tell_order,
+    why_not,
+)
+
+
+def answers(texts, *, values=None, contract="choice"):
+    """Answers with these texts and values."""
+    predictions = [SimpleNamespace(text=text) for text in texts]
+    given = [None] * len(texts) if values is None else values
+    return SimpleNamespace(predictions=predictions, strict_values=given, contract=contract)
+
+
+@pytest.mark.parametrize(
+    ("values", "contract", "word"),
+    [
+        ([0.0, 0.0, 0.0], "number", "one value"),
+        ([0.0, 1.0, 0.0], "number", "only 0 and 1"),
+        ([0.0, 1.0, 0.0], "choice", "varies"),
+        ([0.2, 0.7, None], "number", "varies"),
+        ([None, None, 1.0], "number", ""),
+        ([0.9, 0.6, 0.7], "class", "one value"),
+        ([0.9, 0.1, 0.7], "class", "varies"),
+    ],
+)
+def test_values_have_the_same_words_under_every_contract(values, contract, word):
+    """A value is told by its form; of a class only which is the likelier counts."""
+    assert classify_values(answers([""] * 3, values=values, contract=contract)) == word
+
+
+@pytest.mark.parametrize(
+    ("texts", "alone", "word"),
+    [
+        (["food", "film", "food"], ["food", "film", "film"], "as the base"),
+        (["<think>", "<think>", "x"], ["a", "b", "c"], "a tag"),
+        (["Yes", "no.", "x"], ["a", "b", "c"], "another form"),
+        (["0.7", "17", "x"], ["a", "b", "c"], "another form"),
+        (["m", "n", "m"], ["a", "b", "c"], "few texts"),
+        (list("mnopqrstuv"), list("abcdefghij"), "many texts"),
+    ],
+)
+def test_texts_of_another_form_are_held_against_the_bases(texts, alone, word):
+    """What does not answer is the base's own text, a tag, an answer to something else, or noise."""
+    assert _form_of(answers(texts), answers(alone)) == word
+
+
+@pytest.mark.parametrize(
+    ("scores", "word"),
+    [
+        ([0, 1, 2, 3, 10, 11, 12, 13], "ranks"),
+        ([10, 11, 12, 13, 0, 1, 2, 3], "ranks in reverse"),
+        ([1, 2, 1, 2, 1, 2, 1, 2], "does not rank"),
+        ([np.nan] * 8, "not finite"),
+    ],
+)
+def test_an_order_takes_more_than_luck(scores, word):
+    """Rows are ranked, ranked in reverse or not, by a rank test."""
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    assert tell_order(labels, np.array(scores, dtype=float)).outcome == word
+
+
+def make_rows(labels, count=None):
+    """Rows of these labels; without labels so many."""
+    total = count or len(labels)
+    ids = tuple(map(str, range(total)))
+    truth = None if labels is None else np.array(labels)
+    return Rows("file", pd.DataFrame({"text": ids}), ids, ("all",) * total, truth)
+
+
+def test_rows_are_spread_over_both_classes():
+    """Of a file sorted by label as many rows of either class are taken, from all over it."""
+    chosen = spread(make_rows([0] * 90 + [1] * 10), 16)
+    assert chosen.labels.tolist() == [0] * 8 + [1] * 8
+    assert chosen.ids[:8] != tuple(map(str, range(8)))
+    assert spread(make_rows([0] * 97 + [1] * 3), 16).labels.sum() == 3
+    assert spread(make_rows(None, 100), 16).ids[-1] == "99"
+    few = make_rows([0, 1])
+    assert spread(few, 16) is few
+
+
+def test_turning_moves_each_layer_and_keeps_what_does_not_fit():
+    """Layer n gets the tensors of the one before it, the first those of the last."""
+    names = [f"model.layers.{n}.q.lora_B.weight" for n in (0, 2, 10)]
+    tensors = {name: torch.full((2, 1), float(n)) for n, name in enumerate(names)}
+    odd = {f"model.layers.{n}.v.lora_B.weight": torch.zeros(n + 1, 1) for n in range(2)}
+    turned = CHANGES[TURNED]({**tensors, **odd, "score.weight": torch.ones(1)})
+    assert [float(turned[name][0]) for name in names] == [2.0, 0.0, 1.0]
+    assert all(turned[name].shape == tensor.shape for name, tensor in odd.items())
+    assert float(CHANGES[EIGHTFOLD](tensors)[names[1]][0]) == 8.0
+    assert float(CHANGES[FLIPPED](tensors)[names[1]][0]) == -1.0
+
+
+@pytest.fixture
+def subject(session, tmp_path):
+    """The untrained world's suspect."""
+    return Subject(
+        session=session,
+        prompt="v2",
+        adapter=session.world.path("suspect"),
+        rows=session.rows,
+        base_folder=session.world.path("base"),
+        scratch=tmp_path / "changed",
+        reference=session.world.path("reference"),
+    )
+
+
+def test_every_experiment_has_one_of_its_outcomes(subject):
+    """All experiments run on a session, and what was asked once is not asked again."""
+    outcomes = {}
+    for name, exam in EXAMS.items():
+        assert not why_not(name, subject, outcomes)
+        outcomes[name] = exam.run(subject).outcome
+        assert outcomes[name] in exam.outcomes
+    assert outcomes["inspect"] == "nothing"
+    assert outcomes["off"] == "is the base"
+    assert outcomes["effect"] != "none"
+    asked = len(subject.session.records)
+    EXAMS["home"].run(subject)
+    assert len(subject.session.records) == asked
+    assert subject.pace > 0
+
+
+def test_what_cannot_be_had_says_why(subject):
+    """Without labels, a reference, an adapter that loads or an effect an experiment is not run."""
+    assert "does not load" in why_not("answers", subject, {"load": "raises"})
+    assert not why_not("base-alone", subject, {"load": "raises"})
+    assert "no effect" in why_not("scale", subject, {"effect": "none"})
+    subject.reference = None
+    assert "sound adapter" in why_not("reference", subject, {})
+    subject.rows = make_rows([0, 1] * (FEW - 1))
+    assert "labels" in why_not("ranks", subject, {})
+
+
+def test_an_untrained_adapter_is_inert(subject):
+    """lora_B of zeros has no effect, and the checker says why."""
+    subject.adapter = subject.session.world.path("no_op")
+    assert EXAMS["inspect"].run(subject).outcome == "untrained"
+    assert EXAMS["effect"].run(subject).outcome == "none"
+
+
+def test_loading_that_raises_is_an_outcome(subject):
+    """An adapter of other shapes raises, and the words are kept."""
+    subject.adapter = subject.session.world.path("donor_adapter")
+    found = EXAMS["load"].run(subject)
+    assert found.outcome == "raises"
+    assert "size mismatch" in found.measured

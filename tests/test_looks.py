@@ -1,0 +1,75 @@
+import pytest
+
+from postmortem import looks
+from postmortem.catalogue import catalogue
+from postmortem.causes import CAUSES
+from postmortem.errors import RecordError
+from postmortem.examination import judge_others
+from postmortem.examine import EXAMS
+from postmortem.likelihoods import HEALTHY
+from postmortem.looks import (
+    FAMILIES,
+    SERVING,
+    check_looks,
+    meanings,
+    measure_looks,
+    read_looks,
+)
+from postmortem.records import Replay
+from postmortem.replaying import PLANTED, STAGES
+
+
+def test_the_shipped_replays_are_those_of_the_present_code():
+    """An edit of the experiments or of what is planted asks for `make looks`."""
+    check_looks()
+
+
+def test_a_record_made_by_other_code_is_stale(monkeypatch):
+    """What has moved on is named, with the command that makes the record again."""
+    monkeypatch.setattr(looks, "code_digests", dict)
+    with pytest.raises(RecordError, match="make looks"):
+        check_looks()
+
+
+def test_every_cause_was_replayed_and_is_explained():
+    """Each planted cause has replays, a family, and words for what it means and what to do."""
+    replays = read_looks().of(Replay)
+    assert {replay.cause for replay in replays} == set(PLANTED) == set(meanings())
+    assert {replay.base for replay in replays} == {stage.kind for stage in STAGES.values()}
+    for look in meanings().values():
+        assert look.family in FAMILIES
+        assert all((look.title, look.means, look.settles, look.remedy))
+    assert [look.cause for look in meanings().values() if look.family == "sound"] == [HEALTHY]
+
+
+def test_every_cause_of_the_incident_is_planted_or_lies_in_the_serving_code():
+    """No suspected cause is forgotten; each stands once."""
+    other = {"no-adapter", *SERVING, "other-shapes-ignored", "overflow", "yes-no-contract"}
+    assert set(CAUSES) - set(PLANTED) <= other
+    assert not set(SERVING) & set(PLANTED)
+
+
+def test_every_outcome_is_one_of_its_experiment():
+    """The record speaks the words of the present experiments."""
+    for replay in read_looks().of(Replay):
+        for name, outcome in replay.outcomes.items():
+            assert outcome in EXAMS[name].outcomes
+    assert set(catalogue()) < set(EXAMS["inspect"].outcomes)
+
+
+def test_other_worlds_are_judged_well():
+    """Replays of one world judged from those of the others: few are wrong."""
+    found = [word for _, word in judge_others(read_looks().of(Replay))]
+    if found:
+        assert found.count("wrong") <= 0.1 * len(found)
+
+
+def test_what_the_base_does_alone_is_one_quantity():
+    """Causes on one kind of base share what the base does alone, in the mean and in each draw."""
+    table = measure_looks(read_looks().of(Replay), EXAMS, {})
+    first = table.hypotheses[0].base
+    own = [place for place, found in enumerate(table.hypotheses) if found.base == first]
+    assert len({tuple(row) for row in table.of("base-alone")[own].tolist()}) == 1
+    drawn = table.draw("base-alone", "varies", draws=5, seed=0)[:, own]
+    assert (drawn == drawn[:, :1]).all()
+    assert not (table.draw("answers", "varies", draws=5, seed=0)[:, own] == drawn).all()
