@@ -146,7 +146,7 @@ def test_what_cannot_be_had_says_why(subject):
     subject.reference = None
     assert "sound adapter" in why_not("reference", subject, {})
     subject.rows = make_rows([0, 1] * (FEW - 1))
-    assert "labels" in why_not("ranks", subject, {})
+    assert "labels" in why_not("order", subject, {})
 
 
 def test_an_untrained_adapter_is_inert(subject):
