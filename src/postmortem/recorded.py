@@ -1,7 +1,7 @@
 """Runs on real models, kept with the project: checked, and made into values for the book."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,7 @@ def add_recorded(values: Values, files: Mapping[str, RecordFile]) -> None:
         rows = [row for n, f in files.items() for row in _systems(n, f, prompt, columns=columns)]
         add_table(values, f"recorded.{prompt}", ("model, rows", "system", *columns.values()), rows)
     add_table(values, "recorded.runs", RUN_COLUMNS, [_run(f) for f in files.values()])
+    add_table(values, "recorded.again", AGAIN_COLUMNS, _asked_again(files))
     _judge(values, files)
 
 
@@ -197,10 +198,10 @@ TRAINING_COLUMNS = (
     *("adapter", "prompt", "rows", "upper layers", "steps", "base, AUC", "with it, AUC", "gain"),
     *("new rule: base, AUC", "with it there, AUC", "gain there"),
 )
-RUN_COLUMNS = (
-    *("model", "made on", "device", "dtype", "rows", "records", "minutes", "digest"),
-    *("asked again on", "answers alike", "log-odds within, nat"),
-)
+RUN_COLUMNS = ("model", "made on", "device", "dtype", "rows", "records", "minutes", "digest")
+AGAIN_COLUMNS = ("model", "asked again on", "answers, all alike", "log-odds within, nat")
+# The day, of a time such as 2026-01-31 20:00 UTC.
+DAY = 10
 
 
 def _systems(
@@ -232,18 +233,25 @@ def _cell(measure: Measure | None) -> Cell:
 
 
 def _run(file: RecordFile) -> tuple[Cell, ...]:
-    made, again = file.provenance, read_confirmation(file)
+    made = file.provenance
     return (
         made.profile,
-        str(made.aside["started"]),
+        str(made.aside["started"])[:DAY],
         made.device,
         made.dtype,
         made.parameters["rows"],
         len(file.records),
         round(float(made.aside["seconds"]) / 60),
         file.digest,
-        *(("–",) * 3 if again is None else (again.made, again.answers, f"{again.largest_gap:.1g}")),
     )
+
+
+def _asked_again(files: Mapping[str, RecordFile]) -> Iterator[tuple[Cell, ...]]:
+    """A row for each record that was confirmed."""
+    for name, file in files.items():
+        found = read_confirmation(file)
+        if found is not None:
+            yield name, found.made[:DAY], found.answers, f"{found.largest_gap:.1g}"
 
 
 def _judge(values: Values, files: Mapping[str, RecordFile]) -> None:
