@@ -441,16 +441,15 @@ def quick(monkeypatch):
     monkeypatch.setattr(membership_notebook, "WORLD_TEXTS", 16)
 
 
-def test_the_notebook_records_both_groups(session, quick):
-    """Both groups have shares with intervals, a verdict and a row for each kind of question."""
+def test_the_notebook_records_the_held_out(session, quick):
+    """The held-out have shares with intervals, a verdict and a row for each kind of question."""
     membership_notebook.record_siblings(session)
     measures = {r.key: r for r in session.records if isinstance(r, Measure)}
     verdicts = {r.key for r in session.records if isinstance(r, Verdict)}
     table = next(r for r in session.records if getattr(r, "key", "") == "membership.trials")
-    for group in ("calibration", "held_out"):
-        assert measures[f"membership.{group}.right"].high is not None
-        assert f"membership.{group}.holds" in verdicts
-    assert len(table.rows) == 2 * len(siblings.KINDS)
+    assert measures["membership.held_out.right"].high is not None
+    assert "membership.held_out.holds" in verdicts
+    assert len(table.rows) == len(siblings.KINDS)
     asked = {row[1]: row[2] for row in table.rows}
     assert asked[siblings.APART] > asked[siblings.IDLE] == 1
     assert any(key.startswith("membership.example.base 1") for key in measures)

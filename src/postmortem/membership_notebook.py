@@ -18,7 +18,6 @@ from postmortem.records import Cell
 from postmortem.session import Session
 from postmortem.siblings import (
     APART,
-    CALIBRATION,
     HELD_OUT,
     KINDS,
     Group,
@@ -41,20 +40,20 @@ def key_of(group: Group) -> str:
 
 
 def record_siblings(session: Session) -> None:
-    """Train both groups, put every question to the method, and record what came of it."""
+    """Train the held-out group, put every question to the method, and record what came of it.
+
+    The group that the limits were chosen on is measured beside it by `make membership`.
+    """
     for name in ("gain", "share", "trace", "room", "rotations", "texts"):
         session.measure(f"membership.limit.{name}", getattr(LIMITS, name))
     session.measure("membership.limit.separable", SEPARABLE)
-    rows: list[tuple[Cell, ...]] = []
-    for group in (CALIBRATION, HELD_OUT):
-        with TemporaryDirectory() as folder, session.timed(f"siblings, {group.title}"):
-            trials, readings = measure_group(session.case, group, Path(folder), tell=session.say)
-        rows += record_trials(session, group, trials)
-        adapters, bases = (len({pair[side] for pair in readings}) for side in (0, 1))
-        session.measure(f"membership.{key_of(group)}.adapters", adapters)
-        session.measure(f"membership.{key_of(group)}.bases", bases)
-        if group is HELD_OUT:
-            record_example(session, trials, readings)
+    with TemporaryDirectory() as folder, session.timed("siblings"):
+        trials, readings = measure_group(session.case, HELD_OUT, Path(folder), tell=session.say)
+    rows = record_trials(session, HELD_OUT, trials)
+    adapters, bases = (len({pair[side] for pair in readings}) for side in (0, 1))
+    session.measure(f"membership.{key_of(HELD_OUT)}.adapters", adapters)
+    session.measure(f"membership.{key_of(HELD_OUT)}.bases", bases)
+    record_example(session, trials, readings)
     columns = ("siblings", "what stands to choose from", "questions", *OUTCOMES, "share right")
     session.table("membership.trials", columns, rows)
 
