@@ -117,6 +117,14 @@ def test_a_table_may_show_its_first_rows(tmp_path):
     assert told == ""
 
 
+def test_an_empty_table_says_so(tmp_path):
+    """A table without rows has one of dashes, as many as it has columns."""
+    values = VALUES | {"tables": {"t": {"columns": ["n", "m"], "rows": []}}}
+    html, told = build(tmp_path, "# T\n\n:::{record-table} t\n:::\n", values)
+    assert html.count("<p>–</p>") == 2
+    assert told == ""
+
+
 def test_recorded_text_is_never_markup(tmp_path):
     """Hostile text in a text, a verdict's reason or a table stays text."""
     page = (

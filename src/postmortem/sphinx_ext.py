@@ -221,7 +221,8 @@ class TableDirective(SphinxDirective):
         names = chosen or table["columns"]
         places = [table["columns"].index(name) for name in names]
         shown = table["rows"][: self.options.get("rows")]
-        rows = [[row[place] for place in places] for row in shown]
+        # A head without a row looks like a mistake of the page.
+        rows = [[row[place] for place in places] for row in shown] or [["–"] * len(names)]
         caption, messages = self.parse_inline(" ".join(self.content), lineno=self.lineno)
         return [table_node(names, rows, caption=caption), *messages]
 
