@@ -72,9 +72,8 @@ cluster: environment
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable '.[cluster]'
 
-# One worker more than the two cores: many tests wait, for a build, a browser or a scheduler.
 test: environment
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
 	  --no-loadscope-reorder
 
 lint: environment

@@ -8,14 +8,15 @@ import pytest
 from postmortem.case import Case, load_case
 
 ROOT = Path(__file__).parents[1]
-# What takes longest starts first, and beside it what mostly waits for a scheduler.
+# What takes longest starts first, and beside it what mostly waits for a scheduler. What builds
+# pages of its own comes last: its kernels would take their share from the longest.
 LONGEST, WAITING = "test_end_to_end.py", "test_cluster.py"
+PLACES = {LONGEST: -2, WAITING: -1, "test_own_site.py": 1, "test_hostile_posts.py": 2}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest file first and the waiting one next; the rest keep their order."""
-    places = {LONGEST: 0, WAITING: 1}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    """Put each file in its place; the rest keep their order."""
+    items.sort(key=lambda item: PLACES.get(item.path.name, 0))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
