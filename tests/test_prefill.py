@@ -53,10 +53,16 @@ rows_of_tokens = st.lists(
 
 
 @settings(max_examples=25, deadline=None)
-@given(start=st.lists(st.integers(3, 49), min_size=1, max_size=6), ends=rows_of_tokens)
-def test_a_prefix_read_once_changes_nothing(start, ends):
-    """Rows read after a shared beginning, in batches, joined, answer as each row read alone."""
-    model, rows = make_model("qwen2"), [start + end for end in ends]
+@given(
+    start=st.lists(st.integers(3, 49), min_size=1, max_size=6),
+    ends=rows_of_tokens,
+    turned=st.lists(st.booleans(), min_size=5, max_size=5),
+)
+def test_a_prefix_read_once_changes_nothing(start, ends, turned):
+    """Rows read after one of two beginnings, in batches, joined, answer as each row read alone."""
+    model = make_model("qwen2")
+    starts = [start[::-1] if other else start for other in turned]
+    rows = [begin + end for begin, end in zip(starts, ends, strict=False)]
     with torch.inference_mode():
         reader = Reader(model, prefix=len(start))
         state = join([reader.read(rows[:1]), *([reader.read(rows[1:])] if rows[1:] else [])])

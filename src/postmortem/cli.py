@@ -22,7 +22,17 @@ app = typer.Typer(
 
 # Long enough for thousands of rows on a real model; a kernel that hangs still ends.
 CELL_SECONDS = 24 * 3600
-PROFILE_HELP = "A profile of the case; none takes its first."
+SHIPPED = "cases/qwen-lora.yml"
+# Options that several commands take.
+CaseFile = Annotated[str, typer.Option(help="The case file.")]
+Profile = Annotated[str, typer.Option(help="A profile of the case; none takes its first.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Cores = Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")]
+Jobs = Annotated[int, typer.Option(min=0, help="Cores, or jobs at once; 0 takes all.")]
+Executor = Annotated[
+    str, typer.Option(help="slurm, kubernetes or the folder of a Snakemake profile.")
+]
 steps = typer.Typer(help="The steps of the graph; `postmortem book` runs them as needed.")
 app.add_typer(steps, name="step", hidden=True)
 
@@ -109,19 +119,19 @@ def new(
 
 @app.command()
 def book(
-    case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
-    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "",
-    data: Annotated[str, typer.Option(help="Rows to score, CSV; none generates them.")] = "",
-    labels: Annotated[str, typer.Option(help="Their truth, CSV.")] = "",
+    case: CaseFile = SHIPPED,
+    profile: Profile = "",
+    data: Annotated[
+        str, typer.Option(help="Rows: CSV, Parquet or JSON lines; none generates them.")
+    ] = "",
+    labels: Annotated[str, typer.Option(help="Their labels, where they stand apart.")] = "",
     rows: Annotated[int, typer.Option(min=0, help="How many rows; 0 is the usual number.")] = 0,
     suspect: Annotated[str, typer.Option(help="Folder of the suspect adapter.")] = "",
     reference: Annotated[str, typer.Option(help="Folder of the reference adapter.")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    cores: Annotated[int, typer.Option(min=0, help="Cores, or jobs at once; 0 takes all.")] = 0,
-    executor: Annotated[
-        str, typer.Option(help="slurm, kubernetes or the folder of a Snakemake profile.")
-    ] = "",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cores: Jobs = 0,
+    executor: Executor = "",
 ) -> None:
     """Bring the book up to date: world, notebooks, values, pages."""
     from postmortem.graph import build
@@ -142,13 +152,11 @@ def book(
 
 @app.command()
 def replay(
-    case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
-    profile: Annotated[str, typer.Option(help=PROFILE_HELP)] = "",
+    case: CaseFile = SHIPPED,
+    profile: Profile = "",
     worlds: Annotated[int, typer.Option(min=1, help="Embedded worlds to train, each a seed.")] = 3,
-    cores: Annotated[int, typer.Option(min=0, help="Cores, or jobs at once; 0 takes all.")] = 0,
-    executor: Annotated[
-        str, typer.Option(help="slurm, kubernetes or the folder of a Snakemake profile.")
-    ] = "",
+    cores: Jobs = 0,
+    executor: Executor = "",
 ) -> None:
     """Replay every cause at every severity in several worlds, and judge the diagnosis by it."""
     from postmortem import graph
@@ -160,25 +168,25 @@ def replay(
 @app.command()
 def looks(
     worlds: Annotated[int, typer.Option(min=1, help="Embedded worlds to train, each a seed.")] = 2,
-    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+    cores: Cores = 0,
 ) -> None:
     """Make anew what `diagnose` knows of causes: each planted, and met with every test."""
     from postmortem import graph
 
-    settings = _make_settings(case="cases/qwen-lora.yml", profile="embedded", worlds=worlds)
+    settings = _make_settings(case=SHIPPED, profile="embedded", worlds=worlds)
     print(graph.make_looks(settings, cores=_count(cores)))
 
 
 @app.command()
 def record(
-    case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
-    profile: Annotated[str, typer.Option(help="A profile of the case.")] = "smollm2",
+    case: CaseFile = SHIPPED,
+    profile: Profile = "smollm2",
     files: Annotated[
         str, typer.Option(help="CSV files of real rows, each with :LABELS where they are apart.")
     ] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cores: Cores = 0,
 ) -> None:
     """Run a real model's experiments once and keep the records, which the book reads."""
     from postmortem import graph
@@ -190,12 +198,12 @@ def record(
 
 @app.command()
 def confirm(
-    case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
-    profile: Annotated[str, typer.Option(help="A profile with a record.")] = "smollm2",
+    case: CaseFile = SHIPPED,
+    profile: Profile = "smollm2",
     sample: Annotated[int, typer.Option(min=2, help="Rows to ask again.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cores: Cores = 0,
 ) -> None:
     """Ask the first rows of a kept record again: does today's code give the same answers?"""
     from postmortem import graph
@@ -206,11 +214,11 @@ def confirm(
 
 @app.command()
 def bench(
-    case: Annotated[str, typer.Option(help="The case file.")] = "cases/qwen-lora.yml",
-    profile: Annotated[str, typer.Option(help="A profile of the case.")] = "smollm2",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    cores: Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")] = 0,
+    case: CaseFile = SHIPPED,
+    profile: Profile = "smollm2",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    cores: Cores = 0,
 ) -> None:
     """Time the incident's loop and ours in one run, keep the record, and say the ratios."""
     from postmortem import graph
@@ -226,10 +234,8 @@ def bench(
 def suite(
     spec: Annotated[Path, typer.Argument(help="The suite file.")],
     out: Annotated[Path, typer.Option(help="The folder for results; a run there is resumed.")],
-    cores: Annotated[int, typer.Option(min=0, help="Cores, or jobs at once; 0 takes all.")] = 0,
-    executor: Annotated[
-        str, typer.Option(help="slurm, kubernetes or the folder of a Snakemake profile.")
-    ] = "",
+    cores: Jobs = 0,
+    executor: Executor = "",
 ) -> None:
     """Score many adapters on one base and say which to keep."""
     from postmortem.graph import run_suite
@@ -240,7 +246,7 @@ def suite(
 @app.command()
 def diagnose(
     case: Annotated[Path, typer.Argument(help="A case file.")],
-    profile: Annotated[str, typer.Option(help="A profile of the case; none is its first.")] = "",
+    profile: Profile = "",
     prior: Annotated[str, typer.Option(help="flat, or the write-up's: initial or final.")] = "flat",
     observe: Annotated[
         list[str] | None, typer.Option(help="A further outcome, as TEST=OUTCOME.")
@@ -377,8 +383,8 @@ def identify(
     output: Annotated[
         Plain, typer.Option("--format", help="How to write the report.")
     ] = Plain.TEXT,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """List the known bases that the adapter's shapes fit, and why the others do not.
 
