@@ -134,8 +134,12 @@ def draw_hero(sheet: Sheet, source: Source) -> str:
     shown = source.answers(SWAP, "v2")[:SHOWN]
     if not shown:
         raise NotDrawable(f"no answers to the prompt v2 in {SWAP}")
+    return draw_columns(sheet, shown, _make_bands(source, shown))
+
+
+def draw_columns(sheet: Sheet, shown: Sequence[Prediction], bands: Sequence[Band]) -> str:
+    """Rows as columns, shaded where the truth is 1, each band's values one below the other."""
     left, pitch = (112.0, 60.0) if sheet.narrow else (148.0, 50.0)
-    bands = _make_bands(source, shown)
     step, foot = (sheet.width - 2 - left) / len(shown), 4 + pitch * len(bands)
     xs = [left + step * (index + 0.5) for index in range(len(shown))]
     for x, row in zip(xs, shown, strict=True):

@@ -8,8 +8,7 @@ from postmortem.figures import (
     SHOWN,
     Band,
     Draw,
-    draw_band,
-    label_columns,
+    draw_columns,
     role_of,
     round_ticks,
     tell_blocks,
@@ -73,17 +72,7 @@ def draw_rows(sheet: Sheet, source: Source) -> str:
         read = any(value is not None for value in ours)
         told = _words(some[:SHOWN], contract)
         bands.append(Band(SYSTEMS[name], role_of(name), ours if read else [], told))
-    left, pitch = (112.0, 60.0) if sheet.narrow else (148.0, 50.0)
-    step, foot = (sheet.width - 2 - left) / len(shown), 4 + pitch * len(bands)
-    xs = [left + step * (index + 0.5) for index in range(len(shown))]
-    for x, row in zip(xs, shown, strict=True):
-        if row.label == 1:
-            sheet.box((x - step / 2, 0), (step, foot), ink="rule", alpha=0.35)
-    for index, band in enumerate(bands):
-        draw_band(sheet, band, xs, left=left, top=14 + index * pitch)
-    sheet.height = label_columns(sheet, [row.row_id for row in shown], xs, y=foot + 16)
-    told = " ".join(f"{band.name}: {band.told}." for band in bands)
-    return f"The first {len(shown)} rows as columns, values from 0 to 1. {told}"
+    return draw_columns(sheet, shown, bands)
 
 
 def draw_values(sheet: Sheet, source: Source) -> str:
