@@ -11,8 +11,9 @@ from test_prose import typed_numbers
 
 from postmortem.case import load_case
 from postmortem.case_site import SCAFFOLD
+from postmortem.faults import edit_tensors
 from postmortem.own_answers import record_answers
-from postmortem.own_controls import CHANGES, record_controls, turn_layers
+from postmortem.own_controls import CHANGED, record_controls
 from postmortem.own_files import record_files
 from postmortem.own_systems import COPIES
 from postmortem.own_values import HYPOTHESES, add_own_values, judge_hypothesis
@@ -227,17 +228,17 @@ def test_a_copy_differs_in_lora_b_alone(place, tmp_path, name, factor):
     """A scaled copy has its lora_B multiplied and all else as it was; each copy has its title."""
     folder = shutil.copytree(place / "sound", tmp_path / name)
     before = load_file(folder / WEIGHTS)
-    CHANGES[name](folder)
+    edit_tensors(folder, CHANGED[name])
     for key, tensor in load_file(folder / WEIGHTS).items():
         assert torch.equal(tensor, before[key] * (factor if "lora_B" in key else 1))
-    assert CHANGES.keys() == COPIES.keys()
+    assert CHANGED.keys() == COPIES.keys()
 
 
 def test_turned_layers_hold_each_others_tensors(place, tmp_path):
-    """Each layer takes the next one's tensors and the last the first's; nothing else moves."""
+    """Each of two layers takes the other's tensors; nothing else moves."""
     folder = shutil.copytree(place / "sound", tmp_path / "turned")
     before = load_file(folder / WEIGHTS)
-    turn_layers(folder)
+    edit_tensors(folder, CHANGED["turned"])
     after = load_file(folder / WEIGHTS)
     assert before.keys() == after.keys()
     for name, tensor in after.items():

@@ -1,6 +1,5 @@
 """Controls of an adapter: changed copies of it whose effect says what its own effect rests on."""
 
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,9 +10,10 @@ import torch
 from safetensors import SafetensorError
 
 from postmortem.analysis import NO_LABELS, NO_OP, ONE_CLASS
-from postmortem.causes import Unavailable, edit_each
+from postmortem.causes import Unavailable
 from postmortem.controls import judge_gain, judge_odds
 from postmortem.errors import ModelError
+from postmortem.examine import CHANGES, EIGHTFOLD, EIGHTH, FLIPPED, TURNED
 from postmortem.faults import Tensors, edit_tensors
 from postmortem.metrics import auc_estimate, auc_gain_estimate, mean_estimate
 from postmortem.models import check_adapter_folder
@@ -30,59 +30,36 @@ from postmortem.own_systems import COPIES, FACTOR
 from postmortem.records import Measure
 from postmortem.session import Answers, Session
 
-LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 COLUMNS = ("adapter", "KL, nat", "change of log-odds, nat", "AUC, log-odds")
 SHOWN = ("kl", "shift", "auc")
 MEASURES = (*SHOWN, "odds_change", "gain")
 
 
-def _scale(factor: float) -> Callable[[Path], None]:
-    """Multiply each update: by lora_B, which no setting of the config can undo."""
-
-    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor * factor if "lora_B" in name or "lora_embedding_B" in name else tensor
-
-    def apply(folder: Path) -> None:
-        edit_each(folder, change)
-
-    return apply
-
-
-def turn_layers(folder: Path) -> None:
-    """Give each adapted layer the tensors of the next one, and the last those of the first.
-
-    Raises `Unavailable` where one layer alone is adapted, or where layers differ in shape.
-    """
-    edit_tensors(folder, _turn)
+def _zero(tensors: Tensors) -> Tensors:
+    """Every lora_B zero, as an adapter begins."""
+    return {
+        name: torch.zeros_like(tensor) if "_B" in name and "lora_" in name else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _turn(tensors: Tensors) -> Tensors:
-    moved = dict(tensors)
-    stacks: dict[tuple[str, str], dict[int, str]] = {}
-    for name in tensors:
-        found = LAYER.fullmatch(name)
-        if found and "lora_" in name:
-            stacks.setdefault((found[1], found[3]), {})[int(found[2])] = name
-    for stack in stacks.values():
-        names = [stack[layer] for layer in sorted(stack)]
-        for name, source in zip(names, [*names[1:], names[0]], strict=True):
-            if tensors[name].shape != tensors[source].shape:
-                raise Unavailable("its layers differ in shape, so none fits in another's place")
-            moved[name] = tensors[source].clone()
-    if all(torch.equal(moved[name], tensor) for name, tensor in tensors.items()):
+    """The layers turned, as the diagnosis turns them; `Unavailable` where that changes nothing."""
+    turned = CHANGES[TURNED](tensors)
+    if all(torch.equal(turned[name], tensor) for name, tensor in tensors.items()):
         raise Unavailable(
             "one layer alone is adapted, or all are equal: turning them changes nothing"
         )
-    return moved
+    return turned
 
 
-# What is done in place to a copy of the suspect.
-CHANGES: Mapping[str, Callable[[Path], None]] = {
-    "zero_b": _scale(0.0),
-    "flipped": _scale(-1.0),
-    "turned": turn_layers,
-    "eighth": _scale(1 / FACTOR),
-    "eightfold": _scale(float(FACTOR)),
+# What becomes of the suspect's tensors in each copy.
+CHANGED: Mapping[str, Callable[[Tensors], Tensors]] = {
+    "zero_b": _zero,
+    "flipped": CHANGES[FLIPPED],
+    "turned": _turn,
+    "eighth": CHANGES[EIGHTH],
+    "eightfold": CHANGES[EIGHTFOLD],
 }
 
 
@@ -94,7 +71,7 @@ def record_controls(session: Session) -> None:
     session.measure("controls.factor", FACTOR)
     _record_control(session, "suspect", suspect, base=base, suspect=suspect)
     suspect = without_distributions(suspect)
-    for name, change in CHANGES.items():
+    for name, change in CHANGED.items():
         found = _ask_copy(session, prompt, name=name, change=change)
         _record_control(session, name, found, base=base, suspect=suspect)
     _judge_zero(session)
@@ -107,7 +84,7 @@ def record_controls(session: Session) -> None:
 
 
 def _ask_copy(
-    session: Session, prompt: str, *, name: str, change: Callable[[Path], None]
+    session: Session, prompt: str, *, name: str, change: Callable[[Tensors], Tensors]
 ) -> Outcome:
     if not session.world.has("suspect"):
         return session.world.members["suspect"].reason
@@ -119,7 +96,7 @@ def _ask_copy(
             folder.mkdir()
             for part in ("adapter_config.json", "adapter_model.safetensors"):
                 shutil.copy(source / part, folder)
-            change(folder)
+            edit_tensors(folder, change)
         except Unavailable as error:
             return str(error)
         except ModelError as error:
