@@ -450,7 +450,7 @@ def test_the_notebook_records_the_held_out(session, quick):
     assert measures["membership.held_out.right"].high is not None
     assert "membership.held_out.holds" in verdicts
     assert len(table.rows) == len(siblings.KINDS)
-    asked = {row[1]: row[2] for row in table.rows}
+    asked = {row[0]: row[1] for row in table.rows}
     assert asked[siblings.APART] > asked[siblings.IDLE] == 1
     assert any(key.startswith("membership.example.base 1") for key in measures)
     assert [r for r in session.records if isinstance(r, Text)]

@@ -20,7 +20,6 @@ from postmortem.siblings import (
     APART,
     HELD_OUT,
     KINDS,
-    Group,
     Trial,
     measure_group,
 )
@@ -29,14 +28,10 @@ from postmortem.world import BASES, role_name
 # What must be reached on held-out siblings: right wherever bases were trained apart.
 SEPARABLE = 0.9
 OUTCOMES = ("right", "cannot separate", "wrong")
+KEY = "membership.held_out"
 # Of all random turns the luckiest is shown.
 ROTATED = "rotated at random"
 WORLD_TEXTS = 32
-
-
-def key_of(group: Group) -> str:
-    """A group's title as a part of a key."""
-    return group.title.replace(" ", "_")
 
 
 def record_siblings(session: Session) -> None:
@@ -49,27 +44,21 @@ def record_siblings(session: Session) -> None:
     session.measure("membership.limit.separable", SEPARABLE)
     with TemporaryDirectory() as folder, session.timed("siblings"):
         trials, readings = measure_group(session.case, HELD_OUT, Path(folder), tell=session.say)
-    rows = record_trials(session, HELD_OUT, trials)
+    record_trials(session, trials)
     adapters, bases = (len({pair[side] for pair in readings}) for side in (0, 1))
-    session.measure(f"membership.{key_of(HELD_OUT)}.adapters", adapters)
-    session.measure(f"membership.{key_of(HELD_OUT)}.bases", bases)
+    session.measure(f"{KEY}.adapters", adapters)
+    session.measure(f"{KEY}.bases", bases)
     record_example(session, trials, readings)
-    columns = ("siblings", "what stands to choose from", "questions", *OUTCOMES, "share right")
-    session.table("membership.trials", columns, rows)
 
 
-def record_trials(
-    session: Session, group: Group, trials: Sequence[Trial]
-) -> list[tuple[Cell, ...]]:
-    """Record a group's shares and verdict; return its rows of the table."""
-    key = f"membership.{key_of(group)}"
+def record_trials(session: Session, trials: Sequence[Trial]) -> None:
+    """Record how the questions were answered: a row for each kind, the shares and the verdict."""
     rows: list[tuple[Cell, ...]] = []
     for kind in KINDS:
         counts = Counter(trial.outcome for trial in trials if trial.kind == kind)
         share = rate_estimate(counts["right"], counts.total())
         rows.append(
             (
-                group.title,
                 kind,
                 counts.total(),
                 *(counts[word] for word in OUTCOMES),
@@ -79,17 +68,18 @@ def record_trials(
     apart = [trial.outcome for trial in trials if trial.kind == APART]
     right = rate_estimate(apart.count("right"), len(apart))
     wrong = rate_estimate(sum(t.outcome == "wrong" for t in trials), len(trials))
-    session.measure(f"{key}.right", right)
-    session.measure(f"{key}.wrong", wrong)
-    session.measure(f"{key}.questions", len(trials))
-    session.verdict(f"{key}.holds", *judge_trials(right, wrong))
+    session.measure(f"{KEY}.right", right)
+    session.measure(f"{KEY}.wrong", wrong)
+    session.measure(f"{KEY}.questions", len(trials))
+    session.verdict(f"{KEY}.holds", *judge_trials(right, wrong))
     missed = [trial for trial in trials if trial.outcome == "wrong"]
     session.table(
-        f"{key}.missed",
+        f"{KEY}.missed",
         ("adapter", "what stands to choose from", "answer"),
         [(trial.pupil, trial.kind, say_answer(trial.found)) for trial in missed],
     )
-    return rows
+    columns = ("what stands to choose from", "questions", *OUTCOMES, "share right")
+    session.table("membership.trials", columns, rows)
 
 
 def judge_trials(right: Estimate, wrong: Estimate) -> tuple[bool, str]:
