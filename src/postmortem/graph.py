@@ -101,6 +101,7 @@ def confirm_record(settings: Settings, *, sample: int, cores: int) -> str:
 
 def make_looks(settings: Settings, *, cores: int) -> str:
     """Plant every cause in embedded worlds anew and ship what was seen; return a line on it."""
+    # These load torch, which no other command of the graph waits for.
     from postmortem.examination import describe_judgements
     from postmortem.looks import SHIPPED, write_looks
 

@@ -17,8 +17,6 @@ OVERHEAD, LEAST = 0.05, 25
 READS = 3
 # A job on an executor starts Snakemake on the node, and again below it.
 SNAKEMAKES = 2
-# What judging takes for each log-odds in bytes: 3.3 GB for 100,000 made-up results of 256 rows.
-JUDGING_BYTES = 130
 # The records of the suite's notebook: the start of a process by what it loads, and its steps.
 WORKER, SNAKEMAKE = "suite: start of a worker", "suite: start of Snakemake"
 STARTS = {WORKER: "postmortem.suite_scoring", SNAKEMAKE: "snakemake.cli"}
@@ -93,11 +91,6 @@ class Scale:
     def judging_minutes(self) -> float:
         """How long the last step takes."""
         return self.adapters * self.rates.judged / 60
-
-    @property
-    def judging_gb(self) -> float:
-        """Memory of the last step."""
-        return self.adapters * self.rates.rows * JUDGING_BYTES / 1e9
 
 
 def read_rates(file: RecordFile | None, rows: int) -> Rates | None:
@@ -186,7 +179,7 @@ def _list_rates(rates: Rates | None) -> dict[str, float | None]:
 
 def _list_sizes(largest: Scale | None) -> dict[str, float | None]:
     names = ("jobs", "core_hours", "hours", "read_gb", "results_gb")
-    judged = ("digest_minutes", "judging_minutes", "judging_gb")
+    judged = ("digest_minutes", "judging_minutes")
     return {name: getattr(largest, name) if largest else None for name in (*names, *judged)}
 
 
