@@ -1,6 +1,5 @@
 """A small world that no one trained: real model and adapter folders, made in seconds."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,21 +7,13 @@ import pytest
 from postmortem.case import Case, load_case
 
 ROOT = Path(__file__).parents[1]
-# What takes longest starts first, and beside it what mostly waits for a scheduler. What builds
-# pages of its own comes last: its kernels would take their share from the longest.
-LONGEST, WAITING = "test_end_to_end.py", "test_cluster.py"
-PLACES = {LONGEST: -2, WAITING: -1, "test_own_site.py": 1, "test_hostile_posts.py": 2}
+# What takes longest starts first, and beside it what mostly waits for a scheduler.
+FIRST = ("test_end_to_end.py", "test_cluster.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put each file in its place; the rest keep their order."""
-    items.sort(key=lambda item: PLACES.get(item.path.name, 0))
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let all else give way to the longest file: its tests are a chain, which the run waits for."""
-    if item.path.name != LONGEST and os.nice(0) == 0:
-        os.nice(10)
+    """Put these files first; the rest keep their order."""
+    items.sort(key=lambda item: (*FIRST, item.path.name).index(item.path.name))
 
 
 @pytest.fixture(scope="session")
