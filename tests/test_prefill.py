@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from postmortem.prefill import (
     Reader,
     SharedLayers,
-    join,
     layers_below,
+    log_softmax,
     lowest_adapted_layer,
     prefix_length,
 )
@@ -65,8 +65,8 @@ def test_a_prefix_read_once_changes_nothing(start, ends, turned):
     rows = [begin + end for begin, end in zip(starts, ends, strict=False)]
     with torch.inference_mode():
         reader = Reader(model, prefix=len(start))
-        state = join([reader.read(rows[:1]), *([reader.read(rows[1:])] if rows[1:] else [])])
-        after = state.step(torch.tensor([[7]] * len(rows)))[:, -1]
+        state = reader.read([batch for batch in (rows[:1], rows[1:]) if batch], room=1)
+        after = log_softmax(state.step(torch.tensor([[7]] * len(rows))))[:, -1]
     for place, row in enumerate(rows):
         np.testing.assert_allclose(state.log_probs[place], plainly(model, row), atol=1e-5)
         np.testing.assert_allclose(after[place], plainly(model, [*row, 7]), atol=1e-5)
@@ -82,8 +82,8 @@ def test_shared_layers_change_nothing(kind, prefix):
     with torch.inference_mode():
         for disabled in (True, False, True):
             with adapted.disable_adapter() if disabled else nullcontext():
-                state = Reader(adapted, prefix=prefix, shared=shared).read(rows)
-                after = state.step(torch.tensor([[7]] * 3))[:, -1]
+                state = Reader(adapted, prefix=prefix, shared=shared).read([rows], room=1)
+                after = log_softmax(state.step(torch.tensor([[7]] * 3)))[:, -1]
                 for place, row in enumerate(rows):
                     expected = plainly(adapted, row), plainly(adapted, [*row, 7])
                     np.testing.assert_allclose(state.log_probs[place], expected[0], atol=1e-5)
@@ -100,7 +100,7 @@ def test_lower_layers_run_once_for_all_systems():
     with torch.inference_mode():
         for disabled in (True, False):
             with adapted.disable_adapter() if disabled else nullcontext():
-                Reader(adapted, prefix=0, shared=shared).read([[5, 6, 7]])
+                Reader(adapted, prefix=0, shared=shared).read([[[5, 6, 7]]], room=0)
     assert len(calls) == 1
 
 

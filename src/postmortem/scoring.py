@@ -9,7 +9,7 @@ import torch
 from scipy.special import expit
 
 from postmortem.errors import ModelError
-from postmortem.prefill import Reader, SharedLayers, State, can_share, join, prefix_length
+from postmortem.prefill import Reader, SharedLayers, State, log_softmax, prefix_length
 from postmortem.prompts import Prompt
 
 # The answers that the numeric read-outs spread probability over.
@@ -83,28 +83,25 @@ def score(
         for texts in (NUMBERS if numbers else (), answers)
     )
     ends = end_tokens(model, tokenizer)
+    room = max(max_new_tokens, *map(len, candidates), *map(len, pair))
     rows = [prompt.token_ids for prompt in prompts]
     batch_tokens = batch_tokens or suited_batch(model)
-    plain = can_share(model)
-    reader = Reader(
-        model,
-        prefix=prefix_length(rows) if plain else 0,
-        shared=shared if plain else None,
-    )
+    reader = Reader(model, prefix=prefix_length(rows), shared=shared)
     done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done)
+
     replies: dict[int, Reply] = {}
     first: dict[int, np.ndarray] = {}
     written: dict[int, np.ndarray] = {}
     with torch.inference_mode():
         read = batches([len(row) - reader.prefix for row in rows], batch_tokens)
-        for group in joined_batches(read, rows, joined_tokens if plain else 0):
-            states = []
-            for batch in group:
-                states.append(reader.read([rows[index] for index in batch]))
-                done += len(batch)
-                progress(done)
-            state = join(states)
-            states.clear()
+        for group in joined_batches(read, rows, joined_tokens if reader.plain else 0):
+            batched = [[rows[index] for index in batch] for batch in group]
+            state = reader.read(batched, room=room, progress=report)
             first_log_probs = state.log_probs.cpu().numpy()
             spread = log_probs_of(state, candidates)
             yes_no = log_probs_of(state, pair)
@@ -241,7 +238,8 @@ def log_probs_of(state: State, candidates: Sequence[Sequence[int]]) -> np.ndarra
     total = state.log_probs[:, [ids[0] for ids in candidates]].clone()
     seen: dict[tuple[int, ...], torch.Tensor] = {}
     for stem in longest_stems(candidates):
-        after = state.step(torch.tensor([stem] * len(total), device=total.device))
+        tokens = torch.tensor([stem] * len(total), device=total.device)
+        after = log_softmax(state.step(tokens))
         state.forget(len(stem))
         seen.update({stem[: end + 1]: after[:, end] for end in range(len(stem))})
     for column, ids in enumerate(candidates):
@@ -258,16 +256,16 @@ def longest_stems(candidates: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
 
 def generate(state: State, limit: int, *, ends: frozenset[int]) -> list[tuple[list[int], bool]]:
     """Greedy tokens of each row without the end token, and whether the row ended itself."""
-    log_probs = state.log_probs
-    found: list[list[int]] = [[] for _ in range(len(log_probs))]
-    finished = [False] * len(log_probs)
+    scores = state.log_probs
+    found: list[list[int]] = [[] for _ in range(len(scores))]
+    finished = [False] * len(scores)
     for taken in range(limit):
-        tokens = log_probs.argmax(-1)
+        tokens = scores.argmax(-1)
         for row, token in enumerate(tokens.tolist()):
             finished[row] = finished[row] or token in ends
             if not finished[row]:
                 found[row].append(token)
         if all(finished) or taken + 1 == limit:
             break
-        log_probs = state.step(tokens[:, None])[:, -1]
+        scores = state.step(tokens[:, None])[:, -1]
     return list(zip(found, finished, strict=True))
