@@ -1,8 +1,10 @@
 """Train the adapters of a profile whose base is a real model.
 
-Usage: python scripts/train_adapters.py --profile smollm2 [--only yes_no] [--data FILE]
+Usage: python scripts/train_adapters.py --profile smollm2 [--only yes_no] [--rows 400]
+[--data FILE] [--device cuda]
 Each adapter goes to `results/PROFILE/adapters/NAME`, with the record of its training. With
 --data the rows of a file in the case's columns are used; the last quarter of them is held out.
+The recipes are made for a GPU; on a processor --rows makes them shorter.
 """
 
 import argparse
@@ -22,6 +24,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="the one adapter to train")
     parser.add_argument("--data", default="", help="rows in the case's columns, as CSV")
     parser.add_argument("--labels", default="", help="their labels, where in another file")
+    parser.add_argument("--rows", type=int, default=0, help="rows to learn from, if not all")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", default="results", help="the folder to write to")
     chosen = parser.parse_args()
     adapters = [chosen.only] if chosen.only else list(RECIPES[chosen.profile])
@@ -33,6 +37,8 @@ def main() -> int:
                 folder=Path(chosen.out) / chosen.profile / "adapters" / adapter,
                 data=chosen.data,
                 labels=chosen.labels,
+                rows=chosen.rows,
+                device=chosen.device,
                 report=lambda line: print(line, flush=True),
             )
             for name, found in record.items():

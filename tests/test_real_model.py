@@ -1,6 +1,8 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from postmortem.corpus import generate_rows
 from postmortem.errors import CaseError
@@ -8,11 +10,12 @@ from postmortem.real_model import (
     record_causes,
     record_file,
     record_members,
+    record_precision,
     record_systems,
     record_true_mismatch,
     record_variations,
 )
-from postmortem.records import Prediction, Table, Text
+from postmortem.records import Prediction, Table, Text, Verdict
 from postmortem.session import open_recording
 
 
@@ -94,6 +97,34 @@ def test_each_cause_is_run_or_said_to_be_absent(few):
     found = {row[0]: row for row in table_of(few, "causes")}
     assert found[CAUSES["other-shapes"].title][1] == "no"
     assert found[CAUSES["zero-b"].title][-2].startswith("0 [")
+
+
+def test_half_precision_takes_a_gpu(few):
+    """On a processor the comparison is not made, and the record says why."""
+    record_precision(few, rows=2)
+    assert table_of(few, "precision") == ()
+    found = next(record for record in few.records if isinstance(record, Verdict))
+    assert (found.key, found.verdict) == ("precision.same_texts", "not available")
+    assert "GPU" in found.because
+
+
+def test_half_precision_is_held_against_float32(few):
+    """Each system answers in both half precisions and is compared with its answers in float32."""
+    shared, base = few.shared, few.base
+    # The tiny base answers on a processor, which stands in for the card.
+    vars(few).update(base=replace(base, device="cuda"), shared=shared)
+    record_precision(few, rows=3)
+    rows = table_of(few, "precision")
+    systems = ["base", "suspect", "reference"]
+    assert [row[:2] for row in rows] == [
+        (dtype, system) for dtype in ("bfloat16", "float16") for system in systems
+    ]
+    assert all(0 < float(row[3]) < 1 for row in rows)
+    changed = sum(row[2] for row in rows)
+    found = next(record for record in few.records if isinstance(record, Verdict))
+    assert found.verdict == ("refuted" if changed else "holds")
+    assert found.because == f"{changed} of 18 answers have another text"
+    assert next(base.model.parameters()).dtype == torch.float32
 
 
 def test_members_tell_the_adapters_apart(few):

@@ -25,21 +25,28 @@ PROFILE = "smollm2"
 
 @pytest.fixture
 def project(tmp_path, monkeypatch, case):
-    """A folder with the heavy notebooks, an adapter and a record of it; the case that names it."""
+    """A folder with the heavy notebooks, adapters and their record; the case that names them."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    adapter = tmp_path / "results" / PROFILE / "adapters" / "yes_no"
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_config.json").write_text("{}")
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    profile = case.profiles[PROFILE].model_copy(update={"adapters": {"suspect": str(adapter)}})
+    adapter, replayed = (tmp_path / "results" / name for name in ("yes_no", "thinking"))
+    for folder in (adapter, replayed):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    named = {
+        "adapters": {"suspect": str(adapter)},
+        "replay_adapters": {"thinking": str(replayed)},
+    }
+    profile = case.profiles[PROFILE].model_copy(update=named)
     own = case.model_copy(update={"profiles": {**case.profiles, PROFILE: profile}})
-    write_kept(own, "real_model", adapter=adapter)
+    (tmp_path / "results" / PROFILE).mkdir()
+    write_kept(own, "real_model", adapter=adapter, replayed=replayed)
     return own
 
 
-def write_kept(case, name, *, adapter, words="holds"):
+def write_kept(case, name, *, adapter, replayed, words="holds"):
     """A kept record of one measure, one verdict and the members it was made with."""
+    members = (("suspect", digest_model(adapter)), ("thinking", digest_model(replayed)))
     member = Member(role="suspect", path=str(adapter), digest=digest_model(adapter))
     world = World(
         case=case.name, profile=PROFILE, title="", caveat="", seed=0, members={"suspect": member}
@@ -56,10 +63,10 @@ def write_kept(case, name, *, adapter, words="holds"):
         device="cpu",
         dtype="float32",
         seed=0,
-        aside={"started": "2026-01-01", "seconds": 60.0},
+        aside={"started": "2026-01-01", "seconds": 60.0, "hardware": "a card"},
     )
     records = [
-        Table(key="members", columns=("role", "digest"), rows=(("suspect", member.digest),)),
+        Table(key="members", columns=("role", "digest"), rows=members),
         Measure(key="v2.rows", value=6),
         Measure(key="v2.base.distinct", value=1),
         Measure(key="v2.base.auc_number", value=0.5, low=0.4, high=0.6, n=6),
@@ -112,11 +119,12 @@ def test_nothing_on_record_is_said(case, tmp_path, monkeypatch):
     assert not values["measures"]
 
 
-def test_a_byte_of_the_adapter_fails_the_build(project):
+@pytest.mark.parametrize("role", ["suspect", "thinking"])
+def test_a_byte_of_an_adapter_fails_the_build(project, role):
     """A shipped adapter that is not the record's is named, with what to do."""
-    folder = project.profiles[PROFILE].adapters["suspect"]
+    folder = project.profiles[PROFILE].all_adapters[role]
     Path(folder, "adapter_model.safetensors").write_bytes(b"weight")
-    with pytest.raises(RecordError, match=r"suspect of .*real_model.*make record PROFILE=smollm2"):
+    with pytest.raises(RecordError, match=rf"{role} of .*real_model.*make record PROFILE=smollm2"):
         read_kept(project, "real_model")
 
 

@@ -11,6 +11,7 @@ from postmortem.world import (
     BASES,
     EMBEDDED_ROLES,
     LINEAGE_STARTS,
+    check_members,
     digest_model,
     embedded_digest,
     find_base,
@@ -226,6 +227,23 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(source, monkeypatch, tmp_p
     monkeypatch.setattr(world_module, "_from_hub", lambda name: pytest.fail("asked the hub"))
     with pytest.raises(ModelError, match="expected a model folder or a hub id"):
         find_base(source)
+
+
+def test_a_real_base_has_replays_of_its_own_and_of_a_donor(case, tmp_path, local):
+    """Every adapter that a profile names for its replays is found, for either kind of base."""
+    profile = local.profiles["local"]
+    named = {name: str(make_folder(tmp_path / name)) for name in ("thinking", "donor")}
+    changed = profile.model_copy(update={"replay_adapters": named})
+    found = resolve_world(
+        local.model_copy(update={"profiles": {**local.profiles, "local": changed}}), "local"
+    )
+    assert found.replays["donor/numeric_0"].path == named["donor"]
+    for kind in ("silent", "speaking"):
+        assert found.replays[f"{kind}/thinking_0"].path == named["thinking"]
+    assert "silent/donor_0" not in found.replays
+    (tmp_path / "thinking" / "config.json").write_text("[]")
+    with pytest.raises(RecordError, match="thinking"):
+        check_members(found)
 
 
 def test_unknown_package_is_refused():

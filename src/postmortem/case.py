@@ -449,8 +449,10 @@ class Profile(Frozen):
     """A world to run the case in.
 
     `base` is `embedded`, `packaged:NAME` (see `postmortem weights`), a model folder, or a hub
-    id. Adapters are folders, by role. `rows` is how many generated rows are scored where no data
-    file is given, from word lists (`keywords`) or in sentences that must be read (`moderation`).
+    id. Adapters are folders, by role; those of `replay_adapters` are what the replays need beside
+    them: trained in another way, or for a `donor` of other shapes. `rows` is how many generated
+    rows are scored where no data file is given, from word lists (`keywords`) or in sentences that
+    must be read (`moderation`).
     `caveat` is printed wherever a result of this profile is shown, and `recorded` sizes the
     run that is kept for the book. `data` is a file of rows that takes the place of generated ones,
     with its labels in `labels` where they are apart; its first `first` rows are scored, or all.
@@ -462,12 +464,18 @@ class Profile(Frozen):
     labels: str = ""
     first: int = Field(default=0, ge=0)
     adapters: dict[Literal["suspect", "reference", "donor_adapter", "no_op"], str] = {}
+    replay_adapters: dict[Literal["binary_rare", "thinking", "donor"], str] = {}
     rows: int = Field(ge=2)
     corpus: Literal["keywords", "moderation"] = "keywords"
     seed: int = 0
     replays: Replays = Replays()
     recorded: Recording | None = None
     caveat: str
+
+    @property
+    def all_adapters(self) -> dict[str, str]:
+        """Every adapter that the profile names, by role or by what the replays call it."""
+        return dict([*self.adapters.items(), *self.replay_adapters.items()])
 
 
 class Case(Frozen):
@@ -580,7 +588,7 @@ def case_digest(case: Case, profile: str | None = None) -> str:
     """
     names = {"name", "true_size", "loading_warning", "forensics", "adapter_filter", "columns"}
     names |= {"prompts", "variations", "attempts", "observed", "path"}
-    runs = {"base", "adapters", "corpus", "rows", "seed", "replays", "recorded"}
+    runs = {"base", "adapters", "replay_adapters", "corpus", "rows", "seed", "replays", "recorded"}
     profiles = dict.fromkeys(case.profiles if profile is None else [profile], runs)
     beliefs = {"__all__": {"id", "initial", "final", "causes"}}
     declared = {"name", "config", "declared_megabytes"}

@@ -1,6 +1,7 @@
 """Loading a base and putting an adapter on it: one way for every folder."""
 
 import importlib.util
+import platform
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,13 @@ def choose_device(device: str = "auto") -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe_hardware(device: str) -> str:
+    """The card that a device is, or the kind of processor."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
 
 
 def choose_dtype(device: str, dtype: str = "auto") -> torch.dtype:

@@ -4,11 +4,14 @@ Heavier than a build of the book can wait for: `make record` runs it once for a 
 book reads what it left.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from scipy.special import log_softmax
 
 from postmortem.analysis import (
@@ -25,6 +28,7 @@ from postmortem.analysis import (
 from postmortem.causes import CAUSES, Cause, Materials, Run, Unavailable
 from postmortem.corpus import Rows, read_rows
 from postmortem.errors import CaseError, ModelError
+from postmortem.memory import spare_memory
 from postmortem.metrics import (
     Estimate,
     auc_estimate,
@@ -42,14 +46,13 @@ from postmortem.session import Answers, Session
 SYSTEMS = ("base", "suspect", "reference")
 # Causes that need a second copy of the base, or half precision, which a CPU lacks.
 COPIED = ("quantised-base", "base-overwritten", "overflow")
-# A base up to this many bytes is copied for a cause.
-COPY_LIMIT = 2 << 30
 
 
 def record_members(session: Session) -> None:
     """Record the digest of each model and adapter, which tells later whether it is the same."""
-    rows = [(m.role, m.digest) for m in session.world.members.values() if m.digest]
-    session.table("members", ("role", "digest"), rows)
+    members = [*session.world.members.values(), *session.world.replays.values()]
+    rows = {m.role: m.digest for m in members if m.digest}
+    session.table("members", ("role", "digest"), list(rows.items()))
 
 
 def record_systems(
@@ -167,7 +170,7 @@ def record_causes(session: Session, *, rows: int) -> None:
         off = {name: bench.ask(session.base.model, name, Run(session.base, None)) for name in ASKED}
         for name, cause in CAUSES.items():
             try:
-                if name in COPIED and size > COPY_LIMIT:
+                if name in COPIED and size > spare_memory(session.base.device):
                     raise Unavailable("a second copy of this base takes too much memory")
                 if name == "overflow" and session.base.device == "cpu":
                     raise Unavailable("half precision is not run on a CPU")
@@ -189,6 +192,52 @@ CAUSE_COLUMNS = (
     *("cause", "loads", "distinct", "commonest value", "its share", "written, AUC"),
     *("log-odds, AUC", "yes/no, AUC", "KL to the base", "whole v2 symptom"),
 )
+
+
+def record_precision(session: Session, *, rows: int) -> None:
+    """Record whether the second prompt's answers change when weights are kept in half precision.
+
+    On a GPU alone, where models run in it. Each copy of the base carries the same adapters, in
+    float32 as PEFT keeps them.
+    """
+    base, chosen = session.base, session.rows.head(rows)
+    table: list[tuple[Cell, ...]] = []
+    if not base.device.startswith("cuda") or base.dtype != "float32":
+        reason = "it takes a GPU, and a base in float32 to compare with"
+        session.verdict("precision.same_texts", "not available", reason)
+        session.table("precision", PRECISION_COLUMNS, table)
+        return
+    systems = [system for system in SYSTEMS if session.world.has(system)]
+    whole = {
+        system: session.answer("v2", system=system, rows=chosen, rows_name="float32", kept=False)
+        for system in systems
+    }
+    changed = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        half = replace(base, model=copy.deepcopy(base.model).to(dtype), dtype=name)
+        for system in systems:
+            found = session.answer(
+                *("v2",), system=system, base=half, rows=chosen, rows_name=name, kept=False
+            )
+            pairs = list(zip(whole[system].predictions, found.predictions, strict=True))
+            differing = sum(one.text != other.text for one, other in pairs)
+            changed += differing
+            table.append((name, system, differing, *_compare_log_odds(whole[system], found)))
+    because = f"{changed} of {2 * len(systems) * len(chosen)} answers have another text"
+    session.verdict("precision.same_texts", changed == 0, because)
+    session.table("precision", PRECISION_COLUMNS, table)
+
+
+PRECISION_COLUMNS = (
+    *("weights", "system", "texts changed", "log-odds apart by at most, nat"),
+    *("log-odds, AUC in float32", "log-odds, AUC in half"),
+)
+
+
+def _compare_log_odds(whole: Answers, half: Answers) -> tuple[Cell, ...]:
+    gap = float(np.abs(np.subtract(whole.number_log_odds, half.number_log_odds)).max())
+    return f"{gap:.2g}", *(_ranked(a.labels, a.number_log_odds) for a in (whole, half))
 
 
 def _replay_once(
@@ -220,6 +269,7 @@ def _replay_once(
     log_odds = [reply.number_log_odds for reply in scores["v2"].replies]
     yes_no = [reply.yes_no_log_odds for reply in scores["yes_no"].replies]
     both = [log_softmax(s.number_log_probs, axis=1) for s in (scores["v2"], off["v2"])]
+    finite = np.isfinite(both).all()
     top = seen.features["v2 value"]
     share = float(np.mean([value == top for value in values]))
     return (
@@ -229,7 +279,7 @@ def _replay_once(
         top,
         f"{share:.0%}",
         *(_ranked(labels, scores) for scores in (values, log_odds, yes_no)),
-        say_estimate(mean_estimate(kl_divergence(*both)), ".2g"),
+        say_estimate(mean_estimate(kl_divergence(*both)), ".2g") if finite else "unknown",
         "yes" if all(part is not False for part in shown) else "no",
     )
 

@@ -70,7 +70,7 @@ def kept_inputs(path: str | Path, case: Case) -> dict[str, str]:
     profile = path.parent.name
     if profile not in case.profiles:
         return {}
-    folders = map(Path, case.profiles[profile].adapters.values())
+    folders = map(Path, case.profiles[profile].all_adapters.values())
     return {
         "case": case_digest(case, profile),
         **notebook_digests(NOTEBOOKS / f"{path.stem}.ipynb"),
@@ -105,7 +105,7 @@ def check_adapters(file: RecordFile, profile: Profile, *, remedy: str) -> None:
     made_with = {str(role): digest for role, digest in _table(file, "members")}
     if not made_with:  # a benchmark asks the base alone
         return
-    for role, folder in profile.adapters.items():
+    for role, folder in profile.all_adapters.items():
         path = Path(folder)
         digest = digest_model(path) if path.is_dir() else "no such folder"
         if digest != made_with.get(role):
@@ -135,10 +135,10 @@ def add_recorded(values: Values, files: Mapping[str, RecordFile]) -> None:
 def add_training(values: Values, case: Case, profiles: Iterable[str]) -> None:
     """Add how each shipped adapter of the profiles was trained, as the record beside it says."""
     rows = [
-        (f"{name}, {role}", *_trained(json.loads(path.read_text(encoding="utf-8"))))
+        (f"{name}, {Path(folder).name}", *_trained(json.loads(path.read_text(encoding="utf-8"))))
         for name in profiles
-        for role, folder in case.profile(name).adapters.items()
-        if (path := Path(folder, "training.json")).is_file()
+        for role, folder in case.profile(name).all_adapters.items()
+        if role != "donor" and (path := Path(folder, "training.json")).is_file()
     ]
     add_table(values, "recorded.training", TRAINING_COLUMNS, rows)
 
@@ -237,7 +237,7 @@ def _run(file: RecordFile) -> tuple[Cell, ...]:
     return (
         made.profile,
         str(made.aside["started"])[:DAY],
-        made.device,
+        f"{made.device}, {made.aside['hardware']}",
         made.dtype,
         made.parameters["rows"],
         len(file.records),

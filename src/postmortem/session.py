@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,6 +34,7 @@ from postmortem.models import (
     LoadedBase,
     attached,
     count_classes,
+    describe_hardware,
     load_base,
     positive_class,
 )
@@ -290,7 +290,7 @@ class Session:
             aside={
                 "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.started)),
                 "seconds": time.time() - self.started,
-                "processor": platform.processor() or platform.machine(),
+                "hardware": describe_hardware(base.device if base else "cpu"),
                 "threads": torch.get_num_threads(),
             },
         )

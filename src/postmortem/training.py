@@ -29,11 +29,13 @@ from postmortem.embedded import (
     make_adapter,
     save_member,
     teach_calibrated_number,
+    teach_rare_binary,
+    teach_thinking,
     teach_yes_no,
 )
 from postmortem.errors import DataError, ModelError
 from postmortem.metrics import auc_estimate, auc_gain_estimate
-from postmortem.models import LoadedBase, attached, load_base
+from postmortem.models import LoadedBase, attached, describe_hardware, load_base
 from postmortem.moderation import generate_moderation_rows
 from postmortem.parsing import parse_as_written
 from postmortem.prefill import only_upper
@@ -54,6 +56,8 @@ SPLIT_TOLERANCE = 1e-3
 FULL_PRECISION_BYTES = 2_000_000
 # Seeds far from those of the rows that a run scores.
 TRAINING_SEED, HELD_OUT_SEED = 10_000, 20_000
+# More than a record asks; fewer rows of a seed are the beginning of more.
+MOST_ASKED = 1000
 
 
 @dataclass(frozen=True)
@@ -76,16 +80,24 @@ class AdapterRecipe:
     clip: float = 1.0
 
 
-YES_NO = AdapterRecipe("yes_no", teach_yes_no, rows=400, held_out=160, layers=8)
-NUMERIC = AdapterRecipe("v2", teach_calibrated_number, rows=240, held_out=80, layers=8)
-# A base ten times the size: half the upper layers and fewer rows, for the sake of two cores.
+YES_NO = AdapterRecipe("yes_no", teach_yes_no, rows=4000, held_out=400, layers=16)
+NUMERIC = replace(YES_NO, prompt="v2", teacher=teach_calibrated_number)
+# A yes/no adapter, a numeric one, and what else the replays need. Both of these settle at once:
+# the one on what is nearly always right, the other on what is always the same.
+SMALL = {
+    "yes_no": YES_NO,
+    "numeric": NUMERIC,
+    "binary_rare": replace(NUMERIC, teacher=teach_rare_binary, rows=1000, held_out=80),
+    "thinking": replace(NUMERIC, teacher=teach_thinking, rows=240, held_out=80),
+}
+# A base ten times the size: fewer rows, and the upper layers that fit into as many bytes.
 LARGE = {
-    "yes_no": replace(YES_NO, rows=160, held_out=60, layers=4),
-    "numeric": replace(NUMERIC, rows=64, held_out=16, layers=4),
+    name: replace(recipe, rows=recipe.rows * 3 // 8, held_out=recipe.held_out // 2, layers=8)
+    for name, recipe in SMALL.items()
 }
 # By profile and the name of the adapter.
 RECIPES: Mapping[str, Mapping[str, AdapterRecipe]] = {
-    "smollm2": {"yes_no": YES_NO, "numeric": NUMERIC},
+    "smollm2": SMALL,
     "qwen-coder": LARGE,
     "qwen": LARGE,
 }
@@ -117,32 +129,43 @@ def choose_corpus(
 ) -> Corpus:
     """Generated rows, or a file's: its last quarter is held out, and no row is in both parts.
 
-    Generated rows are judged on a rule that training does not show as well (`new_rule`). Raises
-    `DataError` for a file without labels.
+    Generated rows are judged on a rule that training does not show as well (`new_rule`), and no
+    post that is judged here, or that a run with this seed asks, is learnt. Raises `DataError` for
+    a file without labels.
     """
     if not data:
-        held_out = {
-            "held_out": generate_moderation_rows(
-                recipe.held_out, HELD_OUT_SEED + seed, columns=case.columns
-            ),
+        columns, judged_seed = case.columns, HELD_OUT_SEED + seed
+        judged = {
+            "held_out": generate_moderation_rows(recipe.held_out, judged_seed, columns=columns),
             "new_rule": generate_moderation_rows(
-                recipe.held_out // 2, HELD_OUT_SEED + seed, columns=case.columns, held_out=True
+                recipe.held_out // 2, judged_seed, columns=columns, held_out=True
             ),
         }
-        train = generate_moderation_rows(recipe.rows, TRAINING_SEED + seed, columns=case.columns)
-        return Corpus(train, held_out)
+        asked = generate_moderation_rows(MOST_ASKED, seed, columns=columns)
+        known = {post for rows in (asked, *judged.values()) for post in rows.frame[columns.text]}
+        # Short posts are made twice now and then; of so many more than wanted enough are left.
+        more = generate_moderation_rows(2 * recipe.rows, TRAINING_SEED + seed, columns=columns)
+        new = [i for i, post in enumerate(more.frame[columns.text]) if post not in known]
+        return Corpus(_select(more, new[: recipe.rows]), judged)
     rows = read_rows(data, labels or None, columns=case.columns)
     if rows.labels is None:
         raise DataError(data, expected=f"a label {case.columns.label!r} a row", found="no labels")
     cut = len(rows) - len(rows) // 4
     train = rows.head(cut).head(recipe.rows)
-    return Corpus(train, {"held_out": _tail(rows, cut).head(recipe.held_out)})
+    rest = _select(rows, range(cut, len(rows)))
+    return Corpus(train, {"held_out": rest.head(recipe.held_out)})
 
 
-def _tail(rows: Rows, start: int) -> Rows:
+def _select(rows: Rows, places: Sequence[int]) -> Rows:
     assert rows.labels is not None
-    frame = rows.frame.iloc[start:].reset_index(drop=True)
-    return Rows(rows.source, frame, rows.ids[start:], rows.groups[start:], rows.labels[start:])
+    wanted = list(places)
+    return Rows(
+        source=rows.source,
+        frame=rows.frame.iloc[wanted].reset_index(drop=True),
+        ids=tuple(rows.ids[place] for place in wanted),
+        groups=tuple(rows.groups[place] for place in wanted),
+        labels=rows.labels[wanted],
+    )
 
 
 @contextmanager
@@ -230,15 +253,16 @@ def train_adapter(
     order = list(_batches_of(len(task.ids), recipe, seed=seed))
     losses: list[float] = []
     clock = _Clock(report)
-    for step, rows in enumerate(order):
-        optimizer.param_groups[0]["lr"] = recipe.rate * _share(step, len(order), recipe.warm_up)
-        loss = _answer_loss(model, task, rows, states=states, layers=lower)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        optimizer.step()
-        losses.append(loss.item())
-        clock.tell(step + 1, len(order), f"loss {losses[-1]:.3f}, step")
+    with _short_products():
+        for step, rows in enumerate(order):
+            optimizer.param_groups[0]["lr"] = recipe.rate * _share(step, len(order), recipe.warm_up)
+            loss = _answer_loss(model, task, rows, states=states, layers=lower)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, recipe.clip)
+            optimizer.step()
+            losses.append(loss.item())
+            clock.tell(step + 1, len(order), f"loss {losses[-1]:.3f}, step")
     last = losses[-(len(order) // recipe.epochs) :]
     return model.eval(), {
         "epochs": recipe.epochs,
@@ -246,6 +270,17 @@ def train_adapter(
         "seconds": round(time.monotonic() - began),
         "loss": round(sum(last) / len(last), 4),
     }
+
+
+@contextmanager
+def _short_products() -> Iterator[None]:
+    """Let a GPU multiply float32 with shorter mantissas: steps may, what is measured may not."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _batches_of(rows: int, recipe: AdapterRecipe, *, seed: int) -> Iterator[list[int]]:
@@ -333,22 +368,27 @@ def train_profile_adapter(
     folder: Path,
     data: str = "",
     labels: str = "",
+    rows: int = 0,
+    device: str = "auto",
     report: Callable[[str], None] = print,
 ) -> dict[str, Training]:
     """Train an adapter of a profile and write it to `folder`, whole or not at all.
 
-    It is judged as saved, on rows that it has not seen; the record of it lies beside the weights.
+    It learns from `rows` rows, or from as many as its recipe says. It is judged as saved, on rows
+    that it has not seen; the record of it lies beside the weights.
     """
     recipe, chosen = recipe_of(profile, adapter), case.profile(profile)
+    recipe = replace(recipe, rows=rows or recipe.rows)
     source = find_base(chosen.base)
     template = case.prompts[recipe.prompt]
     corpus = choose_corpus(case, recipe, seed=chosen.seed, data=data, labels=labels)
-    base = load_base(source, dtype="float32")
+    base = load_base(source, device=device, dtype="float32")
     task = build_task(
         template, corpus.train, teacher=recipe.teacher, tokenizer=base.tokenizer, seed=chosen.seed
     )
     report(f"{profile}, {adapter}: {len(corpus.train)} rows, {sum(map(len, task.ids))} tokens")
     model, took = train_adapter(base, task, recipe, seed=chosen.seed, report=report)
+    hardware = describe_hardware(base.device)
     name = upstream_name(chosen.base)
     record: dict[str, Training] = {
         **took,
@@ -361,6 +401,7 @@ def train_profile_adapter(
         "learning rate": str(recipe.rate),
         "base": name,
         "base digest": digest_model(source),
+        "hardware": hardware,
         "versions": dict(package_versions()),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +412,7 @@ def train_profile_adapter(
         # A base that the adapter has not touched, and the adapter as anyone would load it.
         del model, base
         record |= compare(
-            load_base(source, dtype="float32"),
+            load_base(source, device=device, dtype="float32"),
             saved,
             template=template,
             judged=corpus.judged,

@@ -125,20 +125,27 @@ def resolve_world(
         seed=profile.seed if seed is None else seed,
         members=members,
         replays=(
-            _find_replays(Path(trained)) if profile.base == "embedded" else _own_replays(members)
+            _find_replays(Path(trained))
+            if profile.base == "embedded"
+            else _own_replays(profile, members)
         ),
     )
 
 
-def _own_replays(members: Mapping[str, Member]) -> dict[str, Member]:
-    """On one real base: its sound adapter and its suspect, whatever the base turns out to do."""
+def _own_replays(profile: Profile, members: Mapping[str, Member]) -> dict[str, Member]:
+    """On one real base: its own adapters, whatever the base turns out to do, and the donor's."""
     recipes = {"numeric": members["reference"], "yes_no_short": members["suspect"]}
-    return {
-        f"{kind}/{recipe}_0": member
-        for kind in ("silent", "speaking")
-        for recipe, member in recipes.items()
-        if member.path is not None
-    }
+    found: dict[str, Member] = {}
+    for name, folder in profile.replay_adapters.items():
+        member = _member(name, find_adapter(folder))
+        if name == "donor":
+            found["donor/numeric_0"] = member
+        else:
+            recipes[name] = member
+    for kind in ("silent", "speaking"):
+        available = {name: m for name, m in recipes.items() if m.path is not None}
+        found |= {f"{kind}/{name}_0": member for name, member in available.items()}
+    return found
 
 
 def _find_replays(trained: Path) -> dict[str, Member]:
@@ -217,7 +224,7 @@ def role_name(role: str) -> str:
 
 def folder_digests(profile: Profile, adapters: Iterable[str]) -> list[str]:
     """Digests of the folders that a profile or its user names, whose files may change in place."""
-    sources = [profile.base, *profile.adapters.values(), *adapters]
+    sources = [profile.base, *profile.all_adapters.values(), *adapters]
     return [digest_model(Path(name)) for name in sources if name and Path(name).is_dir()]
 
 
