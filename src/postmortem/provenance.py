@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def modules_behind(sources: Iterable[str]) -> dict[str, str]:
     return {f"module {name}": found[name] for name in sorted(found)}
 
 
+@cache  # many notebooks rest on the same modules
 def digest_code(source: str) -> str:
     """Digest of what a module does: its syntax tree without comments, layout and docstrings."""
     tree = ast.parse(source)
@@ -65,7 +67,8 @@ def package_versions() -> dict[str, str]:
     return {"python": ".".join(map(str, sys.version_info[:3])), **found}
 
 
-def _imports(source: str) -> list[str]:
+@cache
+def _imports(source: str) -> tuple[str, ...]:
     names: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
@@ -78,4 +81,4 @@ def _imports(source: str) -> list[str]:
                 for alias in node.names
                 if alias.name.startswith(f"{PACKAGE}.")
             ]
-    return names
+    return tuple(names)
