@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from postmortem.records import digest_file
 
 PACKAGE = "postmortem"
 # The wording of an error cannot change a number.
 HARMLESS = {"errors"}
+EMPTY_TEXT = ("Constant", [("value", "")])
 VERSIONED = ("torch", "transformers", "peft", "numpy", "pandas", "papermill")
 
 
@@ -41,13 +43,28 @@ def modules_behind(sources: Iterable[str]) -> dict[str, str]:
 
 @cache  # many notebooks rest on the same modules
 def digest_code(source: str) -> str:
-    """Digest of what a module does: its syntax tree without comments, layout and docstrings."""
+    """Digest of what a module does: its syntax tree without comments, layout and docstrings.
+
+    The same on every Python that runs it.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
             del node.body[0]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(_form(tree)).encode()).hexdigest()[:16]
+
+
+def _form(node: Any) -> Any:
+    """A tree in plain values, without what is empty: there each Python has fields of its own."""
+    if isinstance(node, list):
+        return [_form(part) for part in node]
+    if not isinstance(node, ast.AST):
+        return node
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 may end a format with an empty text
+        return "JoinedStr", [form for form in _form(node.values) if form != EMPTY_TEXT]
+    fields = [(name, _form(value)) for name, value in ast.iter_fields(node)]
+    return type(node).__name__, [(n, form) for n, form in fields if form is not None and form != []]
 
 
 def notebook_sources(path: str | Path) -> list[str]:
