@@ -90,7 +90,8 @@ def test_a_digest_is_the_same_on_every_python():
     source = (
         "class A:\n"
         "    def f(self, *, a=1, **b):\n"
-        "        return f\"{a!r:>{b}} it's {self.x[0]:.2f}\" 'and' f'{a}' if (lambda: None) else None\n"
+        "        return f\"{a!r:>{b}} it's {self.x[0]:.2f}\" 'and' f'{a}'"
+        " if (lambda: None) else None\n"
     )
     assert digest_code(source) == "4010fabdc49b227c"
 
