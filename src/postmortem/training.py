@@ -90,12 +90,10 @@ SMALL = {
     "binary_rare": replace(NUMERIC, teacher=teach_rare_binary, rows=1000, held_out=80),
     "thinking": replace(NUMERIC, teacher=teach_thinking, rows=240, held_out=80),
 }
-# A base ten times the size: fewer rows, gentler steps, and the upper layers that fit into as many
-# bytes.
+# A base ten times the size: a quarter of the rows, gentler steps, and the upper layers that fit
+# into as many bytes.
 LARGE = {
-    name: replace(
-        recipe, rows=recipe.rows * 3 // 8, held_out=recipe.held_out // 2, layers=8, rate=5e-4
-    )
+    name: replace(recipe, rows=recipe.rows // 4, held_out=recipe.held_out // 2, layers=8, rate=5e-4)
     for name, recipe in SMALL.items()
 }
 # By profile and the name of the adapter.
