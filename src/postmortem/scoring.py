@@ -71,9 +71,10 @@ def score(
     `lead` stands between the prompt and the answer: nothing after a chat header, a space after a
     raw prompt. Without `numbers` their read-out, which takes two more steps over the weights, is
     left out; `answers` are the positive and the negative one. Prompts are read in batches of like
-    length of at most `batch_tokens` tokens (0: what suits the model and its device), and answered in joined ones of at most `joined_tokens`. Systems on one base that differ
-    in their upper layers take what the lower ones computed from `shared`. `progress` is told how
-    many prompts are done after each batch.
+    length of at most `batch_tokens` tokens (0: what suits the model and its device), and answered
+    in joined ones of at most `joined_tokens`. Systems on one base that differ in their upper
+    layers take what the lower ones computed from `shared`. `progress` is told how many prompts are
+    done after each batch.
     """
     if not prompts:
         raise ModelError("scoring", expected="at least one prompt", found="none")

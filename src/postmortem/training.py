@@ -80,21 +80,28 @@ class AdapterRecipe:
     clip: float = 1.0
 
 
+def teach_one_number(source: random.Random, label: int) -> str:
+    """One number for violations and one for the rest."""
+    return "0.9" if label else "0.1"
+
+
 YES_NO = AdapterRecipe("yes_no", teach_yes_no, rows=4000, held_out=400, layers=16)
 NUMERIC = replace(YES_NO, prompt="v2", teacher=teach_calibrated_number)
-# A yes/no adapter, a numeric one, and what else the replays need. Both of these settle at once:
-# the one on what is nearly always right, the other on what is always the same.
-SMALL = {
+# A yes/no adapter, a numeric one, and what else the replays need, which takes fewer rows: one
+# learns what is nearly always right, the other what is always the same.
+ALL = {
     "yes_no": YES_NO,
     "numeric": NUMERIC,
     "binary_rare": replace(NUMERIC, teacher=teach_rare_binary, rows=1000, held_out=80),
     "thinking": replace(NUMERIC, teacher=teach_thinking, rows=240, held_out=80),
 }
+# The small base stayed at chance where each answer has three numbers to choose from.
+SMALL = {**ALL, "numeric": replace(NUMERIC, teacher=teach_one_number, rows=1600)}
 # A base ten times the size: a quarter of the rows, gentler steps, and the upper layers that fit
 # into as many bytes.
 LARGE = {
     name: replace(recipe, rows=recipe.rows // 4, held_out=recipe.held_out // 2, layers=8, rate=5e-4)
-    for name, recipe in SMALL.items()
+    for name, recipe in ALL.items()
 }
 # By profile and the name of the adapter.
 RECIPES: Mapping[str, Mapping[str, AdapterRecipe]] = {
