@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tiny import ARCHITECTURES, configuration
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MptConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from postmortem.prefill import (
     Reader,
@@ -45,6 +54,40 @@ def plainly(model, row):
     """Log-probabilities of the next token by one forward over the whole row."""
     with torch.inference_mode():
         return torch.log_softmax(model(input_ids=torch.tensor([row])).logits[0, -1].double(), -1)
+
+
+# Every described architecture that writes text, and what is rarer: attention that sees the last
+# few tokens alone, and positions that are a bias on the scores.
+DECODERS = {
+    name: configuration(name)
+    for name, (_, _, classes) in ARCHITECTURES.items()
+    if classes[0].endswith(("ForCausalLM", "LMHeadModel"))
+} | {
+    "mistral, window 4": MistralConfig(**ARCHITECTURES["mistral"][1], sliding_window=4),
+    "mpt": MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=96, max_seq_len=64),
+}
+
+
+@pytest.mark.parametrize("usual", [True, False], ids=["as it comes", "eager"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder_answers_as_it_does_row_by_row(name, usual):
+    """Rows of unlike length, read together, and two more tokens give each row's own answers."""
+    torch.manual_seed(0)
+    settings = {} if usual else {"attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(DECODERS[name], **settings).eval()
+    rows = [[5, 7, 9, 11, 13, 21], [4, 3, 8], [17]]
+    with torch.inference_mode():
+        reader = Reader(model)
+        assert not (reader.plain and not usual)
+        state = reader.read([rows[:1], rows[1:]] if reader.plain else [rows], room=3)
+        state.step(torch.tensor([[30, 31]] * 3))
+        state.forget(2)
+        after = log_softmax(state.step(torch.tensor([[7, 6]] * 3)))
+        last = log_softmax(state.step(torch.tensor([[9]] * 3)))[:, -1]
+    for place, row in enumerate(rows):
+        np.testing.assert_allclose(state.log_probs[place], plainly(model, row), atol=1e-5)
+        np.testing.assert_allclose(after[place, 1], plainly(model, [*row, 7, 6]), atol=1e-5)
+        np.testing.assert_allclose(last[place], plainly(model, [*row, 7, 6, 9]), atol=1e-5)
 
 
 rows_of_tokens = st.lists(

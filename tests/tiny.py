@@ -19,7 +19,12 @@ _DECODER = {
 _ENCODER = {k: v for k, v in _DECODER.items() if k != "num_key_value_heads"}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
 _DEBERTA = {**_ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 

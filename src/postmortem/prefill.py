@@ -244,6 +244,7 @@ class Reader:
         ones = [torch.ones_like(row) for row in tokens]
         mask = pad_sequence(ones, batch_first=True, padding_side="left")
         cache = DynamicCache(config=self.model.config)
+        cache.activate_past_recording()  # a layer that sees the last tokens alone forgets the rest
         logits = self.model(
             input_ids=ids,
             attention_mask=None if bool(mask.all()) else mask,
@@ -377,14 +378,16 @@ def attending(model: Any, implementation: str) -> Iterator[None]:
 
 
 def can_share(model: Any) -> bool:
-    """Whether every layer keeps plain keys and values and attends by torch's own function.
+    """Whether every layer keeps plain keys and values and attends by a function of our choice.
 
     Such keys and values may be cut, spread and joined.
     """
     config = model.config.get_text_config()
     layers = DynamicCache(config=model.config).layers
     plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-    return plain and config._attn_implementation == "sdpa"
+    # Models of an older make, such as Falcon, attend by functions of their own.
+    chosen = config._attn_implementation == "sdpa" and model._supports_attention_backend
+    return plain and bool(chosen)
 
 
 def prefix_length(rows: Sequence[Sequence[int]]) -> int:
