@@ -22,6 +22,7 @@ class Small:
         self.model, self.room = model, room
         self.device, self.config = model.device, model.config
         self.generation_config = model.generation_config
+        self._supports_attention_backend = True
 
     def __call__(self, input_ids, **options):
         """Read the tokens, or run out of memory as torch does on a GPU."""

@@ -386,8 +386,8 @@ def can_share(model: Any) -> bool:
     layers = DynamicCache(config=model.config).layers
     plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
     # Models of an older make, such as Falcon, attend by functions of their own.
-    chosen = config._attn_implementation == "sdpa" and model._supports_attention_backend
-    return plain and bool(chosen)
+    chosen = getattr(model, "_supports_attention_backend", False)
+    return plain and bool(chosen) and config._attn_implementation == "sdpa"
 
 
 def prefix_length(rows: Sequence[Sequence[int]]) -> int:
