@@ -4,6 +4,7 @@ import torch
 from postmortem.bench import (
     INCIDENT,
     NUMERIC,
+    Timings,
     gemm_rate,
     layer_weights,
     log_odds_gap,
@@ -68,3 +69,9 @@ def test_the_rate_of_matrix_products_is_measured(base):
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     assert gemm_rate(base.model, 16, seconds=0.01) > 0
     assert all(torch.equal(before[name], p) for name, p in base.model.named_parameters())
+
+
+def test_a_share_is_of_the_rate_of_its_own_round():
+    """A round on a slow machine counts for as much as one on a fast one: the median decides."""
+    found = Timings(seconds=[1.0, 2.0, 4.0], gemm=[20.0, 10.0, 10.0])
+    assert found.share(10.0) == pytest.approx(0.5)

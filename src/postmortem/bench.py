@@ -45,10 +45,19 @@ KINDS = {
 
 @dataclass
 class Timings:
-    """Seconds of each round, and the most memory in bytes that a way took beyond its start."""
+    """Seconds of each round, and the most memory in bytes that a way took beyond its start.
+
+    `gemm` is the machine's FLOP/s around each round: a shared machine is fast and slow by turns.
+    """
 
     seconds: list[float] = field(default_factory=list)
+    gemm: list[float] = field(default_factory=list)
     peak: int = 0
+
+    def share(self, flops: float) -> float:
+        """The share of the matrix products' rate that work of so many FLOP reached."""
+        rounds = zip(self.seconds, self.gemm, strict=True)
+        return statistics.median(flops / seconds / rate for seconds, rate in rounds)
 
 
 def record_bench(session: Session) -> None:
@@ -64,14 +73,14 @@ def record_bench(session: Session) -> None:
             # Each round begins with another way, so that none always runs on a cold machine.
             for way, run in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
                 found = times.setdefault((name, way), Timings())
-                with _watched(found):
+                with _beside_gemm(base.model, found), _watched(found):
                     said[name, way] = run()
         session.say(f"round {turn + 1} of {ROUNDS}")
-    gemm = gemm_rate(base.model, suited_batch(base.model))
+    gemm = statistics.median(rate for found in times.values() for rate in found.gemm)
     session.measure("bench.gemm", gemm / 1e9, unit="GFLOP/s")
     session.measure("bench.rows", len(prompts["v2"]), unit="rows")
     session.measure("bench.rounds", ROUNDS)
-    _record_ways(session, prompts, times, gemm=gemm)
+    _record_ways(session, prompts, times)
     same = [a == b for a, b in zip(said["v2", INCIDENT], said["v2", NUMERIC], strict=True)]
     session.verdict(
         "bench.same_text", all(same), f"{sum(same)} of {len(same)} texts are those of generate"
@@ -79,7 +88,7 @@ def record_bench(session: Session) -> None:
     gap = log_odds_gap(base, prompts["yes_no"])
     session.measure("bench.log_odds_gap", gap, unit="nat")
     session.verdict("bench.same_log_odds", gap < 1e-4, f"they differ by {gap:.1g} at most")
-    _record_scaling(session, base, whole["v2"], gemm=gemm)
+    _record_scaling(session, base, whole["v2"])
     _record_profile(session, base, prompts["v2"])
 
 
@@ -202,8 +211,6 @@ def _record_ways(
     session: Session,
     prompts: Mapping[str, Sequence[Prompt]],
     times: Mapping[tuple[str, str], Timings],
-    *,
-    gemm: float,
 ) -> None:
     table: list[tuple[Cell, ...]] = []
     loop = times["v2", INCIDENT].seconds
@@ -214,8 +221,7 @@ def _record_ways(
         stems = 0
         if way in (NUMERIC, READ_OUT) and session.case.prompts[name].contract == "number":
             stems = _stem_tokens(session.base.tokenizer)
-        flops = reading_flops(session.base.model, prompts[name], stems=stems)
-        share = flops / statistics.median(found.seconds) / gemm
+        share = found.share(reading_flops(session.base.model, prompts[name], stems=stems))
         key = f"bench.{name}.{way}"
         session.measure(f"{key}.pace", statistics.median(pace), unit="rows/s")
         session.measure(f"{key}.ratio", statistics.median(ratios))
@@ -245,21 +251,19 @@ def _stem_tokens(tokenizer: Any) -> int:
     return sum(map(len, longest_stems(ids)))
 
 
-def _record_scaling(
-    session: Session, base: LoadedBase, prompts: Sequence[Prompt], *, gemm: float
-) -> None:
+def _record_scaling(session: Session, base: LoadedBase, prompts: Sequence[Prompt]) -> None:
     """Pace of reading, up to Yes and No, by number of rows, by prompt length and by batch."""
-    rows = [(count, *_pace(base, prompts[:count], gemm=gemm)) for count in COUNTS]
+    rows = [(count, *_pace(base, prompts[:count])) for count in COUNTS]
     session.table("bench.by_rows", ("rows", "rows/s", "tokens/s", "share of GEMM"), rows)
     ids = [token for prompt in prompts for token in prompt.token_ids]
     by_length = []
     for length in LENGTHS:
         cut = [Prompt("", tuple(ids[i * 7 : i * 7 + length]), length) for i in range(8)]
-        by_length.append((length, *_pace(base, cut, gemm=gemm)))
+        by_length.append((length, *_pace(base, cut)))
     columns = ("prompt tokens", "rows/s", "tokens/s", "share of GEMM")
     session.table("bench.by_length", columns, by_length)
     few = prompts[:ROWS]
-    by_batch = [(size, *_pace(base, few, gemm=gemm, batch_tokens=size)) for size in BATCHES]
+    by_batch = [(size, *_pace(base, few, batch_tokens=size)) for size in BATCHES]
     session.table(
         "bench.by_batch", ("tokens at once", "rows/s", "tokens/s", "share of GEMM"), by_batch
     )
@@ -267,20 +271,21 @@ def _record_scaling(
 
 
 def _pace(
-    base: LoadedBase, prompts: Sequence[Prompt], *, gemm: float, batch_tokens: int = 0
+    base: LoadedBase, prompts: Sequence[Prompt], *, batch_tokens: int = 0
 ) -> tuple[Cell, ...]:
-    start = time.perf_counter()
-    score(
-        *(base.model, base.tokenizer),
-        prompts=prompts,
-        lead="",
-        max_new_tokens=1,
-        numbers=False,
-        batch_tokens=batch_tokens,
-    )
-    seconds = time.perf_counter() - start
+    found = Timings()
+    with _beside_gemm(base.model, found), _watched(found):
+        score(
+            *(base.model, base.tokenizer),
+            prompts=prompts,
+            lead="",
+            max_new_tokens=1,
+            numbers=False,
+            batch_tokens=batch_tokens,
+        )
+    (seconds,) = found.seconds
     tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    share = reading_flops(base.model, prompts) / seconds / gemm
+    share = found.share(reading_flops(base.model, prompts))
     return (round(len(prompts) / seconds, 2), round(tokens / seconds), round(share, 2))
 
 
@@ -300,6 +305,15 @@ def _record_profile(session: Session, base: LoadedBase, prompts: Sequence[Prompt
     whole = sum(spent.values())
     rows_of_table = [(kind, f"{found / whole:.0%}") for kind, found in spent.items()]
     session.table("bench.profile", ("work", "share of the time"), rows_of_table)
+
+
+@contextmanager
+def _beside_gemm(model: Any, found: Timings) -> Iterator[None]:
+    """Measure the machine's own rate before and after a block."""
+    size = suited_batch(model)
+    before = gemm_rate(model, size, seconds=0.3)
+    yield
+    found.gemm.append((before + gemm_rate(model, size, seconds=0.3)) / 2)
 
 
 @contextmanager
