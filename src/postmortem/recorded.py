@@ -220,17 +220,20 @@ def _systems(
             distinct = measures.get(f"{key}.distinct")
             if distinct is None or distinct.value is None:
                 continue
-            cells = [_cell(measures.get(f"{key}.{name}")) for name in columns]
+            found = {name: measures.get(f"{key}.{name}") for name in columns}
+            if system == "base":
+                found |= {"kl": None}  # it is what the others are held against
+            cells = [_cell(found[name], name) for name in columns]
             count = measures[f"{rows or prompt}.rows"].value
             yield (f"{profile}, {count} {rows or 'generated'}", system, *cells)
 
 
-def _cell(measure: Measure | None) -> Cell:
+def _cell(measure: Measure | None, name: str) -> Cell:
     if measure is None or measure.value is None:
         return "–"
     if measure.low is None or measure.high is None:
         return round(measure.value, 3)
-    form = ".2g" if measure.unit == "nat" else "z.2f"
+    form = ".2g" if name == "kl" else "z.2f"
     return say_interval(measure.value, measure.low, measure.high, form)
 
 
