@@ -1,15 +1,19 @@
-"""The graph of work: world, notebooks, values, book. Every step is one call of `postmortem`."""
+"""The graph of work: world, notebooks, values, book. Every step is one call of `postmortem`.
+
+A step runs again when its notebook, the case, the data, the models or any file of the library has
+changed; kept runs are read from `results/`, and made here only where they are asked for.
+"""
 
 import json
 from pathlib import Path
 
-from postmortem.case import case_digest, load_case
+from postmortem.case import load_case
 from postmortem.case_site import site_of
 from postmortem.cluster import gpu_resources
 from postmortem.inputs import settings_digest
-from postmortem.provenance import modules_behind, notebook_digests
-from postmortem.recorded import kept_inputs
-from postmortem.world import LINEAGE_STARTS, embedded_digest, folder_digests
+from postmortem.kept import list_kept
+from postmortem.provenance import digest_library, digest_notebook
+from postmortem.world import folder_digests, is_small
 
 BUILD = "_build"
 SETTINGS = json.loads(Path(f"{BUILD}/settings.json").read_text())
@@ -19,33 +23,27 @@ RUN = f"{BUILD}/runs/{CASE.name}/{SETTINGS['profile']}"
 SITE = site_of(SETTINGS["case"], CASE)
 SOURCES = {path.stem: str(path) for path in SITE.notebooks}
 NOTEBOOKS = list(SOURCES)
-EMBEDDED = PROFILE.base == "embedded"
-# An embedded world for each seed: the book takes the first, `make replay` as many as asked for.
-WORLDS = {
-    embedded_digest(CASE, seed): seed
-    for seed in range(PROFILE.seed, PROFILE.seed + SETTINGS["worlds"])
-    if EMBEDDED
-}
-TRAINED = {seed: f"{BUILD}/worlds/{CASE.name}-{digest}" for digest, seed in WORLDS.items()}
-WORLD = TRAINED.get(PROFILE.seed, "")
-REPLAYS = f"{BUILD}/replays/{CASE.name}/{SETTINGS['profile']}"
-STARTS = LINEAGE_STARTS if EMBEDDED else {}
+LIBRARY = digest_library()
 # The embedded models are too small for two threads to help; a real one takes all there are.
-THREADS = 1 if EMBEDDED else config.get("threads") or workflow.cores or 1
+SMALL = is_small(PROFILE)
+THREADS = 1 if SMALL else config.get("threads") or workflow.cores or 1
 # What to ask a scheduler for, in MB and minutes; a retry gets more. The largest base of the
 # profiles takes 12 GB as float32.
-MEMORY, MINUTES = (2_000, 60) if EMBEDDED else (16_000, 1_440)
+MEMORY, MINUTES = (2_000, 60) if SMALL else (16_000, 1_440)
 RESOURCES = {
     "mem_mb": lambda wildcards, attempt: MEMORY * attempt,
     "runtime": lambda wildcards, attempt: MINUTES * attempt,
-    **({} if EMBEDDED else gpu_resources(SETTINGS["device"])),
+    **({} if SMALL else gpu_resources(SETTINGS["device"])),
 }
-# Runs on real models that are kept; `make record` and `make bench` make them again.
-KEPT = [] if CASE.own else sorted(str(path) for path in Path("results").glob("*/*.jsonl"))
-# The heavy notebook that this run was asked for, if any.
-HEAVY = SETTINGS.get("heavy", "")
-# Notebooks that read what an earlier one recorded.
-EARLIER = {"02_v2_run": "01_v1_run", "09_diagnosis": "07_replay"}
+# Kept runs, which the pages of a case in full read.
+KEPT = [] if CASE.own else [str(path) for p in CASE.profiles for path in list_kept(p).values()]
+# What earlier notebook's record a notebook reads, and which read the kept replays.
+EARLIER = {"02_v2_run": "01_v1_run"}
+READ_REPLAYS = {"07_replay", "09_diagnosis"}
+FIRST = ["06_controls", "01_v1_run", "07_replay"]
+# The kept runs that were asked for by name, such as `suite` or `replays/0`.
+ASKED = SETTINGS.get("kept", "").split()
+MADE = f"{BUILD}/{'confirm' if SETTINGS.get('sample') else 'kept'}/{CASE.name}/{SETTINGS['profile']}"
 
 
 # These take seconds and no model, or write what the next command reads here.
@@ -53,13 +51,13 @@ localrules:
     book,
     publish,
     world,
-    replay,
-    replay_world,
+    world_of_seed,
+    keep,
 
 
-def lineages_of(seed):
-    """What the world of a seed is put together from."""
-    return expand(f"{TRAINED[seed]}/{{lineage}}.done", lineage=STARTS) if EMBEDDED else []
+def world_of(seed):
+    """The description of a training of the profile's models: the shipped one, or another."""
+    return f"{RUN}/world.json" if seed == PROFILE.seed else f"{BUILD}/worlds/{seed}/world.json"
 
 
 rule book:
@@ -74,7 +72,7 @@ rule book:
     params:
         run=RUN,
         title=SITE.title,
-        code=modules_behind(["import postmortem.book, postmortem.sphinx_ext"]),
+        library=LIBRARY,
     shell:
         "postmortem step book --run {params.run:q} --out {output:q}"
 
@@ -84,21 +82,19 @@ rule publish:
         world=f"{RUN}/world.json",
         case=SETTINGS["case"],
         records=expand(f"{RUN}/records/{{name}}.jsonl", name=NOTEBOOKS),
-        recorded=KEPT,
+        kept=KEPT,
     output:
         f"{RUN}/values.json",
         f"{RUN}/figures/figures.json",
     params:
         run=RUN,
-        code=modules_behind(["import postmortem.publish"]),
-        # What a kept record is held against.
-        behind=[kept_inputs(name, CASE) for name in KEPT],
+        library=LIBRARY,
     shell:
         "postmortem step publish --run {params.run:q}"
 
 
-# The longest first, so that the others run beside it.
-for order, name in enumerate(sorted(NOTEBOOKS, key=lambda name: name == "07_replay")):
+# The longest first, and what another waits for, so that both cores are busy to the end.
+for name in NOTEBOOKS:
 
     rule:
         name:
@@ -107,16 +103,18 @@ for order, name in enumerate(sorted(NOTEBOOKS, key=lambda name: name == "07_repl
             notebook=SOURCES[name],
             world=f"{RUN}/world.json",
             earlier=f"{RUN}/records/{EARLIER[name]}.jsonl" if name in EARLIER else [],
+            replays=[path for path in KEPT if "/replays/" in path] if name in READ_REPLAYS else [],
         output:
             records=f"{RUN}/records/{name}.jsonl",
             executed=f"{RUN}/notebooks/{name}.ipynb",
         params:
-            depends=notebook_digests(SOURCES[name]),
+            library=LIBRARY,
+            notebook=digest_notebook(SOURCES[name]),
             settings=settings_digest(CASE, SETTINGS),
         threads: THREADS
         resources:
             **RESOURCES,
-        priority: order
+        priority: FIRST.index(name) + 1 if name in FIRST else 0
         shell:
             "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
             " --records {output.records:q} --executed {output.executed:q}"
@@ -124,116 +122,69 @@ for order, name in enumerate(sorted(NOTEBOOKS, key=lambda name: name == "07_repl
 
 
 rule world:
-    input:
-        lineages_of(PROFILE.seed),
     output:
         f"{RUN}/world.json",
     params:
-        trained=WORLD,
+        library=LIBRARY,
         # The title of a case of one's own is on its pages alone: a new one asks no model anew.
         profile=PROFILE.model_dump_json(exclude={"title"} if CASE.own else None),
         adapters=[SETTINGS["suspect"], SETTINGS["reference"]],
         files=folder_digests(PROFILE, [SETTINGS["suspect"], SETTINGS["reference"]]),
     shell:
-        "postmortem step world --trained={params.trained:q} --out {output:q}"
+        "postmortem step world --out {output:q}"
 
 
-rule replay:
+rule keep:
     input:
-        expand(f"{REPLAYS}/{{seed}}.jsonl", seed=TRAINED or [PROFILE.seed]),
-    output:
-        f"{BUILD}/replays.json",
-    params:
-        code=modules_behind(["import postmortem.beliefs"]),
-        case=case_digest(CASE),
-    shell:
-        "postmortem step evaluate {input:q} --out {output:q}"
+        expand(f"{MADE}/{{name}}.jsonl", name=ASKED),
 
 
-rule replay_notebook:
-    input:
-        notebook="notebooks/07_replay.ipynb",
-        world=f"{REPLAYS}/{{seed}}.world.json",
-    output:
-        records=f"{REPLAYS}/{{seed}}.jsonl",
-        executed=f"{REPLAYS}/{{seed}}.ipynb",
-    params:
-        depends=notebook_digests("notebooks/07_replay.ipynb"),
-        settings=settings_digest(CASE, SETTINGS),
-    threads: THREADS
-    resources:
-        **RESOURCES,
-    shell:
-        "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
-        " --records {output.records:q} --executed {output.executed:q}"
-        " --world {input.world:q} --whole"
+# Only where one is asked for: to a build of the book a kept record is a source.
+for name in ASKED:
 
-
-if HEAVY:
-
-    # Only where it is asked for: to a build of the book a kept record is a source.
-    rule keep:
+    rule:
+        name:
+            f"kept_{name.replace('/', '_')}"
         input:
-            notebook=f"notebooks/recorded/{HEAVY}.ipynb",
-            world=f"{RUN}/world.json",
+            notebook=f"notebooks/kept/{Path(name).parts[0]}.ipynb",
+            world=world_of(int(Path(name).name)) if "/" in name else f"{RUN}/world.json",
         output:
-            records=SETTINGS["kept"],
-            executed=f"{RUN}/recorded/{HEAVY}.ipynb",
+            records=f"{MADE}/{name}.jsonl",
+            executed=f"{MADE}/{name}.ipynb",
+        params:
+            library=LIBRARY,
+            settings=settings_digest(CASE, SETTINGS),
+            asked=[SETTINGS["files"], SETTINGS.get("sample", 0)],
         threads: THREADS
         resources:
             **RESOURCES,
+        priority: int("/" in name)
         shell:
             "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
             " --records {output.records:q} --executed {output.executed:q} --world {input.world:q}"
 
 
-rule replay_world:
+rule world_of_seed:
     input:
-        lambda wildcards: lineages_of(int(wildcards.seed)),
+        f"{BUILD}/worlds/{{seed}}/world.jsonl",
     output:
-        f"{REPLAYS}/{{seed}}.world.json",
-    params:
-        trained=lambda wildcards: TRAINED.get(int(wildcards.seed), ""),
+        f"{BUILD}/worlds/{{seed}}/world.json",
     shell:
-        "postmortem step world --trained={params.trained:q} --out {output:q}"
-        " --seed {wildcards.seed}"
+        "postmortem step world --trained $(dirname {input:q}) --seed {wildcards.seed}"
+        " --out {output:q}"
 
 
-rule looks:
+rule train_world:
     input:
-        expand(f"{BUILD}/looks/{{seed}}.jsonl", seed=TRAINED),
+        "tools/embedded_world.py",
     output:
-        touch(f"{BUILD}/looks/all"),
-
-
-rule looks_of_world:
-    input:
-        f"{REPLAYS}/{{seed}}.world.json",
-    output:
-        f"{BUILD}/looks/{{seed}}.jsonl",
+        f"{BUILD}/worlds/{{seed}}/world.jsonl",
     params:
-        code=modules_behind(["import postmortem.replaying"]),
+        case=SETTINGS["case"],
+        prompts={name: prompt.template for name, prompt in CASE.prompts.items()},
+    threads: workflow.cores or 1
+    resources:
+        **RESOURCES,
     shell:
-        "OMP_NUM_THREADS=1 postmortem step looks --world {input:q} --out {output:q}"
-
-
-# Those that others start from first, then the longest.
-for order, (lineage, start) in enumerate(reversed(STARTS.items())):
-
-    rule:
-        name:
-            f"train_{lineage}"
-        input:
-            f"{BUILD}/worlds/{CASE.name}-{{digest}}/{start}.done" if start else [],
-        output:
-            f"{BUILD}/worlds/{CASE.name}-{{digest}}/{lineage}.done",
-        params:
-            lineage=lineage,
-            folder=f"{BUILD}/worlds/{CASE.name}-{{digest}}/{lineage}",
-            seed=lambda wildcards: WORLDS[wildcards.digest],
-        resources:
-            **RESOURCES,
-        priority: order
-        shell:
-            "OMP_NUM_THREADS=1 postmortem step lineage {params.lineage}"
-            " --folder {params.folder:q} --seed {params.seed} && touch {output:q}"
+        "python -m tools.train_world --case {params.case:q} --seed {wildcards.seed}"
+        " --out $(dirname {output:q}) --cores {threads}"

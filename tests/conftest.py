@@ -27,7 +27,7 @@ def untrained(case, tmp_path_factory):
     """Folders of an untrained world by role: bases, sound adapters with random weights."""
     import torch
 
-    from postmortem.embedded import BaseSpec, build_tokenizer, make_adapter, new_base
+    from tools.embedded_world import BaseSpec, build_tokenizer, make_adapter, new_base
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("world")
@@ -61,8 +61,8 @@ def untrained(case, tmp_path_factory):
 @pytest.fixture(scope="session")
 def untrained_world(case, untrained):
     """The untrained folders as a world."""
-    from postmortem.embedded import RECIPES
     from postmortem.world import ADAPTERS, BASES, World, _member
+    from tools.embedded_world import RECIPES
 
     members = {role: _member(role, untrained / role) for role in (*BASES, *ADAPTERS)}
     stand_ins = {"donor/numeric_0": "donor_adapter", "sibling/numeric_0": "suspect"}

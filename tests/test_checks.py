@@ -10,7 +10,7 @@ from handmade import CONFIG, header, write
 
 from postmortem.catalogue import SEVERITIES, catalogue
 from postmortem.cli import main
-from postmortem.faults import edit_config, edit_tensors
+from postmortem.edits import edit_config, edit_tensors
 from postmortem.inspection import inspect_adapter
 
 

@@ -27,7 +27,7 @@ from postmortem.cluster import (
 from postmortem.errors import ClusterError
 from postmortem.suite import CHUNKS, make_plan, write_plan
 
-START = Path(__file__).parents[1] / "scripts/start_slurm.sh"
+START = Path(__file__).parents[1] / "tools/start_slurm.sh"
 PROGRAMS = ("sbatch", "munged", "slurmctld", "slurmd")
 
 

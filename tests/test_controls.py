@@ -26,7 +26,7 @@ from postmortem.controls import (
     swap_examples,
 )
 from postmortem.corpus import Rows, generate_rows
-from postmortem.faults import edit_tensors
+from postmortem.edits import edit_tensors
 from postmortem.metrics import Estimate, rate_estimate
 from postmortem.records import Measure, Prediction, Table, Verdict, read_records
 from postmortem.session import open_session

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from postmortem import embedded
 from postmortem.corpus import RULES, generate_rows
-from postmortem.embedded import build_lineage, build_tokenizer, teach_number
 from postmortem.errors import WorldError
 from postmortem.world import digest_model
+from tools.embedded_world import build_lineage, build_tokenizer, teach_number
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from postmortem import models
 from postmortem.corpus import generate_rows
-from postmortem.embedded import build_tokenizer, make_adapter
 from postmortem.errors import ModelError
 from postmortem.inspection import inspect_adapter
 from postmortem.models import GPTQ_PACKAGES, attached, load_base
@@ -19,6 +18,7 @@ from postmortem.precision import FLOAT16_LIMIT, FLOAT16_ZERO
 from postmortem.prompts import encode
 from postmortem.scoring import score
 from postmortem.world import resolve_world
+from tools.embedded_world import build_tokenizer, make_adapter
 
 VOCABULARY = 151_936
 DTYPES = ("float32", "bfloat16", "float16")

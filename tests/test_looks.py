@@ -16,7 +16,7 @@ from postmortem.looks import (
     read_looks,
 )
 from postmortem.records import Replay
-from postmortem.replaying import PLANTED, STAGES
+from tools.cause_profiles import PLANTED, STAGES
 
 
 def test_the_shipped_replays_are_those_of_the_present_code():

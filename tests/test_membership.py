@@ -12,9 +12,8 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from postmortem import membership_notebook, siblings
 from postmortem.cli import main
-from postmortem.embedded import BaseSpec, build_tokenizer, make_adapter, new_base, save_member
+from postmortem.edits import edit_config, edit_tensors
 from postmortem.errors import DataError, ModelError
-from postmortem.faults import edit_config, edit_tensors
 from postmortem.lora_controls import each_control, find_pairs, permute_layers, rotate
 from postmortem.membership import (
     LIMITS,
@@ -30,7 +29,8 @@ from postmortem.membership import (
 from postmortem.membership_text import as_membership, say_answer
 from postmortem.models import attached, load_base
 from postmortem.records import Measure, Table, Text, Verdict
-from postmortem.siblings import ADAPTING, FINE_TUNES, FROM_NOTHING, POSTS, Task, sort_words, train
+from tools.embedded_world import BaseSpec, build_tokenizer, make_adapter, new_base, save_member
+from tools.siblings import ADAPTING, FINE_TUNES, FROM_NOTHING, POSTS, Task, sort_words, train
 
 TASK = Task("words sorted", sort_words)
 

@@ -11,7 +11,7 @@ from test_prose import typed_numbers
 
 from postmortem.case import load_case
 from postmortem.case_site import SCAFFOLD
-from postmortem.faults import edit_tensors
+from postmortem.edits import edit_tensors
 from postmortem.own_answers import record_answers
 from postmortem.own_controls import CHANGED, record_controls
 from postmortem.own_files import record_files

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from postmortem.faults import edit_config
+from postmortem.edits import edit_config
 from postmortem.inspection import inspect_adapter
-from postmortem.planted import (
+from tools.planted import (
     EACH,
     FAULTS,
     SOUND,

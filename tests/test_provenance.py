@@ -112,7 +112,7 @@ def test_shapes_are_behind_the_mismatch():
 
 def test_parsing_is_not_behind_the_world():
     """How an answer is parsed does not change the embedded world."""
-    behind = modules_behind(["import postmortem.embedded"])
+    behind = modules_behind(["import tools.embedded_world"])
     assert "module scoring" in behind
     assert "module parsing" not in behind
     assert "module session" not in behind
@@ -130,7 +130,7 @@ def test_notebook_sources_are_its_code_cells(tmp_path):
     """Of a notebook only the code counts, as text or as lines."""
     notebook = nbformat.v4.new_notebook()
     notebook.cells = [
-        nbformat.v4.new_markdown_cell("import postmortem.embedded"),
+        nbformat.v4.new_markdown_cell("import tools.embedded_world"),
         nbformat.v4.new_code_cell("import postmortem.parsing\nx = 1"),
         nbformat.v4.new_code_cell(""),
     ]

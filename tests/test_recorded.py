@@ -2,8 +2,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from postmortem.confirm import confirm_files
+
 from postmortem.errors import RecordError
 from postmortem.inputs import choose_rows, input_digests
 from postmortem.recorded import add_bench, add_recorded, describe_bench, kept_inputs, read_kept

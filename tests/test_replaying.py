@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from postmortem import replaying as module
-from postmortem.embedded import RECIPES
 from postmortem.examine import EXAMS
-from postmortem.replaying import (
+from postmortem.world import Member
+from tools import cause_profiles as module
+from tools.cause_profiles import (
     OWN_RECIPES,
     PLANTED,
     STAGES,
@@ -14,7 +14,7 @@ from postmortem.replaying import (
     train_extra,
     with_choices,
 )
-from postmortem.world import Member
+from tools.embedded_world import RECIPES
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import postmortem
+from postmortem.edits import edit_config, edit_tensors
 from postmortem.errors import CaseError, RecordError, SuiteError
-from postmortem.faults import edit_config, edit_tensors
 from postmortem.metrics import auc, auc_estimate, auc_gain_estimate
 from postmortem.suite import (
     CHUNKS,

@@ -9,13 +9,14 @@ from peft import PeftConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from postmortem import training
-from postmortem.embedded import build_task, make_adapter
 from postmortem.errors import DataError, ModelError
 from postmortem.inspection import inspect_adapter
 from postmortem.models import load_base
 from postmortem.moderation import generate_moderation_rows
 from postmortem.publish import _reached
-from postmortem.training import (
+from postmortem.world import _member
+from tools.embedded_world import build_task, make_adapter
+from tools.real_adapters import (
     check_split,
     choose_corpus,
     lower_states,
@@ -25,7 +26,6 @@ from postmortem.training import (
     train_profile_adapter,
     upper_logits,
 )
-from postmortem.world import _member
 
 SIZES = {
     "vocab_size": 96,
@@ -284,7 +284,7 @@ def test_a_large_adapter_is_halved(case, untrained, monkeypatch):
 
 def test_the_script_refuses_an_unknown_adapter(pytestconfig, monkeypatch, capsys):
     """The command line prints an error as one line and returns 2."""
-    script = pytestconfig.rootpath / "scripts/train_adapters.py"
+    script = pytestconfig.rootpath / "tools/train_adapters.py"
     case = str(pytestconfig.rootpath / "cases/qwen-lora.yml")
     monkeypatch.setattr(
         sys, "argv", ["x", "--case", case, "--profile", "smollm2", "--only", "other"]

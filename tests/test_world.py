@@ -80,7 +80,7 @@ def test_replay_adapters_are_named_by_lineage_recipe_and_seed(case, trained):
 
 def test_each_lineage_stands_after_the_one_it_starts_from():
     """The graph's table of lineages agrees with what training does, and an earlier one is first."""
-    from postmortem.embedded import LINEAGES
+    from tools.embedded_world import LINEAGES
 
     assert {name: lineage.start for name, lineage in LINEAGES.items()} == LINEAGE_STARTS
     order = list(LINEAGE_STARTS)

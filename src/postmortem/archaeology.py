@@ -1,6 +1,6 @@
 """Which PEFT releases can have written a configuration, and loaded it.
 
-The table of fields is derived from released wheels by scripts/derive_peft_fields.py. Answers
+The table of fields is derived from released wheels by tools/derive_peft_fields.py. Answers
 assume release builds: a build from the main branch can hold fields ahead of its release.
 """
 

@@ -23,9 +23,9 @@ from postmortem.likelihoods import (
 )
 from postmortem.metrics import Estimate, say_estimate
 from postmortem.planner import Plan, plan, price
-from postmortem.records import RecordFile, Replay
-from postmortem.replay import TESTS, experiments_of
+from postmortem.records import Replay
 from postmortem.session import Session
+from postmortem.symptom import TESTS, experiments_of
 
 FLAT = "flat"
 # What the write-up leaves to explanations that it does not list; it leaves none, and then a cause
@@ -232,17 +232,8 @@ def describe_trust(found: Evaluation) -> str:
     )
 
 
-def evaluate_worlds(case: Case, files: Sequence[RecordFile]) -> Evaluation:
-    """Diagnose the replays of each world from those of the others and of other severities.
-
-    In one world alone another seed is another training of the adapters.
-    """
-    replays = []
-    for file in files:
-        for replay in file.of(Replay):
-            seed = file.provenance.seed if len(files) > 1 else replay.seed
-            key = f"{file.provenance.seed}.{replay.key}"
-            replays.append(replay.model_copy(update={"seed": seed, "key": key}))
+def evaluate_replays(case: Case, replays: Sequence[Replay]) -> Evaluation:
+    """Diagnose each replay from those of other worlds and of other severities."""
     inquiry = open_inquiry(case, replays)
     return leave_out(inquiry.trials, inquiry.experiments)
 

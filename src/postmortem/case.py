@@ -426,11 +426,14 @@ class Lesson(Frozen):
 
 
 class Replays(Frozen):
-    """How many replays of each cause: seeds, severities at most, and rows a replay."""
+    """What causes are injected into at every build: adapters that were trained for it.
 
-    seeds: int = Field(default=1, ge=1)
-    severities: int = Field(default=1, ge=1)
-    rows: int = Field(default=10, ge=2)
+    `adapters` is a folder of LINEAGE/RECIPE_SEED, and `rows` how many generated rows each replay
+    is asked.
+    """
+
+    adapters: str
+    rows: int = Field(ge=2)
 
 
 class Recording(Frozen):
@@ -448,11 +451,12 @@ class Recording(Frozen):
 class Profile(Frozen):
     """A world to run the case in.
 
-    `base` is `embedded`, `packaged:NAME` (see `postmortem weights`), a model folder, or a hub
-    id. Adapters are folders, by role; those of `replay_adapters` are what the replays need beside
-    them: trained in another way, or for a `donor` of other shapes. `rows` is how many generated
-    rows are scored where no data file is given, from word lists (`keywords`) or in sentences that
-    must be read (`moderation`).
+    `base` is `packaged:NAME` (see `postmortem weights`), a model folder, or a hub id; so are the
+    further `bases`. Adapters are folders, by role; those of `replay_adapters` are what the causes
+    need beside them on one real base: trained in another way, or for a `donor` of other shapes.
+    With `replays` every build injects the causes; without, a kept run has done it. `rows` is how
+    many generated rows are scored where no data file is given, from word lists (`keywords`) or in
+    sentences that must be read (`moderation`).
     `caveat` is printed wherever a result of this profile is shown, and `recorded` sizes the
     run that is kept for the book. `data` is a file of rows that takes the place of generated ones,
     with its labels in `labels` where they are apart; its first `first` rows are scored, or all.
@@ -463,12 +467,13 @@ class Profile(Frozen):
     data: str = ""
     labels: str = ""
     first: int = Field(default=0, ge=0)
+    bases: dict[Literal["donor_base", "sibling_base", "speaking_base", "ignorant_base"], str] = {}
     adapters: dict[Literal["suspect", "reference", "donor_adapter", "no_op"], str] = {}
     replay_adapters: dict[Literal["binary_rare", "thinking", "donor"], str] = {}
     rows: int = Field(ge=2)
     corpus: Literal["keywords", "moderation"] = "keywords"
     seed: int = 0
-    replays: Replays = Replays()
+    replays: Replays | None = None
     recorded: Recording | None = None
     caveat: str
 
@@ -549,7 +554,11 @@ class Case(Frozen):
         return self.prompts[varied.prompt].model_copy(update={**changed, "title": varied.title})
 
 
-class _Loader(yaml.SafeLoader):
+# libyaml, where PyYAML was built with it, reads the case of the incident ten times as fast.
+_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_YAML):
     """YAML as plain data, with a repeated key refused rather than overwritten."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -588,7 +597,17 @@ def case_digest(case: Case, profile: str | None = None) -> str:
     """
     names = {"name", "true_size", "loading_warning", "forensics", "adapter_filter", "columns"}
     names |= {"prompts", "variations", "attempts", "observed", "path"}
-    runs = {"base", "adapters", "replay_adapters", "corpus", "rows", "seed", "replays", "recorded"}
+    runs = {
+        "base",
+        "bases",
+        "adapters",
+        "replay_adapters",
+        "corpus",
+        "rows",
+        "seed",
+        "replays",
+        "recorded",
+    }
     profiles = dict.fromkeys(case.profiles if profile is None else [profile], runs)
     beliefs = {"__all__": {"id", "initial", "final", "causes"}}
     declared = {"name", "config", "declared_megabytes"}

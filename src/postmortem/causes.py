@@ -1,22 +1,27 @@
-"""The suspected causes: each one a change to a sound run, made for real on files and models."""
+"""The suspected causes: each one a change to a sound run, made for real on files and models.
+
+Their names and titles are read where no model runs, so what loads torch is imported where a cause
+is made.
+"""
+
+from __future__ import annotations
 
 import copy
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-
-from postmortem.faults import Tensors, edit_config, edit_tensors
-from postmortem.mismatch import refit_adapter
-from postmortem.models import LoadedBase
+from postmortem.edits import Tensors, edit_config, edit_tensors
 from postmortem.parsing import parse_as_written, parse_strict
 from postmortem.prompts import Prompt
 from postmortem.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+    from postmortem.models import LoadedBase
 
 # A change of the token ids that a prompt is sent as.
 Rewrite = Callable[[Prompt, Any], Prompt]
@@ -78,6 +83,9 @@ class Materials:
 
     def untrained(self) -> Path:
         """An adapter as PEFT makes it, lora_B zero, on the layers of the sound one."""
+        import torch
+        from peft import LoraConfig, get_peft_model
+
         torch.manual_seed(self.seed)
         sound = self.world.replays.get(f"{self.kind}/{self.sound}_{self.seed}")
         named = LoraConfig.from_pretrained(sound.path) if sound and sound.path else None
@@ -206,6 +214,8 @@ def _foreign(lineage: str, *, ignored: bool = False) -> Callable[[Materials, Any
 
 
 def _truncated(materials: Materials, _: Any) -> Run:
+    from postmortem.mismatch import refit_adapter
+
     donor = materials.adapter("numeric", lineage="donor", renamed=True)
     place = donor.with_name(f"{donor.name}-cut")
     return Run(materials.base, refit_adapter(donor, materials.base.model, folder=place))
@@ -217,7 +227,7 @@ def _padded(materials: Materials, share: float) -> Run:
     assert run.adapter is not None
 
     def narrow(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        kept = torch.zeros_like(tensor)
+        kept = tensor.new_zeros(tensor.shape)
         wide = int(tensor.shape[1 if "lora_A" in name else 0] * share)
         where = (slice(None), slice(wide)) if "lora_A" in name else (slice(wide),)
         kept[where] = tensor[where]
@@ -235,6 +245,8 @@ def _targets(materials: Materials, kept: str) -> Run:
 
 def _overwritten(materials: Materials, part: str) -> Run:
     """The adapter's file brings weights of another base, which replace the base's own."""
+    from safetensors.torch import load_file
+
     folder = materials.adapter("numeric")
     if not materials.world.has("sibling_base"):
         raise Unavailable("this profile has no sibling base")
@@ -257,7 +269,7 @@ def _rounded(weights: torch.Tensor, bits: int, group: int = 32) -> torch.Tensor:
     grouped = weights.reshape(weights.shape[0], -1, min(group, weights.shape[1]))
     largest = 2 ** (bits - 1) - 1
     scale = (grouped.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-12)
-    return (torch.round(grouped / scale) * scale).reshape(weights.shape)
+    return ((grouped / scale).round() * scale).reshape(weights.shape)
 
 
 def _overflow(materials: Materials, factor: float) -> Run:

@@ -26,6 +26,9 @@ SHIPPED = "cases/qwen-lora.yml"
 # Options that several commands take.
 CaseFile = Annotated[str, typer.Option(help="The case file.")]
 Profile = Annotated[str, typer.Option(help="A profile of the case; none takes its first.")]
+Worlds = Annotated[
+    int, typer.Option(min=1, help="Worlds to replay the causes in: the shipped one, then trained.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Cores = Annotated[int, typer.Option(min=0, help="Cores to use; 0 takes all.")]
@@ -154,7 +157,7 @@ def book(
 def replay(
     case: CaseFile = SHIPPED,
     profile: Profile = "",
-    worlds: Annotated[int, typer.Option(min=1, help="Embedded worlds to train, each a seed.")] = 3,
+    worlds: Worlds = 3,
     cores: Jobs = 0,
     executor: Executor = "",
 ) -> None:
@@ -166,34 +169,25 @@ def replay(
 
 
 @app.command()
-def looks(
-    worlds: Annotated[int, typer.Option(min=1, help="Embedded worlds to train, each a seed.")] = 2,
-    cores: Cores = 0,
-) -> None:
-    """Make anew what `diagnose` knows of causes: each planted, and met with every test."""
-    from postmortem import graph
-
-    settings = _make_settings(case=SHIPPED, profile="embedded", worlds=worlds)
-    print(graph.make_looks(settings, cores=_count(cores)))
-
-
-@app.command()
 def record(
     case: CaseFile = SHIPPED,
     profile: Profile = "smollm2",
     files: Annotated[
         str, typer.Option(help="CSV files of real rows, each with :LABELS where they are apart.")
     ] = "",
+    worlds: Worlds = 3,
     device: Device = "auto",
     dtype: Dtype = "auto",
     cores: Cores = 0,
 ) -> None:
-    """Run a real model's experiments once and keep the records, which the book reads."""
+    """Run what is too heavy for a build once and keep the records, which the book reads."""
     from postmortem import graph
 
-    settings = _make_settings(case=case, profile=profile, files=files, device=device, dtype=dtype)
-    _, line = graph.keep("real_model", settings, cores=_count(cores))
-    print(line)
+    settings = _make_settings(
+        case=case, profile=profile, files=files, worlds=worlds, device=device, dtype=dtype
+    )
+    for line in graph.record(settings, cores=_count(cores)):
+        print(line)
 
 
 @app.command()
@@ -225,7 +219,7 @@ def bench(
     from postmortem.recorded import describe_bench
 
     settings = _make_settings(case=case, profile=profile, device=device, dtype=dtype)
-    kept, line = graph.keep("bench", settings, cores=_count(cores))
+    kept, line = graph.measure_speed(settings, cores=_count(cores))
     print(line)
     print(f"bench: {describe_bench(kept)}")
 
@@ -263,8 +257,8 @@ def diagnose(
 ) -> None:
     """Find the cause: run what tells most a minute, or weigh the evidence of an incident.
 
-    A case of one's own is examined in its time box. For an incident whose book has been built, the
-    causes are ranked by the evidence on record, with what to run next.
+    A case of one's own is examined in its time box. For an incident in full the causes
+    are ranked by the evidence on record and the kept replays, with what to run next.
     """
     from postmortem.case import load_case
 
@@ -285,10 +279,10 @@ def diagnose(
         return
     from postmortem.beliefs import open_inquiry
     from postmortem.diagnosis_text import as_diagnosis
-    from postmortem.records import Replay, read_records
+    from postmortem.kept import read_replays
+    from postmortem.symptom import list_replays
 
-    records = Path("_build/runs", loaded.name, chosen, "records", "07_replay.jsonl")
-    inquiry = open_inquiry(loaded, read_records(records).of(Replay))
+    inquiry = open_inquiry(loaded, list_replays(read_replays(loaded)))
     print(as_diagnosis(inquiry, prior=prior, extra=observe or [], minutes=minutes))
 
 
@@ -445,32 +439,20 @@ def archaeology(
         print(report.as_encounters(names, date_warning(names)))
 
 
-@steps.command("lineage")
-def train_lineage(
-    lineage: str, folder: Annotated[Path, typer.Option()], seed: Annotated[int, typer.Option()]
-) -> None:
-    """Train one lineage of the embedded world."""
-    from postmortem.case import load_case
-    from postmortem.embedded import build_lineage
-
-    case = load_case(_settings()["case"])
-    build_lineage(case, lineage, seed=seed, folder=folder, report=_say)
-
-
 @steps.command("world")
 def describe_world(
     out: Annotated[Path, typer.Option()],
     trained: Annotated[str, typer.Option()] = "",
     seed: Annotated[int | None, typer.Option()] = None,
 ) -> None:
-    """Find the folder of each role."""
+    """Find the folder of each role; `trained` holds another training of the profile's models."""
     from postmortem.case import load_case
     from postmortem.world import resolve_world, write_world
 
     chosen = _settings()
     adapters = {role: chosen[role] for role in ("suspect", "reference")}
     case = load_case(chosen["case"])
-    world = resolve_world(case, chosen["profile"], trained=trained, adapters=adapters, seed=seed)
+    world = resolve_world(case, chosen["profile"], adapters=adapters, trained=trained, seed=seed)
     write_world(world, out)
 
 
@@ -481,7 +463,6 @@ def execute_notebook(
     executed: Annotated[Path, typer.Option()],
     world: Annotated[str, typer.Option()],
     earlier: Annotated[str, typer.Option()] = "",
-    whole: Annotated[bool, typer.Option("--whole")] = False,
 ) -> None:
     """Execute one notebook."""
     from postmortem.runner import declared_parameters, run_notebook
@@ -491,8 +472,6 @@ def execute_notebook(
     parameters |= {"notebook": str(notebook), "records": str(records), "world": world}
     if earlier:
         parameters["earlier"] = earlier
-    if whole:
-        parameters["whole"] = True
     name = notebook.stem
     _say(f"{name}: started")
     seconds = run_notebook(
@@ -503,33 +482,6 @@ def execute_notebook(
         report=lambda line: _say(f"{name}: {line}"),
     )
     _say(f"{name}: done in {seconds:.0f} s")
-
-
-@steps.command("evaluate")
-def evaluate_replays(records: list[Path], out: Annotated[Path, typer.Option()]) -> None:
-    """Diagnose replays from those of other worlds and severities."""
-    from postmortem.beliefs import describe_trust, evaluate_worlds
-    from postmortem.case import load_case
-    from postmortem.records import read_records, write_text
-
-    found = evaluate_worlds(load_case(_settings()["case"]), [read_records(p) for p in records])
-    write_text(out, json.dumps({"line": describe_trust(found)}) + "\n")
-
-
-@steps.command("looks")
-def replay_looks(
-    world: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()]
-) -> None:
-    """Plant every cause in one embedded world and meet it with every test."""
-    from postmortem.case import load_case
-    from postmortem.looks import write_looks
-    from postmortem.replaying import replay_world
-    from postmortem.world import read_world
-
-    found = read_world(world)
-    case = load_case(_settings()["case"])
-    replays = replay_world(case, found, out.with_suffix(".adapters"), report=_say)
-    write_looks(out, replays, worlds=[found.seed])
 
 
 @steps.command("suite-chunk")

@@ -90,7 +90,7 @@ def slurm_options() -> list[str]:
             expected="SLURM's commands on the PATH",
             found=f"no {', '.join(lacking)}",
             remedy="Run it on a login node, or start a cluster of one node: "
-            "scripts/start_slurm.sh start.",
+            "tools/start_slurm.sh start.",
         )
     asked = subprocess.run(
         ["scontrol", "show", "config"], capture_output=True, text=True, check=False
@@ -101,7 +101,7 @@ def slurm_options() -> list[str]:
             expected="a controller that answers `scontrol show config`",
             found=" ".join(asked.stderr.split())[:200],
             remedy="Name the cluster's file with SLURM_CONF, or start one: "
-            "scripts/start_slurm.sh start.",
+            "tools/start_slurm.sh start.",
         )
     accounted = NO_ACCOUNTING not in asked.stdout
     return [] if accounted else ["--slurm-status-command", "squeue", "--slurm-no-account"]

@@ -6,7 +6,7 @@ from postmortem.beliefs import Inquiry
 from postmortem.causes import CAUSES
 from postmortem.diagnosis import Evidence
 from postmortem.planner import Plan
-from postmortem.replay import TESTS
+from postmortem.symptom import TESTS
 
 # Causes listed one by one, and the weight of evidence (log10) from which it is named: two to one.
 SHOWN_CAUSES, WORTH_SAYING = 8, 0.3

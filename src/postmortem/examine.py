@@ -22,7 +22,7 @@ from postmortem.adapter_config import CONFIG_FILE
 from postmortem.adapter_weights import WEIGHTS_FILE
 from postmortem.catalogue import Finding, catalogue
 from postmortem.corpus import Rows
-from postmortem.faults import Tensors, edit_tensors
+from postmortem.edits import Tensors, edit_tensors
 from postmortem.health import THRESHOLDS
 from postmortem.inspection import inspect_adapter
 from postmortem.metrics import auc, auc_gain_estimate, kl_divergence

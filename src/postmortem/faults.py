@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers import AutoModelForSequenceClassification as AutoClassifier
 
 from postmortem.adapter_config import CONFIG_FILE
 from postmortem.adapter_weights import PICKLE_FILE, WEIGHTS_FILE
+from postmortem.edits import Tensors, edit_config, edit_tensors
 from postmortem.inspection import inspect_adapter
 
-Tensors = dict[str, torch.Tensor]
 _SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -108,20 +108,6 @@ def randomise(adapted: torch.nn.Module) -> None:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.02)
-
-
-def edit_config(folder: Path, *removed: str, **changes: object) -> None:
-    """Rewrite the configuration with keys changed and removed."""
-    path = folder / CONFIG_FILE
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if k not in removed}))
-
-
-def edit_tensors(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
-    """Rewrite the weights through a function of all tensors."""
-    path = folder / WEIGHTS_FILE
-    changed = {k: v.contiguous().clone() for k, v in change(load_file(path)).items()}
-    save_file(changed, path, metadata={"format": "pt"})
 
 
 def _config(*removed: str, **changes: object) -> Callable[[Path], None]:

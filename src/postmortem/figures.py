@@ -42,7 +42,7 @@ from postmortem.sheet import (
 WIDE, NARROW = 720, 350
 SHOWN = 10  # the rows shown one by one: as many as the incident had
 V1, V2, MISMATCH, SWAP = "01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adapter_swap"
-CONTROLS, SUITE = "06_controls", "10_suite"
+CONTROLS, SUITE = "06_controls", "suite"
 ENSEMBLES = ("ensemble of the kept", "ensemble by the write-up", "ensemble of all")
 SYSTEMS = {"base": "base alone", "suspect": "suspect", "reference": "reference"}
 ABSENT = "not available in this profile"

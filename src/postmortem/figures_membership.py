@@ -6,7 +6,7 @@ from postmortem.figure_source import NotDrawable, Source
 from postmortem.records import Measure
 from postmortem.sheet import Forest, Row, Scale, Sheet, say_measure
 
-MEMBERSHIP, PREFIX = "11_membership", "membership.example."
+MEMBERSHIP, PREFIX = "attribution", "membership.example."
 ROLES = {"the adapter": "suspect"}
 # Harm beyond this share of the greatest gain stands at the edge of the scale, told by its number.
 HARM = 0.5

@@ -10,16 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from postmortem.case import load_case
+from postmortem.case import Profile, load_case
 from postmortem.case_site import BUILD, site_of
 from postmortem.cluster import place_options
-from postmortem.confirm import confirm_files
 from postmortem.errors import BookError, CaseError, DataError, SuiteError
-from postmortem.records import RecordFile, Replay, locked, read_records, write_text
+from postmortem.kept import REPLAYS, RESULTS, check_kept, confirm_files
+from postmortem.records import RecordFile, locked, read_records, write_text
 from postmortem.suite import make_plan, prepare_chunks, write_plan
-from postmortem.world import embedded_digest
 
-RECORDED = Path("results")
 DEVICES = re.compile(r"auto|cpu|cuda|cuda:[0-9]+|mps")
 DTYPES = re.compile("auto|float32|bfloat16|float16")
 Settings = dict[str, str | int]
@@ -28,14 +26,17 @@ Settings = dict[str, str | int]
 def build(settings: Settings, *, cores: int, executor: str = "") -> str:
     """Bring the book up to date and return the line that says so.
 
-    The case, the profile and the names of the data files are checked before anything runs.
-    `executor` and `cores` say where, as for `place_options`; so they do for the other builds here.
-    Raises `BookError` where a step failed; its own message stands above.
+    The case, the profile, the names of the data files and what is shipped are checked before
+    anything runs. `executor` and `cores` say where, as for `place_options`; so they do for the
+    other builds here. Raises `BookError` where a step failed; its own message stands above.
     """
     start = time.perf_counter()
     settings = check_settings(settings)
-    case = str(settings["case"])
-    site = site_of(case, load_case(case))
+    path = str(settings["case"])
+    case = load_case(path)
+    site = site_of(path, case)
+    if not case.own:
+        check_kept(case)
     with one_build():
         if not (site.html / "index.html").is_file():
             site.summary.unlink(missing_ok=True)  # its pages are gone
@@ -47,82 +48,118 @@ def build(settings: Settings, *, cores: int, executor: str = "") -> str:
 
 
 def replay(settings: Settings, *, cores: int, executor: str = "") -> str:
-    """Replay every cause at every severity in several worlds; return the line that sums it up."""
+    """Replay every cause at every severity in several worlds; return the line that sums it up.
+
+    The kept replays are left as they are.
+    """
+    # These load scipy, which no other command of the graph waits for.
+    from postmortem.beliefs import describe_trust, evaluate_replays
+    from postmortem.symptom import list_replays
+
     settings = check_settings(settings)
-    if load_case(str(settings["case"])).own:
+    case = load_case(str(settings["case"]))
+    profile = case.profile(str(settings["profile"]))
+    if profile.replays is None:
         raise CaseError(
-            settings["case"],
-            expected="a case in full, whose causes are replayed",
-            found="one in the short form",
-            remedy="`postmortem diagnose` works on this one.",
+            f"{settings['case']}, key `profiles.{settings['profile']}`",
+            expected="`replays`, the adapters that causes are injected into",
+            found="none",
+            remedy="Name the profile `embedded`; of a case of your own, `postmortem diagnose`.",
         )
-    with one_build():
-        _run_graph("replay", settings, cores=cores, executor=executor)
-    told = json.loads((BUILD / "replays.json").read_text(encoding="utf-8"))
-    return f"replay: {told['line']}"
+    names = _list_replays(profile, int(settings["worlds"]))
+    made = _make_kept(names, settings, cores=cores, executor=executor)
+    files = [read_records(path) for path in made.values()]
+    return f"replay: {describe_trust(evaluate_replays(case, list_replays(files)))}"
 
 
-def keep(notebook: str, settings: Settings, *, cores: int) -> tuple[RecordFile, str]:
-    """Run a heavy notebook again and keep its record; return it and the line that says where."""
-    start = time.perf_counter()
+def record(settings: Settings, *, cores: int) -> list[str]:
+    """Make what is kept of a profile anew; return a line for each record.
+
+    Nothing in `results` is touched before all of it has run.
+    """
     settings = check_settings(settings)
     for path in str(settings["files"]).replace(":", " ").split():
         if not Path(path).is_file():
             raise DataError(path, expected="a file of rows or labels", found="no such file")
-    profile = str(settings["profile"])
-    if load_case(str(settings["case"])).profile(profile).recorded is None:
-        raise CaseError(
-            f"{settings['case']}, key `profiles.{profile}`",
-            expected="`recorded`, which says how many rows to record",
-            found="none",
-            remedy="Name another profile with PROFILE, or add the key.",
-        )
-    place = RECORDED / profile / f"{notebook}.jsonl"
-    asked: Settings = {"heavy": notebook, "kept": str(place)}
-    with one_build():
-        _run_graph("keep", settings | asked, cores=cores, again=True)
-    kept = read_records(place)
-    counts = f"{len(kept.records)} records, {time.perf_counter() - start:.0f} s"
-    return kept, f"record: {place} ({counts})"
+    profile = load_case(str(settings["case"])).profile(str(settings["profile"]))
+    names = ["real_model"] if profile.recorded else []
+    if profile.replays:
+        names += [
+            *_list_replays(profile, int(settings["worlds"])),
+            "suite",
+            "attribution",
+            "catalogue",
+        ]
+    _require_kept(names, settings)
+    made = _make_kept(names, settings, cores=cores)
+    return [_keep(path, name, settings) for name, path in made.items()]
+
+
+def measure_speed(settings: Settings, *, cores: int) -> tuple[RecordFile, str]:
+    """Run the benchmark and keep its record; return it and the line that says where."""
+    settings = check_settings(settings)
+    profile = load_case(str(settings["case"])).profile(str(settings["profile"]))
+    names = ["bench"] if profile.recorded else []
+    _require_kept(names, settings)
+    made = _make_kept(names, settings, cores=cores, again=True)
+    line = _keep(made["bench"], "bench", settings)
+    return read_records(made["bench"]), line
 
 
 def confirm_record(settings: Settings, *, sample: int, cores: int) -> str:
     """Ask a kept record's first rows again with today's code; the line that says how it went."""
     start = time.perf_counter()
-    settings = check_settings(settings)
-    profile = str(settings["profile"])
-    place, again = RECORDED / profile / "real_model.jsonl", BUILD / "confirm" / f"{profile}.jsonl"
+    settings = check_settings(settings) | {"sample": sample}
+    place = RESULTS / str(settings["profile"]) / "real_model.jsonl"
     read_records(place)
-    asked: Settings = {"heavy": "real_model", "kept": str(again), "sample": sample}
-    with one_build():
-        _run_graph("keep", settings | asked, cores=cores, again=True)
+    again = _make_kept(["real_model"], settings, cores=cores, again=True)["real_model"]
     return f"confirm: {place}: {confirm_files(place, again)}, {time.perf_counter() - start:.0f} s"
 
 
-def make_looks(settings: Settings, *, cores: int) -> str:
-    """Plant every cause in embedded worlds anew and ship what was seen; return a line on it."""
-    # These load torch, which no other command of the graph waits for.
-    from postmortem.examination import describe_judgements
-    from postmortem.looks import SHIPPED, write_looks
+def _list_replays(profile: Profile, worlds: int) -> list[str]:
+    """The kept replays of the shipped world and of further seeds, by name."""
+    return [f"{REPLAYS}/{seed}" for seed in range(profile.seed, profile.seed + worlds)]
 
-    settings = check_settings(settings)
+
+def _require_kept(names: Sequence[str], settings: Settings) -> None:
+    if not names:
+        raise CaseError(
+            f"{settings['case']}, key `profiles.{settings['profile']}`",
+            expected="`recorded` or `replays`, which say what to run",
+            found="neither",
+            remedy="Name another profile with PROFILE, or add the key.",
+        )
+
+
+def _make_kept(
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    cores: int,
+    executor: str = "",
+    again: bool = False,
+) -> dict[str, Path]:
+    """Bring kept runs up to date in the build folder, or run them `again`; their files by name."""
+    folder = "confirm" if settings.get("sample") else "kept"
+    case = load_case(str(settings["case"]))
+    place = BUILD / folder / case.name / str(settings["profile"])
+    made = {name: place / f"{name}.jsonl" for name in names}
+    if again:
+        for path in made.values():
+            path.unlink(missing_ok=True)
+    asked = settings | {"kept": " ".join(names)}
     with one_build():
-        _run_graph("looks", settings, cores=cores)
-    seed = load_case(str(settings["case"])).profile(str(settings["profile"])).seed
-    worlds = range(seed, seed + int(settings["worlds"]))
-    files = [read_records(BUILD / "looks" / f"{world}.jsonl") for world in worlds]
-    replays = [replay for file in files for replay in file.of(Replay)]
-    write_looks(SHIPPED, replays, worlds=worlds)
-    return f"looks: {len(replays)} replays, {describe_judgements(replays)}"
+        _run_graph("keep", asked, cores=cores, executor=executor)
+    return made
 
 
-def train_base(settings: Settings, *, cores: int) -> Path:
-    """Bring the embedded world's first base up to date and return its folder."""
-    case, profile = load_case(str(settings["case"])), str(settings["profile"])
-    lineage = BUILD / "worlds" / f"{case.name}-{embedded_digest(case, case.profile(profile).seed)}"
-    with one_build():
-        _run_graph(str(lineage / "target.done"), settings, cores=cores)
-    return lineage / "target" / "base"
+def _keep(made: Path, name: str, settings: Settings) -> str:
+    """Put a record into its place below `results`; the line that says where."""
+    place = RESULTS / str(settings["profile"]) / f"{name}.jsonl"
+    write_text(place, made.read_text(encoding="utf-8"))
+    kept = read_records(place)
+    seconds = float(kept.provenance.aside["seconds"])
+    return f"record: {place} ({len(kept.records)} records, {seconds:.0f} s)"
 
 
 def run_suite(path: str | Path, out: str | Path, *, cores: int, executor: str = "") -> str:
@@ -180,13 +217,10 @@ def one_build() -> Iterator[None]:
         yield
 
 
-def _run_graph(
-    target: str, settings: Settings, *, cores: int, executor: str = "", again: bool = False
-) -> None:
+def _run_graph(target: str, settings: Settings, *, cores: int, executor: str = "") -> None:
     place = place_options(executor, cores=cores)
     write_text(BUILD / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
-    forced = ["--forcerun", target] if again else []
-    if _run_snakemake([target, *place, *forced]):
+    if _run_snakemake([target, *place]):
         raise BookError("the build", expected="every step to succeed", found="one that did not")
 
 

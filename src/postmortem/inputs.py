@@ -7,7 +7,7 @@ from pathlib import Path
 from postmortem.case import Case, case_digest
 from postmortem.corpus import Rows, generate_rows, read_rows
 from postmortem.moderation import generate_moderation_rows
-from postmortem.provenance import notebook_digests, package_versions
+from postmortem.provenance import digest_notebook, package_versions
 from postmortem.records import digest_file
 from postmortem.world import World
 
@@ -31,14 +31,21 @@ def choose_rows(
     return read_rows(data, labels or None, columns=case.columns).head(rows)
 
 
-def input_digests(notebook: Path, case: Case, *, world: World, rows: Rows) -> dict[str, str]:
-    """Digest of everything that can change a number of this notebook."""
-    return {
+def input_digests(
+    notebook: Path, case: Case, *, world: World, rows: Rows, replays: str = ""
+) -> dict[str, str]:
+    """Digest of each input of a notebook; `replays` is that of the kept ones, where it reads them.
+
+    What the library computes is no input: a build runs again when its code changes, and a kept
+    record is confirmed.
+    """
+    found = {
         "case": case_digest(case, world.profile),
         "world": world.digest,
         "data": rows.digest,
-        **notebook_digests(notebook),
+        "notebook": digest_notebook(notebook),
     }
+    return found | ({"replays": replays} if replays else {})
 
 
 def settings_digest(case: Case, settings: Mapping[str, str | int]) -> str:

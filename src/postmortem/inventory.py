@@ -1,17 +1,21 @@
 """What files alone say: the adapters as declared, of true size, and of the world; the catalogue."""
 
 import json
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 from postmortem.adapter import read_adapter
+from postmortem.adapter_config import CONFIG_FILE
+from postmortem.adapter_weights import WEIGHTS_FILE
 from postmortem.archaeology import date_config, date_warning, span
-from postmortem.case import System
+from postmortem.architectures import describe
+from postmortem.bases import find_base
+from postmortem.case import System, TrueSize
 from postmortem.catalogue import SIZE_TOLERANCE, Entry, catalogue
-from postmortem.faults import reproduce
+from postmortem.errors import ModelError
 from postmortem.identify import BYTES, Identification, identify, measure
 from postmortem.inspection import Inspection, inspect_adapter
-from postmortem.mismatch import write_adapter
 from postmortem.session import Session
 from postmortem.sources import open_source
 from postmortem.world import ADAPTERS, role_name
@@ -96,19 +100,44 @@ def record_true_size(session: Session, folder: Path) -> None:
         return
     rows = []
     for name in (*size.donors, size.base):
-        adapter = write_adapter(
-            name,
-            folder / name.replace("/", "--"),
-            rank=size.rank,
-            target_modules=tuple(size.target_modules),
-        )
-        inspection = inspect_adapter(str(adapter), size.base)
+        adapter = write_headers(name, folder / name.replace("/", "--"), size)
+        inspection = inspect_adapter(str(adapter), size.base, header_only=True)
         ids = ", ".join(finding.id for finding in inspection.report.findings) or "none"
         rows.append((name, inspection.report.verdict, ids, len(inspection.bases)))
         if name == size.base:
             _record_identity(session, identify(read_adapter(open_source(str(adapter)))))
     columns = ("adapter made for", "on the incident's base", "findings", "known bases it fits")
     session.table("inventory.true_size", columns, rows)
+
+
+def write_headers(base: str, folder: Path, size: TrueSize) -> Path:
+    """An adapter folder of a known base's true shapes, as its header says; all values are zero."""
+    known = find_base(base)
+    shapes = describe(known.config, name=base, kind="causal") if known else None
+    if shapes is None:
+        raise ModelError(base, expected="a base of the shipped table", found="no such row")
+    header, end = {}, 0
+    for path, module in shapes.modules.items():
+        if path.rpartition(".")[2] not in size.target_modules:
+            continue
+        for part, shape in (("A", (size.rank, module.inputs)), ("B", (module.outputs, size.rank))):
+            start, end = end, end + 2 * int(shape[0] or 0) * int(shape[1] or 0)
+            place = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+            header[f"base_model.model.{path}.lora_{part}.weight"] = place
+    text = json.dumps(header).encode()
+    folder.mkdir(parents=True)
+    with (folder / WEIGHTS_FILE).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + bytes(end))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": size.rank,
+        "lora_alpha": 2 * size.rank,
+        "target_modules": size.target_modules,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 def _record_identity(session: Session, found: Identification) -> None:
@@ -134,10 +163,10 @@ def record_world(session: Session) -> None:
     session.table("inventory.world", ("adapter", "on this base", "findings"), rows)
 
 
-def record_catalogue(session: Session, folder: Path) -> None:
-    """Record the failure catalogue, and reproduce each entry with PEFT and with the checker."""
-    reproductions = reproduce(folder)
+def record_entries(session: Session) -> None:
+    """Record the failure catalogue."""
     entries = catalogue()
+    session.measure("catalogue.entries", len(entries))
     session.table(
         "catalogue.entries",
         CATALOGUE_COLUMNS,
@@ -146,6 +175,13 @@ def record_catalogue(session: Session, folder: Path) -> None:
             for e in entries.values()
         ],
     )
+
+
+def record_reproductions(session: Session, folder: Path) -> None:
+    """Reproduce each entry of the catalogue with PEFT and with the checker."""
+    from postmortem.faults import reproduce  # loads torch, which the rest of this does without
+
+    reproductions = reproduce(folder)
     session.table(
         "catalogue.reproductions",
         ("id", "fault injected", "PEFT", "our finding"),
@@ -156,8 +192,7 @@ def record_catalogue(session: Session, folder: Path) -> None:
         session.measure(f"catalogue.{reaction}", count, unit="faults")
     caught = {r.finding for r in reproductions if r.severity != "none"}
     session.measure("catalogue.faults", len(reproductions), unit="faults")
-    session.measure("catalogue.entries", len(entries))
-    missed = _missing(list(entries), caught)
+    missed = _missing(list(catalogue()), caught)
     session.verdict(
         "catalogue.all_reproduced",
         not missed,

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from postmortem.analysis import NO_LABELS, NO_OP, ONE_CLASS
 from postmortem.causes import Unavailable
 from postmortem.controls import judge_gain, judge_odds
+from postmortem.edits import Tensors, edit_tensors
 from postmortem.errors import ModelError
 from postmortem.examine import CHANGES, EIGHTFOLD, EIGHTH, FLIPPED, TURNED
-from postmortem.faults import Tensors, edit_tensors
 from postmortem.metrics import auc_estimate, auc_gain_estimate, mean_estimate
 from postmortem.models import check_adapter_folder
 from postmortem.own_answers import (

@@ -1,81 +1,40 @@
-"""What a number depends on: the library modules behind a notebook, and package versions."""
+"""Where a number comes from: the notebook, the library as a whole, package versions, the commit."""
 
-import ast
 import hashlib
 import json
+import subprocess
 import sys
-from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from postmortem.records import digest_file
-
-PACKAGE = "postmortem"
-# The wording of an error cannot change a number.
-HARMLESS = {"errors"}
-EMPTY_TEXT = ("Constant", [("value", "")])
-VERSIONED = ("torch", "transformers", "peft", "numpy", "pandas", "papermill")
+LIBRARY = Path(__file__).parent
+VERSIONED = ("torch", "transformers", "peft", "numpy", "pandas", "papermill", "lora-postmortem")
+NO_COMMIT = "no commit"
 
 
-def modules_behind(sources: Iterable[str]) -> dict[str, str]:
-    """Digest of the code of each library module that the source texts import, at any remove.
+@cache  # every step of a build names it
+def digest_library() -> str:
+    """Digest of every file of the library, by its bytes: any change of code runs a build again."""
+    state = hashlib.sha256()
+    for path in sorted(LIBRARY.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            state.update(f"{path.relative_to(LIBRARY)} {path.stat().st_size}\n".encode())
+            state.update(path.read_bytes())
+    return state.hexdigest()[:16]
 
-    A table, text or record that lies beside a module under its name counts as well.
 
-    Read from the import statements, so it needs no import and is the same before, during and
-    after a run.
+def digest_notebook(path: str | Path) -> str:
+    """Digest of what a notebook does: the source of its code cells.
+
+    A tool that writes records is digested as it is.
     """
-    waiting = [name for source in sources for name in _imports(source)]
-    found: dict[str, str] = {}
-    while waiting:
-        name = waiting.pop()
-        path = Path(__file__).with_name(f"{name}.py")
-        if name in found or name in HARMLESS or not path.is_file():
-            continue
-        found[name] = digest_code(path.read_text(encoding="utf-8"))
-        beside = [path.with_suffix(suffix) for suffix in (".csv", ".yml", ".jsonl")]
-        found |= {data.name: digest_file(data) for data in beside if data.is_file()}
-        waiting += _imports(path.read_text(encoding="utf-8"))
-    return {f"module {name}": found[name] for name in sorted(found)}
-
-
-@cache  # many notebooks rest on the same modules
-def digest_code(source: str) -> str:
-    """Digest of what a module does: its syntax tree without comments, layout and docstrings.
-
-    The same on every Python that runs it.
-    """
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            del node.body[0]
-    return hashlib.sha256(repr(_form(tree)).encode()).hexdigest()[:16]
-
-
-def _form(node: Any) -> Any:
-    """A tree in plain values, without what is empty: there each Python has fields of its own."""
-    if isinstance(node, list):
-        return [_form(part) for part in node]
-    if not isinstance(node, ast.AST):
-        return node
-    if isinstance(node, ast.JoinedStr):  # Python 3.12 may end a format with an empty text
-        return "JoinedStr", [form for form in _form(node.values) if form != EMPTY_TEXT]
-    fields = [(name, _form(value)) for name, value in ast.iter_fields(node)]
-    return type(node).__name__, [(n, form) for n, form in fields if form is not None and form != []]
-
-
-def notebook_sources(path: str | Path) -> list[str]:
-    """The source of each code cell."""
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
-def notebook_digests(path: str | Path) -> dict[str, str]:
-    """Digests of a notebook and of the library modules behind it."""
-    return {"notebook": digest_file(path), **modules_behind(notebook_sources(path))}
+    source = Path(path).read_bytes()
+    if Path(path).suffix == ".ipynb":
+        cells = json.loads(source)["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        source = json.dumps(code).encode()
+    return hashlib.sha256(source).hexdigest()[:16]
 
 
 def package_versions() -> dict[str, str]:
@@ -84,18 +43,19 @@ def package_versions() -> dict[str, str]:
     return {"python": ".".join(map(str, sys.version_info[:3])), **found}
 
 
-@cache
-def _imports(source: str) -> tuple[str, ...]:
-    names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
-            names.append((node.module or "").split(".")[1])
-        elif isinstance(node, ast.Import):
-            names += [
-                alias.name.split(".")[1]
-                for alias in node.names
-                if alias.name.startswith(f"{PACKAGE}.")
-            ]
-    return tuple(names)
+def find_commit() -> str:
+    """The commit that the library stands at, with "+" where files differ from it.
+
+    Where there is no git, or this copy of the library is in no repository, there is no commit.
+    """
+    try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return NO_COMMIT
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(LIBRARY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -12,8 +12,9 @@ from postmortem.figures import Drawing, draw_all, save_drawings
 from postmortem.figures_kept import KEPT
 from postmortem.figures_own import FIGURES_OWN
 from postmortem.inputs import choose_rows, input_digests
+from postmortem.kept import digest_files, read_kept, read_replays
 from postmortem.own_values import add_own_values
-from postmortem.recorded import add_bench, add_recorded, add_training, read_kept
+from postmortem.recorded import add_bench, add_kept, add_recorded, add_runs, add_training
 from postmortem.records import (
     NO_MODEL,
     Cell,
@@ -51,11 +52,13 @@ def publish(
     loaded, members = load_case(case), read_world(world)
     check_members(members)
     scored = choose_rows(loaded, profile, data=data, labels=labels, rows=rows)
+    replays = "" if loaded.own else digest_files(read_replays(loaded))
     files = {}
-    for notebook in notebooks:
-        file = read_records(Path(records) / f"{Path(notebook).stem}.jsonl")
-        check_fresh(file, input_digests(Path(notebook), loaded, world=members, rows=scored))
-        files[Path(notebook).stem] = file
+    for notebook in map(Path, notebooks):
+        file = read_records(Path(records) / f"{notebook.stem}.jsonl")
+        current = input_digests(notebook, loaded, world=members, rows=scored, replays=replays)
+        check_fresh(file, current)
+        files[notebook.stem] = file
     values = collect_values(files.values())
     add_run_values(values, files, world=members)
     values["texts"]["rows.source"] = scored.source
@@ -64,25 +67,32 @@ def publish(
         add_own_values(values, loaded, rows=scored)
         drawings, missing = draw_all(files, loaded, FIGURES_OWN)
     else:
-        drawings, missing = _add_incident(values, loaded, files=files, rows=len(scored))
+        drawings, missing = _add_incident(values, loaded, files=files)
     save_drawings(drawings, missing, Path(out) / "figures")
     write_text(Path(out) / "values.json", json.dumps(values, indent=1, ensure_ascii=False))
     return sum(len(file.records) for file in files.values())
 
 
 def _add_incident(
-    values: Values, case: Case, *, files: dict[str, RecordFile], rows: int
+    values: Values, case: Case, *, files: dict[str, RecordFile]
 ) -> tuple[list[Drawing], dict[str, str]]:
     """Add what a case in full holds and the runs that are kept for it; draw its figures."""
     recorded, bench = read_kept(case, "real_model"), read_kept(case, "bench")
+    suite, attribution = read_kept(case, "suite"), read_kept(case, "attribution")
+    catalogue, replays = read_kept(case, "catalogue"), read_replays(case)
     values["texts"]["recorded"] = " ".join([*recorded, *(["bench"] if bench else [])])
+    for found in (suite, attribution, catalogue):
+        add_kept(values, found)
     add_recorded(values, recorded)
     add_training(values, case, recorded)
     add_bench(values, bench)
-    add_scale(values, files.get("10_suite"), rows=rows, recorded=recorded)
+    every = (recorded, bench, suite, attribution, catalogue)
+    add_runs(values, [*replays, *(file for found in every for file in found.values())])
+    add_scale(values, next(iter(suite.values()), None), recorded=recorded)
     add_case_values(values, case)
     kept = {f"{KEPT}{name}": file for name, file in recorded.items()}
-    return draw_all(files | kept, case)
+    own = {file.path.stem: file for found in (suite, attribution) for file in found.values()}
+    return draw_all({**files, **kept, **own}, case)
 
 
 def collect_values(files: Iterable[RecordFile]) -> Values:

@@ -39,9 +39,10 @@ from postmortem.metrics import (
 from postmortem.mismatch import refit_adapter, write_adapter
 from postmortem.models import attached
 from postmortem.records import Cell
-from postmortem.replay import FEATURES, Bench, Seen, note_loading, set_status, symptom_features
+from postmortem.replay import Bench, Seen, note_loading, set_status, symptom_features
 from postmortem.scoring import Scores
 from postmortem.session import Answers, Session
+from postmortem.symptom import FEATURES
 
 SYSTEMS = ("base", "suspect", "reference")
 # Causes that need a second copy of the base, or half precision, which a CPU lacks.

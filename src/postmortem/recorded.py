@@ -1,57 +1,17 @@
-"""Runs on real models, kept with the project: checked, and made into values for the book."""
+"""Values for the book from the runs that are kept with the project."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from postmortem.case import Case, Profile, case_digest
-from postmortem.confirm import place_of, read_confirmation
-from postmortem.errors import RecordError
-from postmortem.inputs import choose_rows
+from postmortem.case import Case
+from postmortem.kept import read_confirmation
 from postmortem.metrics import say_interval
-from postmortem.provenance import notebook_digests
-from postmortem.records import (
-    Cell,
-    Measure,
-    RecordFile,
-    Table,
-    Text,
-    Verdict,
-    check_fresh,
-    digest_file,
-    read_records,
-    stale,
-)
+from postmortem.records import Cell, Measure, RecordFile, Table, Text, Verdict
 from postmortem.values import Values, add_table
-from postmortem.world import digest_model
 
-# A heavy notebook, and the target of `make` that runs it.
-TARGETS = {"real_model": "record", "bench": "bench"}
-RESULTS, NOTEBOOKS = Path("results"), Path("notebooks/recorded")
 SYSTEMS = ("base", "suspect", "reference")
-REMEDY = (
-    "Restore the file, or run `make {name} PROFILE={profile}` to make the record again; where the"
-    " code has changed and the numbers should not have, `make confirm PROFILE={profile}`."
-)
-
-
-def read_kept(case: Case, name: str) -> dict[str, RecordFile]:
-    """The kept record of a heavy notebook by profile, in the case's order.
-
-    Raises `RecordError` where one was changed by hand, or where the case, the shipped adapters or
-    the modules that make its numbers have moved on since.
-    """
-    found = {}
-    for profile in case.profiles:
-        path = RESULTS / profile / f"{name}.jsonl"
-        if not path.is_file():
-            continue
-        file = read_records(path, remedy=REMEDY.format(name=TARGETS[name], profile=profile))
-        if file.provenance.case == case.name:
-            check_kept(file, case, profile)
-            found[profile] = file
-    return found
 
 
 def describe_bench(file: RecordFile) -> str:
@@ -62,61 +22,6 @@ def describe_bench(file: RecordFile) -> str:
         f"readout x{found['bench.yes_no.readout.ratio']:.1f}, "
         f"gemm share {found['bench.share']:.2f}"
     )
-
-
-def kept_inputs(path: str | Path, case: Case) -> dict[str, str]:
-    """Digests of what a kept record is held against: its notebook, code, case and adapters."""
-    path = Path(path)
-    profile = path.parent.name
-    if profile not in case.profiles:
-        return {}
-    folders = map(Path, case.profiles[profile].all_adapters.values())
-    return {
-        "case": case_digest(case, profile),
-        **notebook_digests(NOTEBOOKS / f"{path.stem}.ipynb"),
-        **{str(folder): digest_model(folder) for folder in folders if folder.is_dir()},
-        "confirmed": digest_file(place_of(path)) if place_of(path).is_file() else "",
-    }
-
-
-def check_kept(file: RecordFile, case: Case, profile: str) -> None:
-    """Raise `RecordError` naming what the record was made from and is no longer there."""
-    name = file.path.stem
-    remedy = REMEDY.format(name=TARGETS[name], profile=profile)
-    rows = choose_rows(case, profile, rows=int(file.provenance.parameters["rows"] or 0))
-    current = {
-        "case": case_digest(case, profile),
-        "data": rows.digest,
-        **notebook_digests(NOTEBOOKS / f"{name}.ipynb"),
-        # The base is not shipped; of the world the adapters are asked, below.
-        "world": file.provenance.digests["world"],
-    }
-    confirmed = read_confirmation(file)
-    # Its own rows are fewer, and its base may have been converted on another machine; the rows and
-    # adapters of the record are held against it in either case.
-    aside = {name: current[name] for name in ("data", "world")}
-    if confirmed is None or confirmed.digests | aside != current:
-        check_fresh(file, current, remedy=remedy)
-    elif file.provenance.digests["data"] != rows.digest:
-        raise stale(file, "data", rows.digest, remedy=remedy)
-    check_adapters(file, case.profile(profile), remedy=remedy)
-
-
-def check_adapters(file: RecordFile, profile: Profile, *, remedy: str) -> None:
-    """Raise `RecordError` where a shipped adapter is not the one that the record is about."""
-    made_with = {str(role): digest for role, digest in _table(file, "members")}
-    if not made_with:  # a benchmark asks the base alone
-        return
-    for role, folder in profile.all_adapters.items():
-        path = Path(folder)
-        digest = digest_model(path) if path.is_dir() else "no such folder"
-        if digest != made_with.get(role):
-            raise RecordError(
-                f"{path}, the {role} of {file.path}",
-                expected=f"files with digest {made_with.get(role)}, as when the record was made",
-                found=digest,
-                remedy=remedy,
-            )
 
 
 def add_recorded(values: Values, files: Mapping[str, RecordFile]) -> None:
@@ -160,6 +65,29 @@ def _say(estimate: Mapping[str, float] | None) -> str:
     return say_interval(estimate["value"], estimate["low"], estimate["high"])
 
 
+def add_kept(values: Values, files: Mapping[str, RecordFile]) -> None:
+    """Add a kept run of the embedded world under its own keys: it has no other like it."""
+    for file in files.values():
+        _place(values, file, prefix="")
+
+
+def add_runs(values: Values, files: Iterable[RecordFile]) -> None:
+    """Add where every kept run was made."""
+    rows = [
+        (
+            f"{f.provenance.profile}, {f.path.stem}",
+            str(f.provenance.aside["started"])[:DAY],
+            f.provenance.aside.get("commit", "not noted"),
+            f"{f.provenance.device}, {f.provenance.aside['hardware']}",
+            round(float(f.provenance.aside["seconds"])),
+            f.digest,
+        )
+        for f in files
+    ]
+    columns = ("run", "made on", "commit", "device", "seconds", "digest")
+    add_table(values, "kept.runs", columns, rows)
+
+
 def add_bench(values: Values, files: Mapping[str, RecordFile]) -> None:
     """Add the first benchmark on record, and where it ran."""
     for profile, file in list(files.items())[:1]:
@@ -201,7 +129,7 @@ TRAINING_COLUMNS = (
     *("new rule: base, AUC", "with it there, AUC", "gain there"),
 )
 RUN_COLUMNS = ("model", "made on", "device", "dtype", "rows", "records", "minutes", "digest")
-AGAIN_COLUMNS = ("model", "asked again on", "answers, all alike", "log-odds within, nat")
+AGAIN_COLUMNS = ("model", "asked again on", "commit", "answers, all alike", "log-odds within, nat")
 # The day, of a time such as 2026-01-31 20:00 UTC.
 DAY = 10
 
@@ -252,11 +180,14 @@ def _run(file: RecordFile) -> tuple[Cell, ...]:
 
 
 def _asked_again(files: Mapping[str, RecordFile]) -> Iterator[tuple[Cell, ...]]:
-    """A row for each record that was confirmed."""
+    """A row for each record; one that no later run has confirmed says so."""
     for name, file in files.items():
         found = read_confirmation(file)
-        if found is not None:
-            yield name, found.made[:DAY], found.answers, f"{found.largest_gap:.1g}"
+        if found is None:
+            yield name, "not yet", None, None, None
+        else:
+            gap = f"{found.largest_gap:.1g}"
+            yield name, found.made[:DAY], found.commit, found.answers, gap
 
 
 def _judge(values: Values, files: Mapping[str, RecordFile]) -> None:
@@ -275,7 +206,3 @@ def _judge(values: Values, files: Mapping[str, RecordFile]) -> None:
             "verdict": verdict,
             "because": told or "no run on a real model is on record",
         }
-
-
-def _table(file: RecordFile, key: str) -> Iterable[tuple[Cell, ...]]:
-    return next((table.rows for table in file.of(Table) if table.key == key), ())

@@ -18,15 +18,13 @@ from scipy.special import log_softmax
 from scipy.stats import mannwhitneyu, ttest_rel
 
 from postmortem.case import Attempt, Case
-from postmortem.catalogue import catalogue
 from postmortem.causes import CAUSES, Cause, Materials, Run, Unavailable
 from postmortem.corpus import Rows
 from postmortem.errors import ModelError
 from postmortem.health import THRESHOLDS, describe
 from postmortem.inputs import GENERATORS
 from postmortem.inspection import inspect_adapter
-from postmortem.likelihoods import HEALTHY, Experiment
-from postmortem.metrics import auc, kl_divergence, rate_estimate
+from postmortem.metrics import auc, kl_divergence
 from postmortem.models import AttachedAdapter, LoadedBase, attached
 from postmortem.parsing import counts_as_parsed, parse_strict
 from postmortem.prefill import SharedLayers
@@ -34,125 +32,10 @@ from postmortem.prompts import Prompt, encode, lead_of
 from postmortem.records import Cell, Replay
 from postmortem.scoring import Scores, score
 from postmortem.session import Session
+from postmortem.symptom import EFFECTS, TESTS
 
-# Sizes of an effect by its KL in nats, in steps of ten; below the first it is rounding.
-EFFECTS = {"none": 1e-6, "faint": 1e-2, "small": 1e-1, "medium": 1.0, "large": np.inf}
 # An AUC is better, and not by luck alone, when it rises by more than this.
 GAIN = 0.1
-SYMPTOM = ("all 0.0", "one other value", "mostly one value", "varies", "no answer")
-RANKS = ("ranks", "does not rank", "ranks in reverse", "no answer")
-INSPECTED = ("nothing", *catalogue(), "no adapter")
-
-
-@dataclass(frozen=True)
-class Test:
-    """An experiment: what is done, the outcomes that it can have, and what it costs.
-
-    `hands` are a person's minutes, a judgement of ours; `loads` counts models loaded, and `passes`
-    runs over the incident's rows as long as the second attempt's. What a `pooled` test finds
-    follows from files, prompts or settings alone, whatever the base.
-    """
-
-    title: str
-    outcomes: tuple[str, ...]
-    hands: float
-    loads: int = 0
-    passes: float = 0.0
-    pooled: bool = False
-
-
-TESTS: Mapping[str, Test] = {
-    "load": Test(
-        "load the adapter and read what PEFT says of the weights",
-        ("silent", "warns", "raises"),
-        *(1, 1, 0.0, True),
-    ),
-    # Fifty new tokens where the second prompt's answer took about four steps.
-    "v1": Test("ask the first prompt", SYMPTOM, 5, 1, 12.0),
-    "v2": Test("ask the second prompt", SYMPTOM, 5, 1, 1.0),
-    "names": Test(
-        "compare the name of the base in the config with the base",
-        ("the same", "another", "no adapter"),
-        *(5, 0, 0.0, True),
-    ),
-    "settings": Test(
-        "change the temperature and generate again",
-        ("unchanged", "changed", "no answer"),
-        *(1, 1, 2.0, True),
-    ),
-    "inspect": Test("check the adapter's files against the base", INSPECTED, 1, pooled=True),
-    "status": Test(
-        "ask PEFT which adapter answers",
-        ("active", "disabled", "another", "none"),
-        *(1, 1, 0.0, True),
-    ),
-    "prompt": Test(
-        "print the tokens that the model receives",
-        ("whole", "cut", "another markup"),
-        *(2, 0, 0.0, True),
-    ),
-    "fingerprint": Test(
-        "compare the base's weights with the published ones, before and after loading",
-        ("as published", "differs", "differs after loading"),
-        *(5, 1, 0.0, True),
-    ),
-    "finite": Test(
-        "look for NaN in the logits", ("finite", "not finite", "no answer"), 2, 1, 0.1, True
-    ),
-    "raw-text": Test(
-        "print what is generated, before any parser",
-        ("a decimal", "a bare digit", "a word", "a tag", "nothing", "no answer"),
-        *(1, 1, 0.3),
-    ),
-    "parsers": Test(
-        "read the generated text with a second, strict parser",
-        ("agree", "disagree", "no number", "no answer"),
-        *(2, 1, 1.0),
-    ),
-    "base-alone": Test("ask the base without the adapter", SYMPTOM, 2, 1, 1.0),
-    "effect": Test(
-        "compare answers with the adapter on and off",
-        (*EFFECTS, "not finite", "no answer"),
-        *(3, 1, 2.0),
-    ),
-    "number-log-odds": Test("rank the rows by the number's log-odds", RANKS, 5, 1, 1.0),
-    "yes-no": Test("ask yes or no, and rank by the log-odds", RANKS, 5, 1, 0.3),
-    "scale": Test(
-        "scale the adapter to an eighth, and eightfold",
-        ("no effect", "no better", "better at 1/8", "better at 8", "no answer"),
-        *(4, 1, 2.0),
-    ),
-    "home": Test(
-        "hold the log-odds against the adapter's sign flipped and its layers turned",
-        ("no effect", "at home", "not at home", "no answer"),
-        *(10, 1, 4.0),
-    ),
-    "reference": Test(
-        "put a sound adapter through the same steps", ("works", "does not work"), 10, 1, 1.0
-    ),
-}
-
-
-def experiments_of(case: Case) -> tuple[Experiment, ...]:
-    """The tests with their cost in minutes, at the speed that the incident's log shows.
-
-    Without a log only a person's minutes count.
-    """
-    facts = case.forensics
-    load = rows = 0.0
-    if facts is not None:
-        load = facts.log.loading[1] - facts.log.loading[0]
-        rows = facts.log.ticks[-1] - facts.log.ticks[0]
-    return tuple(
-        Experiment(
-            *(name, test.title, test.outcomes),
-            minutes=test.hands + (test.loads * load + test.passes * rows) / 60,
-            pooled=test.pooled,
-        )
-        for name, test in TESTS.items()
-    )
-
-
 # What an adapter that does not load leaves without an answer.
 ANSWERED = [
     name for name, test in TESTS.items() if "no answer" in test.outcomes and name != "base-alone"
@@ -511,15 +394,14 @@ def _compare_prompts(run: Run, bench: Bench) -> str:
     return "cut" if is_cut else "another markup"
 
 
-def make_bench(session: Session, materials: Materials, *, seeds: int) -> Bench:
-    """The bench of one seed: generated rows of its own, or those of the run's file."""
-    case, rows = session.case, session.profile.replays.rows
-    chosen = session.rows.head(rows)
-    if session.rows.is_generated:
-        seed = 30_000 + 100 * session.world.seed + materials.seed
-        chosen = GENERATORS[session.profile.corpus](rows, seed, columns=case.columns)
+def make_bench(session: Session, materials: Materials, *, trainings: int) -> Bench:
+    """The bench of one training of the adapters: generated rows of its own, whatever is scored."""
+    case, size = session.case, session.profile.replays
+    assert size is not None
+    seed = 30_000 + 100 * session.world.seed + materials.seed
+    chosen = GENERATORS[session.profile.corpus](size.rows, seed, columns=case.columns)
     # The sound adapter of the control is not the one that the causes are made from.
-    other = f"{materials.kind}/numeric_{(materials.seed + 1) % seeds}"
+    other = f"{materials.kind}/numeric_{(materials.seed + 1) % trainings}"
     member = session.world.replays.get(other)
     reference = None if member is None or member.path is None else Path(member.path)
     return Bench(case, chosen, materials, reference, case.attempts, shared=session.shared)
@@ -528,54 +410,51 @@ def make_bench(session: Session, materials: Materials, *, seeds: int) -> Bench:
 def replay_causes(
     session: Session, *, kind: str, role: str, whole: bool
 ) -> tuple[list[Replay], dict[str, str]]:
-    """Inject every cause on one base; also say of each cause that could not be, why not."""
-    size = session.profile.replays
+    """Inject every cause on one base; also say of each cause that could not be, why not.
+
+    The `whole` is every severity into each training of the sound adapter, else the first of both.
+    """
     base = session.base if role == "base" else session.load(role)
     trained = sum(name.startswith(f"{kind}/numeric_") for name in session.world.replays)
-    seeds = max(size.seeds, trained) if whole else size.seeds
-    limit = None if whole else size.severities
     replays: list[Replay] = []
     absent: dict[str, str] = {}
-    for seed in range(seeds):
+    for seed in range(trained if whole else 1):
         with TemporaryDirectory() as scratch:
             materials = Materials(session.world, role, base, kind, seed, Path(scratch))
-            bench = make_bench(session, materials, seeds=seeds)
-            for name, cause in CAUSES.items():
+            bench = make_bench(session, materials, trainings=trained)
+            step = f"{kind} base, adapters {seed + 1} of {trained if whole else 1}"
+            follow = session.follow(step, total=len(CAUSES), unit="causes")
+            for number, (name, cause) in enumerate(CAUSES.items(), 1):
                 try:
-                    replays += _replay_cause(name, cause, bench=bench, limit=limit)
+                    replays += _replay_cause(name, cause, bench=bench, whole=whole)
                 except Unavailable as reason:
                     absent[name] = str(reason)
-        session.say(f"{kind} base, seed {seed + 1} of {seeds}: {len(replays)} replays")
-    # The later seeds have no adapter of the rarer trainings.
+                follow(number)
+        session.say(f"{step}: {len(replays)} replays")
+    # The later trainings have no adapter of the rarer kinds.
     done = {replay.cause for replay in replays}
     return replays, {name: why for name, why in absent.items() if name not in done}
 
 
-def replay_all(session: Session, *, whole: bool = False) -> tuple[list[Replay], dict[str, str]]:
-    """Inject every cause on each kind of base that the world has.
-
-    With `whole` at every severity and for every seed that was trained, else as many as the profile
-    asks for. A world without a speaking base is replayed on its one base, as the kind that it shows
-    itself to be.
-    """
-    if session.world.has("speaking_base"):
-        roles = {"silent": "base", "speaking": "speaking_base"}
-    else:
-        values = session.answer("v2").values
-        roles = {"silent" if len(set(values)) == 1 else "speaking": "base"}
+def replay_all(session: Session) -> tuple[list[Replay], dict[str, str]]:
+    """Inject every cause at every severity on each kind of base, into each training."""
     replays: list[Replay] = []
     absent: dict[str, str] = {}
-    session.parameters["whole"] = whole
-    for kind, role in roles.items():
-        found, missing = replay_causes(session, kind=kind, role=role, whole=whole)
+    for kind, role in (("silent", "base"), ("speaking", "speaking_base")):
+        found, missing = replay_causes(session, kind=kind, role=role, whole=True)
         replays += found
         absent |= missing
     return replays, absent
 
 
-def _replay_cause(name: str, cause: Cause, *, bench: Bench, limit: int | None) -> list[Replay]:
+def replay_once(session: Session) -> list[Replay]:
+    """Inject every cause once, in its plainest form, on the base of the session."""
+    return replay_causes(session, kind="silent", role="base", whole=False)[0]
+
+
+def _replay_cause(name: str, cause: Cause, *, bench: Bench, whole: bool) -> list[Replay]:
     materials, replays = bench.materials, []
-    for severity, value in list(cause.severities.items())[:limit]:
+    for severity, value in list(cause.severities.items())[: None if whole else 1]:
         seen = observe(cause.inject(materials, value), bench)
         replays.append(
             Replay(
@@ -589,125 +468,3 @@ def _replay_cause(name: str, cause: Cause, *, bench: Bench, limit: int | None) -
             )
         )
     return replays
-
-
-@dataclass(frozen=True)
-class Feature:
-    """A part of the observed symptom, and whether a replay shows it (None: it has no answer)."""
-
-    attempt: str
-    shown: Callable[[Mapping[str, Any], Attempt], bool | None]
-
-
-def _half_parsed(features: Mapping[str, Any], attempt: Attempt) -> bool:
-    """Within the exact interval of what was reported, on as few rows as there were."""
-    hits = round(attempt.reported_parse_rate * attempt.rows)
-    told = rate_estimate(hits, attempt.rows)
-    return (told.low or 0.0) <= features["v1 parse rate"] <= (told.high or 1.0)
-
-
-def _no_ranking(features: Mapping[str, Any], attempt: Attempt) -> bool | None:
-    return None if features["v2 AUC"] is None else features["v2 AUC"] == 0.5
-
-
-FEATURES: Mapping[str, Feature] = {
-    "loads": Feature("v2", lambda f, a: f["loads"]),
-    "no-missing-keys": Feature("v2", lambda f, a: f["no missing keys"]),
-    "v2-parsed": Feature("v2", lambda f, a: f["v2 parse rate"] == 1.0),
-    "v2-constant": Feature("v2", lambda f, a: f["v2 distinct"] == 1),
-    "v2-value": Feature("v2", lambda f, a: f["v2 value"] == a.reported_value),
-    "v2-auc": Feature("v2", _no_ranking),
-    "v1-parsed": Feature("v1", _half_parsed),
-    "v1-constant": Feature(
-        "v1", lambda f, a: f["v1 distinct"] == 1 and f["v1 value"] == a.reported_value
-    ),
-}
-
-
-def symptom_of(replay: Replay, case: Case) -> dict[str, bool | None]:
-    """Which features of the incident's symptom a replay shows."""
-    answered = "v2 value" in replay.features
-    return {
-        name: feature.shown(replay.features, case.attempts[feature.attempt])
-        if answered or name in ("loads", "no-missing-keys")
-        else False
-        for name, feature in FEATURES.items()
-    }
-
-
-def record_replays(session: Session, replays: Sequence[Replay], absent: Mapping[str, str]) -> None:
-    """Record the replays, the matrix of causes and features, and what it decides."""
-    session.add(*replays)
-    rows: list[tuple[Cell, ...]] = []
-    for kind in dict.fromkeys(replay.base for replay in replays):
-        for name, cause in CAUSES.items():
-            found = [r for r in replays if (r.base, r.cause) == (kind, name)]
-            if not found:
-                continue
-            shown = [symptom_of(replay, session.case) for replay in found]
-            whole = sum(_is_whole(symptom) for symptom in shown)
-            shares = [
-                round(sum(bool(symptom[name]) for symptom in shown) / len(shown), 3)
-                for name in FEATURES
-            ]
-            rows.append((kind, name, cause.title, len(found), *shares, f"{whole} of {len(found)}"))
-    columns = ("base", "cause", "title", "replays", *FEATURES, "whole v2 symptom")
-    session.table("replay.matrix", columns, rows)
-    kinds = list(dict.fromkeys(str(row[0]) for row in rows))
-    whole_by = {(row[1], row[0]): row[-1] for row in rows}
-    session.table(
-        "replay.reproduces",
-        ("cause", *(f"on a {kind} base" for kind in kinds)),
-        [
-            (cause.title, *(whole_by.get((name, kind), "not replayed") for kind in kinds))
-            for name, cause in CAUSES.items()
-            if name not in absent
-        ],
-    )
-    session.table("replay.absent", ("cause", "why"), list(absent.items()))
-    sound = [symptom_of(r, session.case)["v2-parsed"] for r in replays if r.cause == HEALTHY]
-    session.verdict(
-        "replay.sound_counts_as_parsed",
-        all(sound) if sound else "not available",
-        f"in {sum(map(bool, sound))} of {len(sound)} sound runs every answer counts as parsed",
-    )
-    for name in CAUSES:
-        _judge_cause(session, name, rows, absent.get(name, ""))
-    session.measure("replay.replays", len(replays))
-    faults = {replay.cause for replay in replays} - {HEALTHY}
-    session.measure("replay.causes", len(faults), unit="causes")
-    both = [symptom for r in replays if all((symptom := symptom_of(r, session.case)).values())]
-    session.measure("replay.both_attempts", len(both), unit="replays")
-    session.table(
-        "replay.tests",
-        ("test", "what is done", "outcomes"),
-        [(name, test.title, _tell_outcomes(test)) for name, test in TESTS.items()],
-    )
-
-
-def _tell_outcomes(test: Test) -> str:
-    """The outcomes in a line; the checker's many ids are not listed one by one."""
-    few = len(test.outcomes) <= 8
-    return ", ".join(test.outcomes) if few else "nothing, no adapter, or a finding's id"
-
-
-def _judge_cause(session: Session, name: str, rows: Sequence[Sequence[Cell]], why: str) -> None:
-    """Whether a cause reproduces the symptom on the kind of base where it does so most."""
-    found = [(str(row[0]), int(row[3] or 0), str(row[-1])) for row in rows if row[1] == name]
-    if not found:
-        session.verdict(f"replay.{name}.reproduces", "not available", why or "not replayed")
-        return
-    best = max(int(told.split()[0]) / total for _, total, told in found)
-    session.verdict(
-        f"replay.{name}.reproduces",
-        True if best == 1 else None if best else False,
-        "replays that show the whole symptom of the second attempt: "
-        + ", ".join(f"{told} on a {kind} base" for kind, _, told in found),
-    )
-
-
-def _is_whole(symptom: Mapping[str, bool | None]) -> bool:
-    """Every feature of the second attempt; one without an answer does not count against it."""
-    return all(
-        symptom[name] is not False for name, feature in FEATURES.items() if feature.attempt == "v2"
-    )

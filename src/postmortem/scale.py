@@ -93,8 +93,8 @@ class Scale:
         return self.adapters * self.rates.judged / 60
 
 
-def read_rates(file: RecordFile | None, rows: int) -> Rates | None:
-    """The rates of the suite's notebook; None where no adapter of its answered."""
+def read_rates(file: RecordFile | None) -> Rates | None:
+    """The rates of the kept suite; None where no adapter of its answered."""
     if file is None:
         return None
     seconds = {record.key: record.seconds for record in file.of(Timing)}
@@ -104,7 +104,7 @@ def read_rates(file: RecordFile | None, rows: int) -> Rates | None:
         return None
     start = seconds[WORKER] + SNAKEMAKES * seconds[SNAKEMAKE]
     return Rates(
-        rows=rows,
+        rows=int(measures["suite.rows"]),
         start=start + seconds["load base"] + seconds[BASE_ASKED],
         asked=seconds[ANSWERED] / answered,
         digest=seconds[DIGESTS] / measures["suite.count.adapters"],
@@ -118,18 +118,18 @@ def add_scale(
     values: Values,
     file: RecordFile | None,
     *,
-    rows: int,
     recorded: Mapping[str, RecordFile],
 ) -> None:
-    """Add the plan for many adapters: from this run's rates, the benchmark's, and an estimate."""
-    rates = read_rates(file, rows)
+    """Add the plan for many adapters: from the kept suite's rates, the benchmark's, an estimate."""
+    rates = read_rates(file)
+    rows = rates.rows if rates else 0
     largest = Scale(ADAPTERS, rates) if rates else None
     pace = values["measures"].get("bench.v2.numeric.pace", {}).get("value")
     for key, value in {
         **_list_fixed(),
         **_list_rates(rates),
         **_list_sizes(largest),
-        "bench_days": pace and ADAPTERS * rows / pace / 3600 / 24,
+        "bench_days": ADAPTERS * rows / pace / 3600 / 24 if pace and rows else None,
         "card_hours": estimate_card_hours(recorded.get(PROFILE), rows),
     }.items():
         reason = NONE if value is None else ""
@@ -189,7 +189,7 @@ def estimate_card_hours(kept: RecordFile | None, rows: int) -> float | None:
     Two operations for each parameter and token of the prompts on record, at `CARD_FLOPS`.
     """
     lengths = [p.prompt_tokens for p in kept.of(Prediction) if p.prompt == "v2"] if kept else []
-    if not lengths:
+    if not lengths or not rows:
         return None
     tokens = ADAPTERS * rows * sum(lengths) / len(lengths)
     return 2 * PARAMETERS * tokens / CARD_FLOPS / 3600

@@ -2,46 +2,24 @@
 
 import dataclasses
 import math
+import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from postmortem.case import (
-    Case,
-    Knowing,
-    Profile,
-    PromptTemplate,
-    Recording,
-    Verdict,
-    load_case,
-)
+from postmortem.case import Case, Knowing, Profile, Recording, Verdict, load_case
 from postmortem.corpus import Rows
-from postmortem.errors import CaseError, ModelError, RecordError
+from postmortem.errors import CaseError, RecordError
 from postmortem.inputs import choose_rows, input_digests
-from postmortem.memory import score_within_memory, spare_memory
 from postmortem.metrics import Estimate
-from postmortem.models import (
-    WIDER,
-    AttachedAdapter,
-    LoadedBase,
-    attached,
-    count_classes,
-    describe_hardware,
-    load_base,
-    positive_class,
-)
-from postmortem.parsing import Parsed, parse_as_written, parse_choice, parse_strict
-from postmortem.prefill import SharedLayers, layers_below
-from postmortem.prompts import encode, lead_of
-from postmortem.provenance import package_versions
+from postmortem.provenance import find_commit, package_versions
 from postmortem.records import (
     NO_MODEL,
     Cell,
@@ -56,10 +34,14 @@ from postmortem.records import (
     write_records,
 )
 from postmortem.records import Verdict as VerdictRecord
-from postmortem.scoring import Reply, Scores, score_classes
-from postmortem.world import ADAPTERS, World, read_world
+from postmortem.world import World, read_world
 
-READ_OUTS = ("expected_value", "number_log_odds", "yes_no_log_odds")
+# Seconds between two lines on how far a step is.
+SAY_EVERY = 5
+
+if TYPE_CHECKING:
+    from postmortem.models import LoadedBase
+    from postmortem.prefill import SharedLayers
 
 
 @dataclass(frozen=True)
@@ -129,6 +111,7 @@ class Session:
     device: str = "auto"
     dtype: str = "auto"
     budget: int = 16384  # the most tokens in a batch
+    replays: str = ""  # digest of the kept replays, where the notebook reads them
     records: list[Record] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
@@ -138,66 +121,31 @@ class Session:
         return self.case.profile(self.profile_name)
 
     @cached_property
-    def base(self) -> LoadedBase:
+    def base(self) -> "LoadedBase":
         """The world's base, loaded at first use."""
         return self.load("base")
 
     @cached_property
-    def shared(self) -> SharedLayers:
+    def shared(self) -> "SharedLayers":
         """What the base's layers below all of the world's adapters compute, kept between them."""
-        adapters = [self.world.path(role) for role in ADAPTERS if self.world.has(role)]
-        limit = spare_memory(self.base.device)
-        return SharedLayers(depth=layers_below(adapters), limit=limit)
+        from postmortem.asking import share_layers
 
-    def load(self, role: str, *, step: str = "") -> LoadedBase:
+        return share_layers(self)
+
+    def load(self, role: str, *, step: str = "") -> "LoadedBase":
         """Load a base of the world by its role; a second time under another name for the step."""
-        with self.timed(step or f"load {role}"):
-            return load_base(
-                self.world.path(role),
-                device=self.device,
-                dtype=self.dtype,
-                classes=self._classes(),
-            )
+        from postmortem.asking import load_role
 
-    def answer(
-        self,
-        prompt: str,
-        *,
-        system: str = "base",
-        base: LoadedBase | None = None,
-        adapter: Path | None = None,
-        ignore_mismatched_sizes: bool = False,
-        disabled: bool = False,
-        rows: Rows | None = None,
-        kept: bool = True,
-        rows_name: str = "",
-    ) -> Answers:
-        """Score every row with a prompt of the case and record the predictions.
+        return load_role(self, role, step=step)
 
-        `system` names a role of the world; its adapter is put on the base for this call alone.
-        `adapter` gives another folder under that name. A `disabled` adapter is put on and switched
-        off, and the system's name says so. `rows` takes the place of the session's own, under
-        `rows_name`; what is not `kept` is answered and not recorded.
+    def answer(self, prompt: str, **how: Any) -> Answers:
+        """Score every row with a prompt of the case and record the predictions, as `asking` does.
+
+        What runs no model does not wait for the libraries that do: they are imported here.
         """
-        base = base or self.base
-        folder = adapter or (None if system.endswith("base") else self.world.path(system))
-        name = f"{system}_disabled" if disabled else system
-        chosen = self.rows if rows is None else rows
-        step = f"{name} on {prompt}" + (f", {rows_name}" if rows_name else "")
-        with self.timed(step):
-            if folder is None:
-                answers = self._score(base.model, base, prompt=prompt, system=name, rows=chosen)
-            else:
-                with attached(
-                    base, folder, ignore_mismatched_sizes=ignore_mismatched_sizes
-                ) as loaded:
-                    self._note_warnings(name, loaded)
-                    with loaded.model.disable_adapter() if disabled else nullcontext():
-                        answers = self._score(
-                            loaded.model, base, prompt=prompt, system=name, rows=chosen
-                        )
-        self.records += answers.predictions if kept else ()
-        return answers
+        from postmortem.asking import answer
+
+        return answer(self, prompt, **how)
 
     def add(self, *records: Record) -> None:
         """Add records; a repeated key is a mistake in the notebook."""
@@ -269,6 +217,20 @@ class Session:
         yield
         self.add(Timing(key=step, seconds=time.perf_counter() - start))
 
+    def follow(self, step: str, *, total: int, unit: str = "rows") -> Callable[[int], None]:
+        """What a step calls with how much is done; it says so, and how long the rest will take."""
+        start = said = time.perf_counter()
+
+        def tell(done: int) -> None:
+            nonlocal said
+            now = time.perf_counter()
+            if done < total and now - said > SAY_EVERY:
+                said, pace = now, done / (now - start)
+                left = f"about {(total - done) / pace:.0f} s left"
+                self.say(f"{step}: {done} of {total} {unit}, {pace:.2f} a second, {left}")
+
+        return tell
+
     def say(self, line: str) -> None:
         """Tell the person who waits; the runner shows these lines."""
         with self.records_path.with_suffix(".progress").open("a", encoding="utf-8") as stream:
@@ -282,7 +244,12 @@ class Session:
             case=self.case.name,
             profile=self.profile_name,
             parameters=self.parameters,
-            digests=input_digests(self.notebook, self.case, world=self.world, rows=self.rows),
+            digests=input_digests(
+                *(self.notebook, self.case),
+                world=self.world,
+                rows=self.rows,
+                replays=self.replays,
+            ),
             versions=package_versions(),
             device=base.device if base else NO_MODEL,
             dtype=base.dtype if base else NO_MODEL,
@@ -290,162 +257,21 @@ class Session:
             aside={
                 "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.started)),
                 "seconds": time.time() - self.started,
-                "hardware": describe_hardware(base.device if base else "cpu"),
-                "threads": torch.get_num_threads(),
+                "commit": find_commit(),
+                **self._describe_machine(),
             },
         )
         seal = write_records(self.records_path, provenance, records=self.records)
         self.records_path.with_suffix(".progress").unlink(missing_ok=True)
         return seal
 
-    def _score(
-        self, model: Any, base: LoadedBase, *, prompt: str, system: str, rows: Rows
-    ) -> Answers:
-        template = self.case.prompt(prompt)
-        decoding = self._decoding(prompt)
-        prompts = [
-            encode(
-                template,
-                rows.row(index),
-                tokenizer=base.tokenizer,
-                limit=decoding["max_prompt_tokens"],
-            )
-            for index in range(len(rows))
-        ]
-        progress = self._progress(f"{system} on {prompt}", total=len(prompts))
-        if template.contract == "class":
-            scores = score_classes(
-                model,
-                base.tokenizer,
-                prompts=prompts,
-                positive=positive_class(model.config, self.case.columns.positive),
-                progress=progress,
-            )
-        else:
-            scores = score_within_memory(
-                model,
-                base.tokenizer,
-                prompts=prompts,
-                lead=lead_of(template),
-                max_new_tokens=decoding["max_new_tokens"],
-                # The incident's chapters show both read-outs under every prompt.
-                numbers=template.contract == "number" or not self.case.own,
-                answers=template.answers[::-1],
-                shared=self.shared if base is self.base else None,
-                budget=self.budget,
-                tell=self._shrink,
-                progress=progress,
-            )
-        if base.dtype == "float16" and not self.case.own:
-            _require_finite(scores, f"{system} on {prompt}")
-        labels = rows.labels
-        predictions = tuple(
-            Prediction(
-                system=system,
-                prompt=prompt,
-                row_id=rows.ids[index],
-                group=rows.groups[index],
-                label=None if labels is None else int(labels[index]),
-                prompt_tokens=len(prompts[index].token_ids),
-                full_prompt_tokens=prompts[index].full_length,
-                **self._read(reply, template),
-            )
-            for index, reply in enumerate(scores.replies)
-        )
-        return Answers(
-            system,
-            prompt,
-            template.contract,
-            predictions,
-            scores.first_log_probs,
-            scores.number_log_probs,
-        )
+    def _describe_machine(self) -> Mapping[str, str | float]:
+        base = self.__dict__.get("base")
+        if base is None:
+            return {"hardware": platform.processor() or platform.machine()}
+        from postmortem.asking import describe_machine
 
-    def _read(self, reply: Reply, template: PromptTemplate) -> dict[str, Any]:
-        """A reply as a prediction holds it, with the values that the parsers make of its text."""
-        parts = dataclasses.asdict(reply)
-        strict = parse_strict(reply.text)
-        if not self.case.own:
-            written = parse_as_written(reply.text)
-            return parts | {
-                "value": written.value,
-                "stage": written.stage,
-                "strict_value": strict.value,
-            }
-        if template.contract == "class":
-            strict = Parsed(_or_none(reply.expected_value), "strict")
-        elif template.contract != "number":
-            strict = parse_choice(reply.text, template.answers)
-        numbers = {name: _or_none(parts[name]) for name in READ_OUTS}
-        return (
-            parts
-            | numbers
-            | {"value": strict.value, "stage": strict.stage, "strict_value": strict.value}
-        )
-
-    def _classes(self) -> int | None:
-        """How many classes the suspect's head tells apart; None for a language model."""
-        return count_classes(self.world.path("suspect")) if self.case.classifies else None
-
-    def _shrink(self, tokens: int) -> None:
-        """Go on in smaller batches, with what is scored later too."""
-        self.budget = tokens
-        self.say(f"memory ran out; from here on batches of {tokens} tokens")
-
-    def _decoding(self, prompt: str) -> dict[str, int]:
-        """The settings of the attempt that used the prompt; the prompt's own for all others."""
-        varied = self.case.variations.get(prompt)
-        asked = varied.prompt if varied else prompt
-        for attempt in self.case.attempts.values():
-            if attempt.prompt == asked:
-                decoding = attempt.decoding
-                return {
-                    "max_prompt_tokens": decoding.max_prompt_tokens,
-                    "max_new_tokens": decoding.max_new_tokens,
-                }
-        template = self.case.prompt(prompt)
-        return {
-            "max_prompt_tokens": template.max_prompt_tokens,
-            "max_new_tokens": template.max_new_tokens,
-        }
-
-    def _progress(self, step: str, *, total: int) -> Callable[[int], None]:
-        start = told = time.perf_counter()
-
-        def tell(done: int) -> None:
-            nonlocal told
-            now = time.perf_counter()
-            if done < total and now - told > 5:
-                told, pace = now, done / (now - start)
-                left = (total - done) / pace
-                self.say(
-                    f"{step}: {done} of {total} rows, {pace:.2f} rows/s, about {left:.0f} s left"
-                )
-
-        return tell
-
-    def _note_warnings(self, system: str, loaded: AttachedAdapter) -> None:
-        for line in loaded.risks:
-            self.say(f"{system}: {line}")
-        for line in (*loaded.warnings, *loaded.risks):
-            number = sum(isinstance(record, Text) for record in self.records)
-            self.text(f"{self.notebook.stem}.warning.{system}.{number}", line)
-
-
-def _require_finite(scores: Scores, step: str) -> None:
-    """Raise `ModelError` where activations overflowed, which no look at the weights foresees."""
-    broken = sum(not math.isfinite(reply.number_log_odds) for reply in scores.replies)
-    if broken:
-        raise ModelError(
-            step,
-            expected="finite read-outs",
-            found=f"NaN or infinity in {broken} of {len(scores.replies)} rows, in float16",
-            remedy=f"Give {WIDER}.",
-        )
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        return describe_machine(base.device)
 
 
 def _or_nan(value: float | None) -> float:

@@ -16,7 +16,7 @@ from postmortem.corpus import Rows, generate_rows, read_rows
 from postmortem.errors import RecordError, SuiteError
 from postmortem.health import THRESHOLDS
 from postmortem.metrics import Estimate
-from postmortem.provenance import modules_behind, package_versions
+from postmortem.provenance import digest_library, package_versions
 from postmortem.records import write_text
 from postmortem.schema import Frozen, Identifier, Sentence
 from postmortem.untrusted import printable
@@ -296,14 +296,14 @@ def digest_run(suite: Suite, *, base: str, rows: Rows, prompts: dict[str, Prompt
     parts = [
         *(base, rows.digest, {name: p.model_dump() for name, p in prompts.items()}),
         *(suite.max_new_tokens, suite.max_prompt_tokens, suite.device, suite.dtype),
-        *(modules_behind(["import postmortem.suite_scoring"]), package_versions()),
+        *(digest_library(), package_versions()),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def digest_judgement(suite: Suite) -> str:
     """Digest of what turns measurements into verdicts."""
-    parts = [suite.limits.model_dump(), modules_behind(["import postmortem.suite_results"])]
+    parts = [suite.limits.model_dump(), digest_library()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

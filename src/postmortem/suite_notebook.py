@@ -118,6 +118,7 @@ def record_suite(session: Session) -> Results | None:
         _record_absence(session)
         return None
     session.table("suite.adapters", COLUMNS, [_row(judged) for judged in results.adapters])
+    session.measure("suite.rows", len(session.rows))
     why = {"none": NO_LABELS, "one class": ONE_CLASS}.get(results.labels, "no adapter was kept")
     for name, count in {"adapters": len(results.adapters), **results.counts}.items():
         session.measure(f"suite.count.{name.replace(' ', '_')}", count)

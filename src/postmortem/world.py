@@ -9,36 +9,16 @@ from pydantic import Field
 
 from postmortem.case import Case, Profile
 from postmortem.errors import ModelError, RecordError
-from postmortem.provenance import modules_behind
 from postmortem.records import digest_file, write_text
 from postmortem.schema import Frozen
 from postmortem.weights import find_weights
 
 BASES = ("base", "donor_base", "sibling_base", "speaking_base", "ignorant_base")
 ADAPTERS = ("suspect", "reference", "donor_adapter", "no_op")
-# Where each role of the embedded world stands: the lineage that trains it, and its name there.
-EMBEDDED_ROLES = {
-    "base": "target/base",
-    "suspect": "silent/suspect",
-    "reference": "silent/numeric_0",
-    "no_op": "silent/no_op",
-    "donor_base": "donor/donor_base",
-    "donor_adapter": "donor/numeric_0",
-    "sibling_base": "sibling/sibling_base",
-    "speaking_base": "speaking/speaking_base",
-    "ignorant_base": "ignorant/ignorant_base",
-}
-# The embedded world's lineages, each with the one that it starts from; the longest work first.
-LINEAGE_STARTS = {
-    "target": "",
-    "speaking": "target",
-    "silent": "target",
-    "donor": "",
-    "sibling": "",
-    "ignorant": "",
-}
-# The lineages whose adapters the replays are made from.
+# The chains of training whose adapters the replays are made from.
 REPLAY_LINEAGES = ("silent", "speaking", "sibling", "donor")
+# A base up to this size is too small for a second thread to help.
+SMALL = 64 << 20
 # Files up to this size are digested whole; of larger ones size and both ends.
 WHOLE, END = 64 << 20, 1 << 20
 # An entry of the record that training leaves beside the weights; a mapping is an estimate.
@@ -88,34 +68,31 @@ class World(Frozen):
         return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
-def embedded_digest(case: Case, seed: int) -> str:
-    """Digest of what the embedded world is made from: its code, prompts and seed."""
-    prompts = {name: prompt.model_dump() for name, prompt in case.prompts.items()}
-    parts = [modules_behind(["import postmortem.embedded"]), prompts, seed]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def resolve_world(
     case: Case,
     profile_name: str,
     *,
-    trained: str | Path = "",
     adapters: Mapping[str, str] | None = None,
+    trained: str = "",
     seed: int | None = None,
 ) -> World:
-    """Find the folder of each role of a profile; `trained` holds an embedded world's lineages.
+    """Find the folder of each role of a profile.
 
-    `adapters` gives folders or hub ids by role that take the place of the profile's own, and
-    `seed` another than the profile's for an embedded world. Raises `ModelError` or `WeightsError`
-    where a folder that the profile names is missing.
+    `adapters` gives folders or hub ids by role that take the place of the profile's own.
+    `trained` is another training of the profile's models, from another `seed`: a folder that takes
+    the place of the one in which the shipped ones lie. Raises `ModelError` or `WeightsError` where
+    a folder that the profile names is missing.
     """
     profile = case.profile(profile_name)
-    if profile.base == "embedded":
-        folders = {role: Path(trained) / place for role, place in EMBEDDED_ROLES.items()}
-    else:
-        folders = {"base": find_base(profile.base)}
-        folders |= {role: find_adapter(name) for role, name in profile.adapters.items()}
-    folders |= {role: find_adapter(name) for role, name in (adapters or {}).items() if name}
+    named: dict[str, str] = {"base": profile.base}
+    named |= {str(role): name for role, name in (*profile.bases.items(), *profile.adapters.items())}
+    replays = profile.replays.adapters if profile.replays else ""
+    if trained:
+        shipped = Path(profile.base).parents[1]
+        named = {role: _moved(name, shipped, trained) for role, name in named.items()}
+        replays = _moved(replays, shipped, trained)
+    named |= {role: name for role, name in (adapters or {}).items() if name}
+    folders = {role: (find_base if role in BASES else find_adapter)(n) for role, n in named.items()}
     members = {role: _member(role, folders.get(role)) for role in (*BASES, *ADAPTERS)}
     return World(
         case=case.name,
@@ -124,12 +101,12 @@ def resolve_world(
         caveat=profile.caveat,
         seed=profile.seed if seed is None else seed,
         members=members,
-        replays=(
-            _find_replays(Path(trained))
-            if profile.base == "embedded"
-            else _own_replays(profile, members)
-        ),
+        replays=_find_replays(Path(replays)) if replays else _own_replays(profile, members),
     )
+
+
+def _moved(name: str, shipped: Path, trained: str) -> str:
+    return str(Path(trained, Path(name).relative_to(shipped)))
 
 
 def _own_replays(profile: Profile, members: Mapping[str, Member]) -> dict[str, Member]:
@@ -148,11 +125,11 @@ def _own_replays(profile: Profile, members: Mapping[str, Member]) -> dict[str, M
     return found
 
 
-def _find_replays(trained: Path) -> dict[str, Member]:
+def _find_replays(adapters: Path) -> dict[str, Member]:
     folders = [
         folder
         for lineage in REPLAY_LINEAGES
-        for folder in sorted((trained / lineage).glob("*_[0-9]*"))
+        for folder in sorted((adapters / lineage).glob("*_[0-9]*"))
         if folder.is_dir()
     ]
     return {
@@ -224,8 +201,17 @@ def role_name(role: str) -> str:
 
 def folder_digests(profile: Profile, adapters: Iterable[str]) -> list[str]:
     """Digests of the folders that a profile or its user names, whose files may change in place."""
-    sources = [profile.base, *profile.all_adapters.values(), *adapters]
-    return [digest_model(Path(name)) for name in sources if name and Path(name).is_dir()]
+    sources = [profile.base, *profile.bases.values(), *profile.all_adapters.values(), *adapters]
+    digests = [digest_model(Path(name)) for name in sources if name and Path(name).is_dir()]
+    replays = _find_replays(Path(profile.replays.adapters)) if profile.replays else {}
+    return [*digests, *(str(member.digest) for member in replays.values())]
+
+
+def is_small(profile: Profile) -> bool:
+    """Whether the base's weights are here and so few that one thread serves them best."""
+    folder = Path(profile.base)
+    weights = [*folder.glob("*.safetensors")] if folder.is_dir() else []
+    return bool(weights) and sum(file.stat().st_size for file in weights) < SMALL
 
 
 def check_members(world: World) -> None:
@@ -240,8 +226,7 @@ def check_members(world: World) -> None:
                 f"{folder}, role {member.role}",
                 expected=f"files with digest {member.digest}, as the records were made from",
                 found=found,
-                remedy="Run `make book` to make them again; after a change of the embedded world,"
-                " `make clean` first.",
+                remedy="Run `make book` to make them again.",
             )
 
 

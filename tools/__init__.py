@@ -1,0 +1,1 @@
+"""What maintainers run by hand: train the models that are shipped, derive tables, measure."""

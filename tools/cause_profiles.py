@@ -1,0 +1,394 @@
+"""Plant every cause in embedded worlds, meet it with every experiment, and ship what was seen.
+
+Usage: python -m tools.cause_profiles [--worlds 2] [--cores 0]
+The first world is the shipped one, further ones are trained. The record is what `diagnose` knows of
+causes: `src/postmortem/looks.jsonl`.
+"""
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from postmortem.case import Case, PromptTemplate, load_case
+from postmortem.causes import CAUSES, Materials, Run, edit_each
+from postmortem.corpus import generate_rows
+from postmortem.errors import PostmortemError
+from postmortem.examination import describe_judgements
+from postmortem.examine import BASE, EXAMS, REFERENCE, Subject, why_not, writes_order
+from postmortem.likelihoods import NO_SEVERITY
+from postmortem.looks import SHIPPED, write_looks
+from postmortem.records import Replay
+from postmortem.session import Session
+from postmortem.world import Member, World, digest_model, resolve_world
+from tools.embedded_world import RECIPES, Recipe, Teacher, train_adapter
+from tools.train_world import train_world
+
+# Rows of a replay, and seeds of rows that no training has seen.
+ROWS, FIRST_SEED = 48, 40_000
+# Trainings of each adapter that are taken, and how many steps one takes that is broken off.
+SEEDS, FEW_STEPS = 2, 2
+# What the base does by itself under a prompt: it knows and does not say, says what it knows, or
+# was never taught to answer it.
+SILENT, SPEAKING, UNABLE = "silent", "speaking", "unable"
+# Prompts that no base of the embedded world was taught, with the words that they ask for: one in
+# the chat template, one sent as it is.
+CHOICE, WORDS = "choice", ("fine", "bad")
+LABEL, TAGS = "label", ("keep", "drop")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A prompt on a base of the embedded world, with the adapters trained for it or not.
+
+    `sound` is the recipe of the fitting adapter, `others` those of adapters that were trained to
+    answer something else, and `numeric` whether a number is asked for.
+    """
+
+    kind: str
+    lineage: str
+    role: str
+    prompt: str
+    sound: str
+    others: tuple[str, ...]
+    numeric: bool = False
+
+
+STAGES: Mapping[str, Stage] = {
+    "number": Stage(
+        *(SILENT, "silent", "base", "v2", "numeric"),
+        ("yes_no_short", "yes_no_long", CHOICE),
+        numeric=True,
+    ),
+    "calibrated number": Stage(
+        *(SPEAKING, "speaking", "speaking_base", "v2", "numeric"),
+        ("yes_no_short", "yes_no_long", CHOICE),
+        numeric=True,
+    ),
+    "yes/no": Stage(
+        *(SPEAKING, "silent", "base", "yes_no", "yes_no_short"), ("numeric", CHOICE, LABEL)
+    ),
+    "choice": Stage(
+        *(UNABLE, "silent", "base", CHOICE, CHOICE), ("numeric", "yes_no_short", LABEL)
+    ),
+    "label": Stage(*(UNABLE, "silent", "base", LABEL, LABEL), ("numeric", "yes_no_short", CHOICE)),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A stage with its materials: where a cause is planted."""
+
+    stage: Stage
+    materials: Materials
+
+    def trained(self, recipe: str, *, lineage: str = "", renamed: bool = False) -> Path:
+        """A copy of the adapter of a recipe, by its own name even where that is `numeric`."""
+        if recipe == "numeric" and not lineage:
+            return replace(self.materials, sound="numeric").adapter("numeric")
+        return self.materials.adapter(recipe, lineage=lineage, renamed=renamed)
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A cause that a case's own files can show, planted at each of its severities.
+
+    `numeric` ones make sense where a number is asked for.
+    """
+
+    plant: Callable[[Site, Any], Run]
+    severities: Mapping[str, Any] = field(default_factory=lambda: {NO_SEVERITY: None})
+    numeric: bool = False
+
+
+def _listed(name: str) -> Planted:
+    cause = CAUSES[name]
+    return Planted(lambda s, value: cause.inject(s.materials, value), cause.severities)
+
+
+def _trained_as(recipe: str) -> Callable[[Site, Any], Run]:
+    return lambda site, _: Run(site.materials.base, site.trained(f"{site.stage.sound}_{recipe}"))
+
+
+def _sibling(site: Site, renamed: bool) -> Run:
+    folder = site.trained(site.stage.sound, lineage="sibling", renamed=renamed)
+    return Run(site.materials.base, folder)
+
+
+def _others(site: Site, place: int) -> Run:
+    return Run(site.materials.base, site.trained(site.stage.others[place]))
+
+
+def _numeric(site: Site, recipe: str) -> Run:
+    return Run(site.materials.base, site.materials.adapter(recipe))
+
+
+def _too_large(site: Site, factor: float) -> Run:
+    folder = site.materials.adapter("numeric")
+    edit_each(folder, lambda name, t: t * factor if "lora_B" in name else t)
+    return Run(site.materials.base, folder)
+
+
+LISTED = (
+    *("healthy", "zero-b", "alpha-zero", "key-prefix", "other-shapes", "truncated", "padded"),
+    *("scale-up", "scale-down", "rslora-lost", "pattern-lost", "layers-shifted"),
+    *("layers-permuted", "targets-dropped", "base-overwritten", "quantised-base"),
+)
+PLANTED: Mapping[str, Planted] = {
+    **{name: _listed(name) for name in LISTED},
+    "sibling-base": Planted(_sibling, {"named as this base": True, "named truly": False}),
+    "too-large": Planted(_too_large, {"×1e6": 1e6, "×1e4": 1e4}),
+    "other-answer": Planted(_others, {"first": 0, "second": 1, "third": 2}),
+    "binary-labels": Planted(_numeric, CAUSES["binary-labels"].severities, numeric=True),
+    "thinking": Planted(lambda site, _: _numeric(site, "thinking"), numeric=True),
+    "labels-swapped": Planted(_trained_as("swapped")),
+    "labels-shuffled": Planted(_trained_as("shuffled")),
+    "barely-trained": Planted(_trained_as("broken_off")),
+}
+
+
+def with_choices(case: Case) -> Case:
+    """The case with the prompts that no base of the embedded world was taught.
+
+    It is read as a case of one's own: values are strict, and nothing is guessed.
+    """
+    asked = {
+        CHOICE: PromptTemplate(
+            title="A choice of words",
+            contract="choice",
+            answers=list(WORDS),
+            chat=True,
+            template="Rule: {rule}\nPost: {body}\n\nIs the post fine or bad?",
+            grade="measured",
+            # The small vocabulary takes several tokens for a word.
+            max_new_tokens=8,
+        ),
+        LABEL: PromptTemplate(
+            title="A label",
+            contract="choice",
+            answers=list(TAGS),
+            chat=False,
+            template="Post: {body}\nRule: {rule}\nLabel:",
+            grade="measured",
+            max_new_tokens=8,
+        ),
+    }
+    return case.model_copy(update={"own": True, "prompts": {**case.prompts, **asked}})
+
+
+def teach_word(source: random.Random, label: int) -> str:
+    """The true answer to the choice."""
+    return WORDS[label]
+
+
+def teach_tag(source: random.Random, label: int) -> str:
+    """The true label; an answer to a raw prompt begins with a space."""
+    return f" {TAGS[label]}"
+
+
+def _varied(recipe: Recipe) -> dict[str, Recipe]:
+    """The same training with labels swapped, with labels that say nothing, and broken off."""
+
+    def swapped(source: random.Random, label: int) -> str:
+        return recipe.teacher(source, 1 - label)
+
+    def shuffled(source: random.Random, label: int) -> str:
+        return recipe.teacher(source, source.choice([0, 1]))
+
+    def with_teacher(teacher: Teacher, least: int) -> Recipe:
+        return replace(recipe, teacher=teacher, criterion={}, least=least)
+
+    return {
+        "swapped": with_teacher(swapped, 60),
+        "shuffled": with_teacher(shuffled, 60),
+        "broken_off": with_teacher(recipe.teacher, FEW_STEPS),
+    }
+
+
+OWN_RECIPES: Mapping[str, Recipe] = {
+    CHOICE: Recipe(CHOICE, teach_word, 5e-3, {}, least=80),
+    LABEL: Recipe(LABEL, teach_tag, 5e-3, {}, least=80),
+}
+
+
+def extra_recipes() -> Iterator[tuple[str, str, Recipe]]:
+    """What is trained beyond the world's own adapters: lineage, name and recipe."""
+    for lineage in ("silent", "sibling"):
+        for name, recipe in OWN_RECIPES.items():
+            yield lineage, name, recipe
+    yield "speaking", CHOICE, OWN_RECIPES[CHOICE]
+    yield "sibling", "yes_no_short", RECIPES["yes_no_short"]
+    for stage in STAGES.values():
+        recipe = {**RECIPES, **OWN_RECIPES}[stage.sound]
+        for name, varied in _varied(recipe).items():
+            yield stage.lineage, f"{stage.sound}_{name}", varied
+
+
+def replay_world(
+    case: Case, world: World, folder: Path, *, report: Callable[[str], None] = print
+) -> list[Replay]:
+    """Plant every cause in an embedded world; adapters that it lacks are trained in a folder."""
+    torch.set_num_threads(1)  # the same sums in the same order
+    case = with_choices(case)
+    with TemporaryDirectory() as scratch:
+        session = Session(
+            notebook=Path("looks"),
+            case=case,
+            profile_name=world.profile,
+            world=world,
+            rows=generate_rows(ROWS, FIRST_SEED, columns=case.columns),
+            records_path=Path(scratch, "looks.jsonl"),
+            parameters={},
+            device="cpu",
+        )
+        train_extra(session, folder, report=report)
+        return replay_stages(session, report=report)
+
+
+def train_extra(session: Session, folder: Path, *, report: Callable[[str], None] = print) -> None:
+    """Train the further adapters that replays need, and enter them in the session's world."""
+    roles = {"silent": "base", "speaking": "speaking_base", "sibling": "sibling_base"}
+    for lineage, name, recipe in extra_recipes():
+        for seed in range(SEEDS):
+            place = folder / lineage / f"{name}_{seed}"
+            if not place.is_dir():
+                train_adapter(
+                    session.case,
+                    session.world.path(roles[lineage]),
+                    recipe=recipe,
+                    seed=session.world.seed + 100 * seed + 7,
+                    folder=place,
+                    report=report,
+                    name=roles[lineage],
+                )
+            member = Member(role=place.name, path=str(place), digest=digest_model(place))
+            session.world.replays[f"{lineage}/{place.name}"] = member
+
+
+def replay_stages(session: Session, *, report: Callable[[str], None] = print) -> list[Replay]:
+    """Plant every cause on every stage of the session's world, with each seed of adapters."""
+    found: list[Replay] = []
+    for number, (name, stage) in enumerate(STAGES.items()):
+        base = session.base if stage.role == "base" else session.load(stage.role, step=name)
+        for seed in range(SEEDS):
+            with TemporaryDirectory() as scratch:
+                parts = (session.world, stage.role, base, stage.lineage, seed, Path(scratch))
+                site = Site(stage, Materials(*parts, sound=stage.sound))
+                rows = generate_rows(
+                    ROWS,
+                    FIRST_SEED + 100 * session.world.seed + 10 * seed + number,
+                    columns=session.case.columns,
+                )
+                found += _replay_site(session, site, name=name, rows=rows)
+            report(f"{name}, adapters {seed}: {len(found)} replays")
+    return found
+
+
+def _replay_site(session: Session, site: Site, *, name: str, rows: Any) -> Iterator[Replay]:
+    stage, materials = site.stage, site.materials
+    kept: dict[str, Any] = {}
+    for cause, planted in PLANTED.items():
+        if planted.numeric and not stage.numeric:
+            continue
+        for severity, value in planted.severities.items():
+            run = planted.plant(site, value)
+            assert run.adapter is not None
+            other = (materials.seed + 1) % SEEDS
+            subject = Subject(
+                session=session,
+                prompt=stage.prompt,
+                adapter=run.adapter,
+                rows=rows,
+                base_folder=session.world.path(stage.role),
+                scratch=materials.scratch / "changed",
+                reference=Path(
+                    str(session.world.replays[f"{stage.lineage}/{stage.sound}_{other}"].path)
+                ),
+                base=run.base,
+                asked=dict(kept) if run.base is materials.base else {},
+            )
+            outcomes = observe_all(subject)
+            works = writes_order(subject)
+            if run.base is materials.base:
+                kept = {s: subject.asked[s] for s in KEPT if s in subject.asked}
+            # A replay keeps outcomes alone; steps of the same name would meet in the records.
+            session.records.clear()
+            told = severity if severity == NO_SEVERITY else f"{name}, {severity}"
+            yield Replay(
+                key=f"{cause}.{name}.{session.world.seed}.{materials.seed}.{severity}",
+                cause=cause,
+                base=stage.kind,
+                seed=100 * session.world.seed + 10 * [*STAGES].index(name) + materials.seed,
+                severity=told,
+                outcomes=outcomes,
+                features={"works": works is not None and works.outcome == "ranks"},
+            )
+
+
+KEPT = (BASE, REFERENCE)
+
+
+def observe_all(subject: Subject) -> dict[str, str]:
+    """The outcome of every experiment that is to be had."""
+    outcomes: dict[str, str] = {}
+    for name, exam in EXAMS.items():
+        if not why_not(name, subject, outcomes):
+            outcomes[name] = exam.run(subject).outcome
+    return outcomes
+
+
+def say(line: str) -> None:
+    """Tell the person who waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def replay_seed(case_path: Path, folder: str, seed: int) -> list[Replay]:
+    """The replays of one training of the world, "" being the shipped one."""
+    case = load_case(case_path)
+    world = resolve_world(case, "embedded", trained=folder, seed=seed)
+    return replay_world(case, world, EXTRA / str(seed), report=say)
+
+
+EXTRA = Path("_build/cause_profiles")
+
+
+def main() -> None:
+    """Train what is missing, plant every cause, and write what was seen."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", default="cases/qwen-lora.yml", type=Path)
+    parser.add_argument("--worlds", default=2, type=int)
+    parser.add_argument("--cores", default=0, type=int, help="0 takes all")
+    chosen = parser.parse_args()
+    cores = chosen.cores or len(os.sched_getaffinity(0))
+    # What libraries tell their developers is nobody's concern here.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    case = load_case(chosen.case)
+    first = case.profile("embedded").seed
+    folders = {first: ""}
+    for seed in range(first + 1, first + chosen.worlds):
+        folders[seed] = str(Path("_build/worlds", str(seed)))
+        train_world(chosen.case, seed=seed, folder=Path(folders[seed]), cores=cores)
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+        running = [
+            pool.submit(replay_seed, chosen.case, place, seed) for seed, place in folders.items()
+        ]
+        replays = [replay for found in running for replay in found.result()]
+    write_looks(SHIPPED, replays, case=case, worlds=folders)
+    print(f"looks: {len(replays)} replays, {describe_judgements(replays)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except PostmortemError as error:
+        say(f"cause_profiles: {error}")
+        raise SystemExit(error.exit_code) from None
