@@ -1,14 +1,26 @@
-"""A small world that no one trained: real model and adapter folders, made in seconds."""
+"""Models for tests: an untrained world, made in seconds, and the world that is shipped."""
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from postmortem.case import Case, load_case
 
 ROOT = Path(__file__).parents[1]
+EMBEDDED = ROOT / "results" / "embedded"
 # What takes longest starts first, and beside it what mostly waits for a scheduler.
 FIRST = ("test_end_to_end.py", "test_cluster.py")
+# Neither a deadline nor the check for slow draws: both read the clock. Where a fixture is of one
+# test, each example overwrites what the one before it wrote.
+UNHURRIED = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("few", max_examples=20, **UNHURRIED)
+settings.register_profile("many", max_examples=300, **UNHURRIED)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,6 +91,14 @@ def untrained_world(case, untrained):
         members=members,
         replays=replays,
     )
+
+
+@pytest.fixture(scope="session")
+def shipped_world(case):
+    """The embedded world as it is shipped."""
+    from postmortem.world import resolve_world
+
+    return resolve_world(case, "embedded", trained=str(EMBEDDED))
 
 
 @pytest.fixture

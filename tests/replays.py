@@ -1,15 +1,12 @@
 """Replays and likelihood tables made by hand, and strategies that draw them."""
 
 import numpy as np
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from postmortem.diagnosis import Ledger, Prior
 from postmortem.likelihoods import Experiment, Hypothesis, Likelihoods
 from postmortem.records import Replay
 
-# Time an example on a busy machine says nothing of the code.
-UNHURRIED = settings(deadline=None)
 WORDS = ("low", "middle", "high")
 WEIGHTS = st.integers(0, 5) | st.floats(0, 1e6, allow_subnormal=False)
 

@@ -4,7 +4,7 @@ from replays import replay
 from postmortem.beliefs import (
     ROOM,
     TIME_BOX,
-    evaluate_worlds,
+    evaluate_replays,
     open_inquiry,
     record_beliefs,
     record_next_steps,
@@ -14,6 +14,7 @@ from postmortem.case import Observed
 from postmortem.diagnosis_text import as_diagnosis
 from postmortem.errors import DiagnosisError
 from postmortem.records import Measure, Provenance, RecordFile, Table, Text, Verdict
+from postmortem.symptom import list_replays
 
 # Three causes that the tests below tell apart, and one that does what another does.
 OUTCOMES = {
@@ -169,12 +170,13 @@ def test_the_next_step_is_one_that_parts_what_is_left(session, inquiry):
 
 def test_worlds_are_held_out_whole(case):
     """With several worlds a replay is diagnosed from other worlds alone."""
-    found = evaluate_worlds(case, [make_file(seed) for seed in range(3)])
+    found = evaluate_replays(case, list_replays([make_file(seed) for seed in range(3)]))
     assert found.accuracy.value == 1.0
     assert found.accuracy.n == 3 * len(make_replays())
     # In one world zero-b looks like a shape mismatch, and no other world has shown that.
     odd = OUTCOMES | {"zero-b": OUTCOMES["other-shapes"]}
-    found = evaluate_worlds(case, [*(make_file(seed) for seed in range(5)), make_file(5, odd)])
+    files = [*(make_file(seed) for seed in range(5)), make_file(5, odd)]
+    found = evaluate_replays(case, list_replays(files))
     assert {miss.cause for miss in found.misses} == {"zero-b"}
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from postmortem.case import Case, case_digest, load_case
@@ -566,12 +566,6 @@ PLACES = st.sampled_from(
         ("unknown",),
     ]
 )
-PROPERTY = settings(
-    deadline=None,
-    max_examples=200,
-    # Each example overwrites the same file before it reads it.
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 def is_case_or_clear_error(path: Path) -> bool:
@@ -582,21 +576,18 @@ def is_case_or_clear_error(path: Path) -> bool:
         return str(error).isprintable() and str(path) in str(error)
 
 
-@PROPERTY
 @given(value=VALUES)
 def test_any_value_is_a_case_or_an_error(tmp_path, value):
     """Any value as the whole file gives a case or a `CaseError`, and nothing else."""
     assert is_case_or_clear_error(write_text(tmp_path, yaml.safe_dump(value)))
 
 
-@PROPERTY
 @given(place=PLACES, value=VALUES)
 def test_any_value_in_any_place_is_a_case_or_an_error(tmp_path, place, value):
     """Any value in place of a part of a case gives a case or a `CaseError`, and nothing else."""
     assert is_case_or_clear_error(write_with(tmp_path, place, value))
 
 
-@PROPERTY
 @given(text=st.text())
 def test_any_text_is_a_case_or_an_error(tmp_path, text):
     """Any text as the file gives a case or a `CaseError`, and nothing else."""

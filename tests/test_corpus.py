@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from postmortem.case import Columns
@@ -209,11 +209,6 @@ def test_digest_follows_the_content(tmp_path, old):
     assert first.digest != read_rows(write(tmp_path, head + other)).digest
 
 
-@settings(
-    deadline=None,
-    # Each example overwrites the same file before it reads it.
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(
     text=st.text()
     | st.text(alphabet='01,"\n\r\0x', max_size=40).map("row_id,body,rule_violation\n".__add__)

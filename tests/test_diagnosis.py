@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from replays import UNHURRIED, WORDS, experiment, ledgers, replay, table
+from replays import WORDS, experiment, ledgers, replay, table
 
 from postmortem.diagnosis import Ledger, Prior, sensitivity
 from postmortem.errors import DiagnosisError
@@ -37,14 +37,12 @@ def brute_force(ledger):
     return [weight / sum(weights) for weight in weights]
 
 
-@UNHURRIED
 @given(ledger=ledgers())
 def test_posterior_is_prior_times_likelihoods(ledger):
     """The posterior of each hypothesis is its prior times the likelihoods, normalised."""
     assert ledger.weights == pytest.approx(np.array(brute_force(ledger)), abs=1e-12)
 
 
-@UNHURRIED
 @given(ledger=ledgers())
 def test_marginals_sum(ledger):
     """Hypotheses, causes and kinds of base each sum to one, and a cause to its hypotheses."""
@@ -60,7 +58,6 @@ def test_marginals_sum(ledger):
         assert ledger.marginal(by_cause(ledger.likelihoods))[cause] == found.value
 
 
-@UNHURRIED
 @given(ledger=ledgers(), data=st.data())
 def test_order_of_evidence_does_not_matter(ledger, data):
     """Evidence in another order gives the same beliefs, intervals and groups."""
@@ -71,7 +68,6 @@ def test_order_of_evidence_does_not_matter(ledger, data):
     assert found.samples == pytest.approx(expected.samples)
 
 
-@UNHURRIED
 @given(ledger=ledgers(), words=st.integers(2, 3), data=st.data())
 def test_same_likelihood_for_all_changes_nothing(ledger, words, data):
     """An experiment that all hypotheses answer alike changes no belief and gives zero bits."""
@@ -88,7 +84,6 @@ def test_same_likelihood_for_all_changes_nothing(ledger, words, data):
     assert all(one is None or one == pytest.approx(0.0, abs=1e-9) for one in last.weights.values())
 
 
-@UNHURRIED
 @given(ledger=ledgers(causes=(2, 4), bases=(1, 1)))
 def test_removed_evidence_gives_back_its_likelihood_ratio(ledger):
     """Without one outcome the log odds of two causes differ by exactly its log likelihood ratio."""
@@ -103,7 +98,6 @@ def test_removed_evidence_gives_back_its_likelihood_ratio(ledger):
         assert change == pytest.approx(own[0] - own[1], abs=1e-9)
 
 
-@UNHURRIED
 @given(ledger=ledgers())
 def test_zero_prior_stays_zero(ledger):
     """A cause without prior has no posterior, whatever is observed, and no weight of evidence."""
@@ -115,7 +109,6 @@ def test_zero_prior_stays_zero(ledger):
             assert all(cause not in group for group in ledger.not_told_apart(draws=20))
 
 
-@UNHURRIED
 @given(ledger=ledgers())
 def test_names_do_not_matter(ledger):
     """Other names of the causes give the same results under those names."""
@@ -132,7 +125,6 @@ def test_names_do_not_matter(ledger):
     )
 
 
-@UNHURRIED
 @given(ledger=ledgers(causes=(2, 4)))
 def test_account_adds_up(ledger):
     """Weights of evidence sum to the change of each cause's log odds; bits are not negative."""
@@ -326,7 +318,6 @@ def test_chain_of_neighbours_is_not_one_group():
     assert all("c0" not in group for group in groups[:-1])
 
 
-@UNHURRIED
 @given(ledger=ledgers())
 def test_groups_of_observed_part_the_causes(ledger):
     """Each cause with a prior is in exactly one group."""

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from postmortem import embedded
 from postmortem.corpus import RULES, generate_rows
 from postmortem.errors import WorldError
 from postmortem.world import digest_model
+from tools import embedded_world
 from tools.embedded_world import build_lineage, build_tokenizer, teach_number
 
 
@@ -35,20 +35,20 @@ def lenient(monkeypatch):
     def easy(criterion):
         return dict.fromkeys(criterion, 0.0)
 
-    for name, lineage in embedded.LINEAGES.items():
+    for name, lineage in embedded_world.LINEAGES.items():
         # One recipe stands for all of them.
         kept = {n: made for n, made in lineage.adapters.items() if made[0] in ("", "numeric")}
         wanted = replace(lineage, criterion=easy(lineage.criterion), adapters=kept)
-        monkeypatch.setitem(embedded.LINEAGES, name, wanted)
-    for name, recipe in embedded.RECIPES.items():
+        monkeypatch.setitem(embedded_world.LINEAGES, name, wanted)
+    for name, recipe in embedded_world.RECIPES.items():
         wanted = replace(recipe, criterion=easy(recipe.criterion), least=2)
-        monkeypatch.setitem(embedded.RECIPES, name, wanted)
-    monkeypatch.setattr(embedded, "FIRST_CRITERION", 0.0)
-    monkeypatch.setattr(embedded, "TRAINING_ROWS", 200)
-    monkeypatch.setattr(embedded, "ADAPTER_ROWS", 100)
-    monkeypatch.setattr(embedded, "DECAY", 4)
-    monkeypatch.setattr(embedded, "CHECK_FIRST_EVERY", 2)
-    monkeypatch.setattr(embedded, "CHECK_EVERY", 2)
+        monkeypatch.setitem(embedded_world.RECIPES, name, wanted)
+    monkeypatch.setattr(embedded_world, "FIRST_CRITERION", 0.0)
+    monkeypatch.setattr(embedded_world, "TRAINING_ROWS", 200)
+    monkeypatch.setattr(embedded_world, "ADAPTER_ROWS", 100)
+    monkeypatch.setattr(embedded_world, "DECAY", 4)
+    monkeypatch.setattr(embedded_world, "CHECK_FIRST_EVERY", 2)
+    monkeypatch.setattr(embedded_world, "CHECK_EVERY", 2)
 
 
 @given(st.text(max_size=200))
@@ -65,9 +65,9 @@ def test_a_number_is_three_tokens_as_in_qwen(tokenizer):
 
 def test_the_fixed_parts_of_a_prompt_are_single_tokens(case, tokenizer):
     """Each long fixed part of a prompt, and each rule, is one token."""
-    for part in embedded.fixed_parts(case):
+    for part in embedded_world.fixed_parts(case):
         assert len(tokenizer(part, add_special_tokens=False)["input_ids"]) == 1
-    assert set(RULES.values()) <= set(embedded.fixed_parts(case))
+    assert set(RULES.values()) <= set(embedded_world.fixed_parts(case))
 
 
 def test_the_tokenizer_is_the_same_each_time(case):
@@ -94,8 +94,8 @@ def test_no_training_row_is_scored(case):
 
 def test_a_criterion_out_of_reach_leaves_nothing_behind(case, tmp_path, monkeypatch):
     """Training that does not reach its criterion raises and leaves no folder in place."""
-    monkeypatch.setattr(embedded, "MAX_STEPS", 20)
-    monkeypatch.setattr(embedded, "TRAINING_ROWS", 200)
+    monkeypatch.setattr(embedded_world, "MAX_STEPS", 20)
+    monkeypatch.setattr(embedded_world, "TRAINING_ROWS", 200)
     with pytest.raises(WorldError, match=r"sibling_base.*held out: yes_no"):
         lines_of(case, tmp_path / "sibling")
     assert list(tmp_path.iterdir()) == []
@@ -125,7 +125,7 @@ def test_adapters_of_other_seeds_differ(case, tmp_path, lenient):
 
 def test_the_ignorant_teachers_do_not_see_the_label():
     """What the ignorant base is taught says nothing of the label."""
-    for teacher in embedded.IGNORANT_TEACHERS.values():
+    for teacher in embedded_world.IGNORANT_TEACHERS.values():
         said = [[teacher(random.Random(seed), label) for seed in range(50)] for label in (0, 1)]
         assert said[0] == said[1]
 
@@ -133,9 +133,9 @@ def test_the_ignorant_teachers_do_not_see_the_label():
 def test_rare_labels_are_nearly_always_zero():
     """The rare binary teacher marks one violation in five and nothing else."""
     source = random.Random(0)
-    marked = [embedded.teach_rare_binary(source, 1) for _ in range(4000)].count("1") / 4000
+    marked = [embedded_world.teach_rare_binary(source, 1) for _ in range(4000)].count("1") / 4000
     assert marked == pytest.approx(0.2, abs=0.02)
-    assert {embedded.teach_rare_binary(source, 0) for _ in range(100)} == {"0"}
+    assert {embedded_world.teach_rare_binary(source, 0) for _ in range(100)} == {"0"}
 
 
 def test_the_no_op_adapter_has_a_zero_b(untrained):
@@ -149,14 +149,14 @@ def test_the_no_op_adapter_has_a_zero_b(untrained):
 
 def test_an_adapter_that_does_not_settle_is_slowed(case, tokenizer, monkeypatch):
     """Each check that is not near the criterion lowers the rate, until the steps are used up."""
-    monkeypatch.setattr(embedded, "TRAINING_ROWS", 50)
-    monkeypatch.setattr(embedded, "MAX_STEPS", 6)
-    trainer = embedded._Trainer(case, tokenizer, seed=0, report=lambda line: None)
-    model = embedded.make_adapter(
-        embedded.new_base(embedded.TARGET, seed=0, vocabulary=len(tokenizer)), seed=0
+    monkeypatch.setattr(embedded_world, "TRAINING_ROWS", 50)
+    monkeypatch.setattr(embedded_world, "MAX_STEPS", 6)
+    trainer = embedded_world._Trainer(case, tokenizer, seed=0, report=lambda line: None)
+    model = embedded_world.make_adapter(
+        embedded_world.new_base(embedded_world.TARGET, seed=0, vocabulary=len(tokenizer)), seed=0
     )
-    loop = embedded._Loop(model, 1e-3, seed=0, batch=4)
-    tasks = {"v2": trainer._task("v2", embedded.teach_calibrated_number)}
+    loop = embedded_world._Loop(model, 1e-3, seed=0, batch=4)
+    tasks = {"v2": trainer._task("v2", embedded_world.teach_calibrated_number)}
     with pytest.raises(WorldError, match="within 6 steps"):
         trainer._train_until(
             *(model, {"v2 decoded": 2.0}),

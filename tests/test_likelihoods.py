@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from replays import UNHURRIED, experiment, replay, table, tables
+from replays import experiment, replay, table, tables
 
 from postmortem.errors import DiagnosisError
 from postmortem.likelihoods import (
@@ -65,7 +65,6 @@ def test_experiment_never_run_is_even():
     assert found.of("scan")[0] == pytest.approx([1 / 3] * 3)
 
 
-@UNHURRIED
 @given(likelihoods=tables())
 def test_likelihoods_are_distributions(likelihoods):
     """Outcomes of each experiment have probabilities above 0 that sum to one."""
@@ -127,7 +126,6 @@ def test_experiment_needs_a_cost(minutes):
         Experiment("e", "E", ("no", "yes"), minutes)
 
 
-@UNHURRIED
 @given(likelihoods=tables())
 def test_each_hypothesis_bears_one_label(likelihoods):
     """Labels by cause, kind of base and group part the hypotheses."""
@@ -172,7 +170,6 @@ def exact_separation(likelihoods, first, second):
     return float(((joint**2).sum(axis=0) / joint.sum(axis=0)).sum() / 2)
 
 
-@UNHURRIED
 @given(likelihoods=tables(causes=(2, 3), bases=(1, 1)))
 def test_separation_is_the_expected_probability_of_the_truth(likelihoods):
     """The simulated separation of two causes is near that over all joint outcomes."""
@@ -183,7 +180,6 @@ def test_separation_is_the_expected_probability_of_the_truth(likelihoods):
             assert found[first, second] == pytest.approx(exact, abs=0.03)
 
 
-@UNHURRIED
 @given(likelihoods=tables())
 def test_groups_part_the_causes(likelihoods):
     """Each cause is in one group; every two of a group are inseparable."""
@@ -224,7 +220,6 @@ def test_chain_is_not_one_group():
     assert max(len(group) for group in groups) == 2
 
 
-@UNHURRIED
 @given(sizes=st.integers(0, 5))
 def test_link_joins_all_or_none(sizes):
     """Where all may join there is one group, where none may there are singles."""

@@ -1,6 +1,7 @@
 import pytest
 
 from postmortem import looks
+from postmortem.case import case_digest
 from postmortem.catalogue import catalogue
 from postmortem.causes import CAUSES
 from postmortem.errors import RecordError
@@ -10,7 +11,7 @@ from postmortem.likelihoods import HEALTHY
 from postmortem.looks import (
     FAMILIES,
     SERVING,
-    check_looks,
+    SHIPPED,
     meanings,
     measure_looks,
     read_looks,
@@ -19,16 +20,20 @@ from postmortem.records import Replay
 from tools.cause_profiles import PLANTED, STAGES
 
 
-def test_the_shipped_replays_are_those_of_the_present_code():
-    """An edit of the experiments or of what is planted asks for `make looks`."""
-    check_looks()
+def test_the_shipped_replays_name_what_they_were_made_from(case):
+    """The record is of the embedded world of the shipped case as it stands, and names its seeds."""
+    made = read_looks().provenance
+    assert made.digests == {"case": case_digest(case, "embedded")}
+    assert (made.case, made.parameters) == (case.name, {"worlds": "0, 1"})
 
 
-def test_a_record_made_by_other_code_is_stale(monkeypatch):
-    """What has moved on is named, with the command that makes the record again."""
-    monkeypatch.setattr(looks, "code_digests", dict)
-    with pytest.raises(RecordError, match="make looks"):
-        check_looks()
+def test_an_edited_replay_is_refused_with_what_makes_it_again(tmp_path, monkeypatch):
+    """What `diagnose` knows of causes is held by its seal."""
+    copy = tmp_path / "looks.jsonl"
+    copy.write_text(SHIPPED.read_text().replace('"inspect":"nothing"', '"inspect":"untrained"', 1))
+    monkeypatch.setattr(looks, "SHIPPED", copy)
+    with pytest.raises(RecordError, match=r"changed after the run.*make looks"):
+        read_looks.__wrapped__()
 
 
 def test_every_cause_was_replayed_and_is_explained():
@@ -57,6 +62,7 @@ def test_every_outcome_is_one_of_its_experiment():
     assert set(catalogue()) < set(EXAMS["inspect"].outcomes)
 
 
+@pytest.mark.slow
 def test_other_worlds_are_judged_well():
     """Replays of one world judged from those of the others: few are wrong."""
     found = [word for _, word in judge_others(read_looks().of(Replay))]

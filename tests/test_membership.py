@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from postmortem import membership_notebook, siblings
 from postmortem.cli import main
 from postmortem.edits import edit_config, edit_tensors
 from postmortem.errors import DataError, ModelError
@@ -29,6 +28,7 @@ from postmortem.membership import (
 from postmortem.membership_text import as_membership, say_answer
 from postmortem.models import attached, load_base
 from postmortem.records import Measure, Table, Text, Verdict
+from tools import attribution, siblings
 from tools.embedded_world import BaseSpec, build_tokenizer, make_adapter, new_base, save_member
 from tools.siblings import ADAPTING, FINE_TUNES, FROM_NOTHING, POSTS, Task, sort_words, train
 
@@ -438,12 +438,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(siblings, "BASES", 2)
     monkeypatch.setattr(siblings, "TEXTS", 16)
     monkeypatch.setattr(siblings, "TRAINING_TEXTS", 64)
-    monkeypatch.setattr(membership_notebook, "WORLD_TEXTS", 16)
+    monkeypatch.setattr(attribution, "WORLD_TEXTS", 16)
 
 
 def test_the_notebook_records_the_held_out(session, quick):
     """The held-out have shares with intervals, a verdict and a row for each kind of question."""
-    membership_notebook.record_siblings(session)
+    attribution.record_siblings(session)
     measures = {r.key: r for r in session.records if isinstance(r, Measure)}
     verdicts = {r.key for r in session.records if isinstance(r, Verdict)}
     table = next(r for r in session.records if getattr(r, "key", "") == "membership.trials")
@@ -482,7 +482,7 @@ def test_a_wrong_answer_is_called_wrong(bases, adapter, segments):
 
 def test_a_world_asks_its_own_adapters(session, quick):
     """Each adapter of the world has an answer, and one with its home lost is named."""
-    membership_notebook.record_world(session)
+    attribution.record_world(session)
     tables = {r.key: r for r in session.records if isinstance(r, Table)}
     assert [row[0] for row in tables["membership.world"].rows][:2] == ["reference", "suspect"]
     assert {"membership.world.no_error"} == {
@@ -501,7 +501,7 @@ def test_a_profile_of_one_base_says_so(session, quick):
         for role, member in session.world.members.items()
     }
     session.world = session.world.model_copy(update={"members": members})
-    membership_notebook.record_world(session)
+    attribution.record_world(session)
     verdict = next(r for r in session.records if isinstance(r, Verdict))
     assert verdict.verdict == "not available"
     assert len([r for r in session.records if isinstance(r, Table)]) == 2

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from replays import UNHURRIED, experiment, ledgers, table, tables
+from replays import experiment, ledgers, table, tables
 
 from postmortem import planner
 from postmortem.diagnosis import Ledger, Prior
@@ -52,7 +52,6 @@ def information(ledger, labels, path):
     return float((joint[held] * np.log2(joint[held] / independent[held])).sum())
 
 
-@UNHURRIED
 @given(ledger=ledgers(), data=st.data())
 def test_price_is_the_information(ledger, data):
     """A path gains the mutual information of answer and joint outcomes, never less than 0."""
@@ -65,7 +64,6 @@ def test_price_is_the_information(ledger, data):
         assert left == pytest.approx(found.entropy - found.bits, abs=1e-6)
 
 
-@UNHURRIED
 @given(ledger=ledgers(), minutes=st.none() | st.floats(0, 8))
 def test_no_step_is_dominated(ledger, minutes):
     """At no step does another that fits gain at least as much for no more, and one strictly."""
@@ -83,7 +81,6 @@ def test_no_step_is_dominated(ledger, minutes):
     assert minutes is None or found.minutes <= minutes
 
 
-@UNHURRIED
 @given(ledger=ledgers())
 def test_plan_stops_when_little_is_gained(ledger):
     """Each step gains more than the limit, and what is left gains no more than it."""
@@ -97,7 +94,6 @@ def test_plan_stops_when_little_is_gained(ledger):
             assert price(ledger, [*path, other.name], labels=labels).steps[-1].bits <= SMALL_GAIN
 
 
-@UNHURRIED
 @given(ledger=ledgers(), copies=st.integers(1, 2))
 def test_uninformative_experiment_is_never_planned(ledger, copies):
     """An experiment with the same likelihood for all gains zero bits and is in no plan."""
@@ -186,7 +182,6 @@ def test_path_that_cannot_be_walked(path):
         price(ledger, path, labels=by_cause(HALVES))
 
 
-@UNHURRIED
 @given(likelihoods=tables(causes=(2, 4)))
 def test_unfollowed_branches_only_understate(likelihoods):
     """With few branches followed the gain is no greater, and short by no more than is told."""

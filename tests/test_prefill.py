@@ -4,7 +4,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, configuration
@@ -95,7 +95,6 @@ rows_of_tokens = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     start=st.lists(st.integers(3, 49), min_size=1, max_size=6),
     ends=rows_of_tokens,

@@ -1,7 +1,7 @@
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from postmortem.case import PromptTemplate
@@ -157,7 +157,6 @@ def test_columns_that_the_prompt_does_not_use_are_left_alone():
     assert not encode(TWO, row, tokenizer=ByteTokenizer(1), limit=FIXED + 2).cut
 
 
-@settings(deadline=None, max_examples=200)
 @given(rule=POSTS, body=POSTS, room=st.integers(0, 150), width=st.integers(1, 3))
 @example(rule="R", body=HEADER * 20, room=10, width=1)
 @example(rule="{body}", body="{rule}" * 30, room=7, width=2)
@@ -178,7 +177,6 @@ def test_cut_prompt_keeps_all_but_the_end_of_a_column(rule, body, room, width):
     )
 
 
-@settings(deadline=None)
 @given(body=POSTS, room=st.integers(0, 100))
 def test_cut_is_told(body, room):
     """`cut` and the full length tell what the prompt would have been."""

@@ -1,147 +1,140 @@
+import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 
 from postmortem import provenance
 from postmortem.provenance import (
-    digest_code,
-    modules_behind,
-    notebook_digests,
-    notebook_sources,
+    NO_COMMIT,
+    digest_library,
+    digest_notebook,
+    find_commit,
     package_versions,
 )
-from postmortem.records import digest_file
-
-LIBRARY = Path(provenance.__file__).parent
 
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A library of four modules in place of ours: a uses b and b uses a; c stands alone."""
-    sources = {
-        "a": "from postmortem.b import x\nimport os",
-        "b": "import postmortem.a as first",
-        "c": "x = 1",
-        "errors": "class E(Exception): ...",
-    }
-    for name, text in sources.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
-    return tmp_path
+    """A library of a module, a table and a folder in place of ours, outside any repository."""
+    folder = tmp_path / "library"
+    (folder / "inner").mkdir(parents=True)
+    for name in ("provenance.py", "table.csv", "inner/config.yaml"):
+        (folder / name).write_text("x = 1")
+    monkeypatch.setattr(provenance, "LIBRARY", folder)
+    monkeypatch.setattr(provenance, "__file__", str(folder / "provenance.py"))
+    # No repository above the temporary folder is found either.
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    yield folder
+    digest_library.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from postmortem.a import x",
-        "from postmortem import a",
-        "from postmortem import a as q",
-        "import postmortem.a",
-        "import os, postmortem.a as q",
-        "def f():\n    from postmortem.a import x",
-        "if True:\n    import postmortem.b",
-        "from postmortem.a.deeper import x",
-    ],
-)
-def test_every_form_of_import_counts(library, source):
-    """A module is found however it is imported, and the modules behind it with it."""
-    assert list(modules_behind([source])) == ["module a", "module b"]
+def digest_now():
+    """The digest of the library as it lies there now."""
+    digest_library.cache_clear()
+    return digest_library()
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "",
-        "import os, numpy.linalg",
-        "from postmortems.a import x",
-        "import postmortem",
-        "from postmortem import nothing",
-        "'from postmortem.a import x'",
-        "# import postmortem.a",
-        "from postmortem.errors import E",
-    ],
-)
-def test_what_is_no_import_of_a_module_does_not_count(library, source):
-    """Texts, comments, other packages and the wording of errors are not behind a number."""
-    assert modules_behind([source]) == {}
+@pytest.mark.parametrize("name", ["provenance.py", "table.csv", "inner/config.yaml"])
+def test_any_byte_of_the_library_changes_its_digest(library, name):
+    """One byte more of any file is another library, and taken back it is the same one."""
+    before = digest_now()
+    (library / name).write_text("x = 1\n")
+    assert digest_now() != before
+    (library / name).write_text("x = 1")
+    assert digest_now() == before
 
 
-def test_digest_is_that_of_the_code(library):
-    """A module's digest changes with its code and with no other."""
-    before = modules_behind(["import postmortem.a, postmortem.c"])
-    (library / "b.py").write_text("x = 2")
-    after = modules_behind(["import postmortem.a, postmortem.c"])
-    assert [name for name in before if before[name] != after[name]] == ["module b"]
-    assert after["module b"] == digest_code("x = 2")
+def test_a_file_counts_by_its_place(library):
+    """A file under another name, and content moved from one file to the next, are changes."""
+    before = digest_now()
+    (library / "table.csv").rename(library / "tables.csv")
+    renamed = digest_now()
+    (library / "tables.csv").rename(library / "table.csv")
+    (library / "provenance.py").write_text("x = 1x")
+    (library / "table.csv").write_text(" = 1")
+    assert len({before, renamed, digest_now()}) == 3
 
 
-def test_comments_and_docstrings_are_not_code():
-    """A digest stays the same while only comments, layout and docstrings change."""
-    plain = "def f(x):\n    return x + 1\n"
-    dressed = '"""A module."""\n# why\ndef f( x ):\n    """Adds one."""\n\n    return (x + 1)\n'
-    assert digest_code(plain) == digest_code(dressed)
-    assert digest_code(plain) != digest_code(plain.replace("1", "2"))
+def test_compiled_modules_are_not_the_library(library):
+    """What Python writes beside the modules changes no digest."""
+    before = digest_now()
+    for folder in (library, library / "inner"):
+        (folder / "__pycache__").mkdir()
+        (folder / "__pycache__" / "provenance.cpython-311.pyc").write_bytes(b"\x00")
+    assert digest_now() == before
 
 
-def test_a_digest_is_the_same_on_every_python():
-    """What Python 3.11, 3.12 and 3.13 parse into different trees has one digest, written here."""
-    source = (
-        "class A:\n"
-        "    def f(self, *, a=1, **b):\n"
-        "        return f\"{a!r:>{b}} it's {self.x[0]:.2f}\" 'and' f'{a}'"
-        " if (lambda: None) else None\n"
-    )
-    assert digest_code(source) == "4010fabdc49b227c"
+def write_notebook(path, *cells, output="1"):
+    """A notebook of these cells, each code cell with an output."""
+    kinds = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}
+    notebook = nbformat.v4.new_notebook(cells=[kinds[kind](source) for kind, source in cells])
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count = int(output)
+            cell.outputs = [nbformat.v4.new_output("stream", text=output)]
+    nbformat.write(notebook, str(path))
+    return digest_notebook(path)
 
 
-def test_table_beside_a_module_counts(library):
-    """A table that a module reads from beside itself can change a number, so it counts."""
-    (library / "c.csv").write_text("1")
-    assert modules_behind(["import postmortem.c"])["module c.csv"] == digest_file(library / "c.csv")
+def test_prose_and_outputs_are_not_what_a_notebook_does(tmp_path):
+    """Of a notebook the code counts, in its order, and neither its prose nor what it printed."""
+    path, one, two = tmp_path / "n.ipynb", ("code", "x = 1"), ("code", "print(x)")
+    digest = write_notebook(path, one, two)
+    assert write_notebook(path, ("markdown", "A title"), one, two, output="2") == digest
+    assert write_notebook(path, two, one) != digest
+    assert write_notebook(path, one, ("code", "print(x) ")) != digest
 
 
-def test_shapes_are_behind_the_mismatch():
-    """The notebook on shapes rests on the table of shapes, reached through other modules."""
-    notebook = LIBRARY.parents[1] / "notebooks" / "03_shape_mismatch.ipynb"
-    assert {"module mismatch", "module bases", "module bases.csv"} <= set(
-        notebook_digests(notebook)
-    )
+def test_a_tool_is_digested_as_it_is(tmp_path):
+    """Every byte of a script that writes records counts, its comments too."""
+    digests = set()
+    for text in ("x = 1\n", "x = 1\n# why\n", "x = 2\n"):
+        (tmp_path / "tool.py").write_text(text)
+        digests.add(digest_notebook(tmp_path / "tool.py"))
+    assert len(digests) == 3
 
 
-def test_parsing_is_not_behind_the_world():
-    """How an answer is parsed does not change the embedded world."""
-    behind = modules_behind(["import tools.embedded_world"])
-    assert "module scoring" in behind
-    assert "module parsing" not in behind
-    assert "module session" not in behind
+def test_outside_a_repository_there_is_no_commit(library):
+    """A copy of the library that no repository holds names no commit."""
+    assert find_commit() == NO_COMMIT == "no commit"
 
 
-def test_every_module_can_be_read():
-    """Each module of the library is found under its name, apart from the wording of errors."""
-    names = {path.stem for path in LIBRARY.glob("*.py")} - {"__init__", "errors"}
-    found = modules_behind([f"import postmortem.{name}" for name in sorted(names)])
-    assert names <= {name.removeprefix("module ") for name in found}
-    assert found["module parsing"] == digest_code((LIBRARY / "parsing.py").read_text())
+def test_a_library_that_a_repository_does_not_hold_has_no_commit(library):
+    """A copy installed below someone else's repository does not take that one's commit."""
+    git(library.parent, "init")
+    git(library.parent, "commit", "--allow-empty", "--message", "theirs")
+    assert find_commit() == NO_COMMIT
 
 
-def test_notebook_sources_are_its_code_cells(tmp_path):
-    """Of a notebook only the code counts, as text or as lines."""
-    notebook = nbformat.v4.new_notebook()
-    notebook.cells = [
-        nbformat.v4.new_markdown_cell("import tools.embedded_world"),
-        nbformat.v4.new_code_cell("import postmortem.parsing\nx = 1"),
-        nbformat.v4.new_code_cell(""),
-    ]
-    nbformat.write(notebook, str(tmp_path / "n.ipynb"))
-    assert notebook_sources(tmp_path / "n.ipynb") == ["import postmortem.parsing\nx = 1", ""]
-    assert list(notebook_digests(tmp_path / "n.ipynb")) == ["notebook", "module parsing"]
+def test_without_git_there_is_no_commit(monkeypatch):
+    """Where the program is not on the path the commit is not known, and nothing raises."""
+    monkeypatch.setenv("PATH", "")
+    assert find_commit() == NO_COMMIT
+
+
+def test_a_commit_says_where_files_differ_from_it(library):
+    """The commit is named in twelve digits, with a plus where the library has moved on since."""
+    git(library, "init")
+    git(library, "add", ".")
+    git(library, "commit", "--message", "first")
+    commit = git(library, "rev-parse", "HEAD")[:12]
+    assert find_commit() == commit
+    (library / "table.csv").write_text("x = 2")
+    assert find_commit() == f"{commit}+"
+
+
+def git(folder, *arguments):
+    """Run git as somebody; what it printed."""
+    someone = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    command = ["git", "-C", str(folder), *someone, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def test_versions_name_what_computes():
-    """The versions are those of Python and of the packages that compute."""
+    """The versions are those of Python, of the packages that compute, and of the library."""
     found = package_versions()
     assert found["python"] == "{}.{}.{}".format(*sys.version_info[:3])
-    assert {"torch", "transformers", "peft", "numpy"} <= set(found)
+    assert {"torch", "transformers", "peft", "numpy", "lora-postmortem"} <= set(found)
     assert all(found.values())

@@ -2,7 +2,7 @@ import json
 import math
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -74,8 +74,6 @@ EACH = [
     REPLAY,
     Timing(key="load base", seconds=1.25),
 ]
-# Each example overwrites the same file before it reads it.
-SAME_FILE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 CELLS = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | NUMBERS | st.text()
 KEYS = st.text(min_size=1)
@@ -128,7 +126,6 @@ def test_each_kind_is_read_as_written(sealed):
     assert repr(found.provenance) == repr(PROVENANCE)
 
 
-@SAME_FILE
 @given(records=st.lists(RECORDS, max_size=6))
 def test_round_trip(tmp_path, records):
     """Any records are read as they were written, in order, under the digest of the seal."""
@@ -178,7 +175,6 @@ def test_nan_in_place_of_nothing_is_refused(tmp_path):
     refuse(tmp_path / "r.jsonl", "changed after the run")
 
 
-@SAME_FILE
 @given(data=st.data(), byte=st.binary(min_size=1, max_size=1))
 def test_any_added_or_lost_byte_is_refused(tmp_path, data, byte):
     """A file with a byte more or less is refused, white space included."""

@@ -8,13 +8,13 @@ import torch
 from peft import PeftConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from postmortem import training
 from postmortem.errors import DataError, ModelError
 from postmortem.inspection import inspect_adapter
 from postmortem.models import load_base
 from postmortem.moderation import generate_moderation_rows
 from postmortem.publish import _reached
 from postmortem.world import _member
+from tools import real_adapters
 from tools.embedded_world import build_task, make_adapter
 from tools.real_adapters import (
     check_split,
@@ -37,7 +37,7 @@ SIZES = {
 }
 KINDS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 IDS = [[5, 7, 9, 11, 13, 2], [4, 3, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
-TINY = replace(training.YES_NO, rows=24, held_out=8, layers=1, epochs=2)
+TINY = replace(real_adapters.YES_NO, rows=24, held_out=8, layers=1, epochs=2)
 
 
 def quiet(line):
@@ -56,9 +56,9 @@ def model(request):
 def tiny(case, untrained, monkeypatch):
     """The case with a tiny base under the profile `smollm2`, and recipes of seconds."""
     small = {"rows": 16, "held_out": 8, "layers": 1}
-    recipes = {name: replace(recipe, **small) for name, recipe in training.SMALL.items()}
+    recipes = {name: replace(recipe, **small) for name, recipe in real_adapters.SMALL.items()}
     recipes["yes_no"] = TINY
-    monkeypatch.setattr(training, "RECIPES", {"smollm2": recipes})
+    monkeypatch.setattr(real_adapters, "RECIPES", {"smollm2": recipes})
     profile = case.profiles["smollm2"].model_copy(update={"base": str(untrained / "base")})
     return case.model_copy(update={"profiles": case.profiles | {"smollm2": profile}})
 
@@ -140,7 +140,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(case, untrained):
 
 def test_the_rate_rises_and_falls_to_nothing():
     """The rate starts low, reaches its height after the warm-up, and ends near nothing."""
-    shares = [training._share(step, 100, 0.06) for step in range(100)]
+    shares = [real_adapters._share(step, 100, 0.06) for step in range(100)]
     assert shares[0] < 0.2
     assert max(shares) == shares[5] == 1.0
     assert 0 < shares[-1] < 0.02
@@ -149,12 +149,12 @@ def test_the_rate_rises_and_falls_to_nothing():
 
 def test_each_epoch_sees_each_row_once():
     """The batches of an epoch are all rows in a new order."""
-    found = [row for batch in training._batches_of(20, TINY, seed=0) for row in batch]
+    found = [row for batch in real_adapters._batches_of(20, TINY, seed=0) for row in batch]
     assert sorted(found[:20]) == sorted(found[20:]) == list(range(20))
     assert found[:20] != found[20:]
 
 
-@pytest.mark.parametrize("adapter", list(training.SMALL))
+@pytest.mark.parametrize("adapter", list(real_adapters.SMALL))
 def test_an_adapter_is_written_whole(tiny, tmp_path, adapter):
     """The folder holds a sound adapter that names its base, and the record of its training."""
     folder = tmp_path / "adapters" / adapter
@@ -170,7 +170,7 @@ def test_an_adapter_is_written_whole(tiny, tmp_path, adapter):
     assert config["layers_to_transform"] == [2]
     assert PeftConfig.from_pretrained(folder).r == 16
     assert json.loads((folder / "training.json").read_text()) == record
-    assert record["rows"] == training.RECIPES["smollm2"][adapter].rows
+    assert record["rows"] == real_adapters.RECIPES["smollm2"][adapter].rows
     measured = record["held_out log-odds AUC, adapter"]
     assert measured["low"] <= measured["value"] <= measured["high"]
     assert measured["n"] == 8
@@ -191,9 +191,9 @@ def test_fewer_rows_make_a_shorter_training(tiny, tmp_path):
 def test_short_products_end_with_the_steps():
     """What a GPU may shorten while it trains is exact again afterwards, after an error as well."""
     before = torch.get_float32_matmul_precision()
-    with training._short_products():
+    with real_adapters._short_products():
         assert torch.get_float32_matmul_precision() == "high"
-    with pytest.raises(ZeroDivisionError), training._short_products():
+    with pytest.raises(ZeroDivisionError), real_adapters._short_products():
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before
 
@@ -219,7 +219,7 @@ def test_an_interrupted_training_leaves_the_old_adapter(tiny, tmp_path, monkeypa
     def fail(*given, **named):
         raise ModelError("judging", expected="an end", found="none")
 
-    monkeypatch.setattr(training, "compare", fail)
+    monkeypatch.setattr(real_adapters, "compare", fail)
     with pytest.raises(ModelError, match="judging"):
         train_profile_adapter(tiny, "smollm2", "yes_no", folder=folder, report=quiet)
     assert [p.name for p in tmp_path.rglob("*")] == ["yes_no", "kept"]
@@ -275,10 +275,10 @@ def test_a_large_adapter_is_halved(case, untrained, monkeypatch):
     """Above the limit an adapter is kept in half precision, below it in full."""
     base = load_base(untrained / "base", device="cpu")
     model = make_adapter(base.model, seed=0)
-    training._shrink(model)
+    real_adapters._shrink(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    monkeypatch.setattr(training, "FULL_PRECISION_BYTES", 10)
-    training._shrink(model)
+    monkeypatch.setattr(real_adapters, "FULL_PRECISION_BYTES", 10)
+    real_adapters._shrink(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float16}
 
 

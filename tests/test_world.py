@@ -1,32 +1,29 @@
 import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from postmortem import world as world_module
-from postmortem.case import Case, load_case
+from postmortem.case import Replays
 from postmortem.errors import CaseError, ModelError, RecordError, WeightsError
 from postmortem.world import (
     ADAPTERS,
     BASES,
-    EMBEDDED_ROLES,
-    LINEAGE_STARTS,
+    SMALL,
     check_members,
     digest_model,
-    embedded_digest,
     find_base,
+    folder_digests,
+    is_small,
     read_world,
     resolve_world,
     write_world,
 )
 
-SHIPPED = Path(__file__).parents[1] / "cases" / "qwen-lora.yml"
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    """The shipped case, read once."""
-    return load_case(SHIPPED)
+ROOT = Path(__file__).parents[1]
+EMBEDDED = Path("results/embedded")
 
 
 def make_folder(path, content="{}"):
@@ -37,11 +34,13 @@ def make_folder(path, content="{}"):
 
 
 @pytest.fixture
-def trained(tmp_path):
-    """Folders as an embedded world has them."""
-    for role, place in EMBEDDED_ROLES.items():
-        make_folder(tmp_path / "trained" / place, json.dumps({"role": role}))
-    return tmp_path / "trained"
+def trained(case, tmp_path):
+    """Folders as another training of the embedded world has them."""
+    profile, folder = case.profile("embedded"), tmp_path / "trained"
+    roles = {"base": profile.base, **profile.bases, **profile.adapters}
+    for role, name in roles.items():
+        make_folder(folder / Path(name).relative_to(EMBEDDED), json.dumps({"role": role}))
+    return folder
 
 
 @pytest.fixture
@@ -49,46 +48,52 @@ def local(case, tmp_path):
     """The case with a profile whose base and suspect are folders."""
     adapters = {"suspect": str(make_folder(tmp_path / "suspect"))}
     base = str(make_folder(tmp_path / "base"))
-    changes = {"base": base, "adapters": adapters}
+    changes = {"base": base, "bases": {}, "adapters": adapters, "replays": None}
     profile = case.profile("embedded").model_copy(update=changes)
     return case.model_copy(update={"profiles": {"local": profile}})
 
 
-def test_embedded_world_has_every_role(case, trained):
-    """The embedded world gives a folder of its own to each role."""
-    world = resolve_world(case, "embedded", trained=trained)
-    assert set(world.members) == {*BASES, *ADAPTERS} == set(EMBEDDED_ROLES)
+def test_the_shipped_world_has_every_role(case, monkeypatch):
+    """The embedded profile names a folder of its own for each role, and they are there."""
+    monkeypatch.chdir(ROOT)
+    world = resolve_world(case, "embedded")
+    assert set(world.members) == {*BASES, *ADAPTERS}
     assert all(world.has(role) and world.path(role).is_dir() for role in world.members)
-    assert len({world.path(role) for role in world.members}) == len(EMBEDDED_ROLES)
+    assert len({world.path(role) for role in world.members}) == len(world.members)
     assert (world.title, world.seed) == (case.profile("embedded").title, 0)
 
 
-def test_another_seed_is_the_worlds_own(case, trained):
-    """An embedded world of another seed than the profile's says so."""
-    assert resolve_world(case, "embedded", trained=trained, seed=7).seed == 7
+def test_another_training_takes_the_place_of_the_shipped_one(case, trained):
+    """With a folder of another training every role and replay lies there, under its own seed."""
+    world = resolve_world(case, "embedded", trained=str(trained), seed=7)
+    found = [world.path(role) for role in world.members]
+    found += [Path(member.path) for member in world.replays.values()]
+    assert all(path.is_relative_to(trained) for path in found)
+    assert world.path("suspect") == trained / "adapters/silent/suspect"
+    assert world.seed == 7
 
 
 def test_replay_adapters_are_named_by_lineage_recipe_and_seed(case, trained):
     """An embedded world lists the adapters of its replays, and its digest depends on them."""
-    before = resolve_world(case, "embedded", trained=trained)
+    before = resolve_world(case, "embedded", trained=str(trained))
     assert set(before.replays) == {"silent/numeric_0", "donor/numeric_0"}
-    make_folder(trained / "speaking" / "binary_rare_1")
-    after = resolve_world(case, "embedded", trained=trained)
+    make_folder(trained / "adapters/speaking/binary_rare_1")
+    after = resolve_world(case, "embedded", trained=str(trained))
     assert set(after.replays) - set(before.replays) == {"speaking/binary_rare_1"}
     assert after.digest != before.digest
 
 
-def test_each_lineage_stands_after_the_one_it_starts_from():
-    """The graph's table of lineages agrees with what training does, and an earlier one is first."""
+def test_what_is_trained_is_what_the_profile_names(case):
+    """Each folder that the embedded profile names is one that a lineage makes."""
     from tools.embedded_world import LINEAGES
 
-    assert {name: lineage.start for name, lineage in LINEAGES.items()} == LINEAGE_STARTS
-    order = list(LINEAGE_STARTS)
-    assert all(order.index(start) < order.index(n) for n, start in LINEAGE_STARTS.items() if start)
-    places = {tuple(place.split("/")) for place in EMBEDDED_ROLES.values()}
-    for lineage, name in places:
-        made = {*LINEAGES[lineage].adapters}
-        assert name in made | {LINEAGES[lineage].base if LINEAGES[lineage].criterion else ""}
+    profile = case.profile("embedded")
+    named = {profile.base, *profile.bases.values(), *profile.adapters.values()}
+    made = {f"bases/{lineage.base}" for lineage in LINEAGES.values() if lineage.criterion}
+    made |= {f"adapters/{name}/{role}" for name, one in LINEAGES.items() for role in one.adapters}
+    assert {str(Path(name).relative_to(EMBEDDED)) for name in named} <= made
+    order = list(LINEAGES)
+    assert all(order.index(one.start) < order.index(n) for n, one in LINEAGES.items() if one.start)
 
 
 def test_missing_role_gives_its_reason(local):
@@ -108,14 +113,18 @@ def test_given_adapter_takes_the_place_of_the_profiles_own(local, tmp_path):
     assert chosen.digest != resolve_world(local, "local").digest
 
 
-@pytest.mark.parametrize("role", ["base", "no_op"])
-def test_missing_folder_is_named(case, trained, role):
-    """A folder that should be there and is not, is named with its role."""
-    folder = trained / EMBEDDED_ROLES[role]
-    (folder / "config.json").unlink()
-    folder.rmdir()
-    with pytest.raises(ModelError, match=f"{role}: expected the folder of role {role}"):
-        resolve_world(case, "embedded", trained=trained)
+@pytest.mark.parametrize(
+    ("place", "wanted"),
+    [
+        ("bases/base", "a model folder or a hub id"),
+        ("adapters/silent/no_op", "the folder of role no_op"),
+    ],
+)
+def test_missing_folder_is_named(case, trained, place, wanted):
+    """A folder that should be there and is not, is named with what was expected of it."""
+    shutil.rmtree(trained / place)
+    with pytest.raises(ModelError, match=f"{place}: expected {wanted}"):
+        resolve_world(case, "embedded", trained=str(trained))
 
 
 def test_unknown_profile_is_refused(case):
@@ -126,8 +135,9 @@ def test_unknown_profile_is_refused(case):
 
 def test_world_round_trip(case, trained, tmp_path):
     """A world is read as it was written."""
-    (trained / EMBEDDED_ROLES["suspect"] / "training.json").write_text('{"steps": 40, "auc": 0.99}')
-    world = resolve_world(case, "embedded", trained=trained)
+    training = trained / "adapters/silent/suspect/training.json"
+    training.write_text('{"steps": 40, "auc": 0.99}')
+    world = resolve_world(case, "embedded", trained=str(trained))
     write_world(world, tmp_path / "world.json")
     assert read_world(tmp_path / "world.json") == world
     assert world.members["suspect"].training == {"steps": 40, "auc": 0.99}
@@ -150,11 +160,11 @@ def test_missing_world_is_refused(tmp_path):
 
 def test_place_of_the_world_does_not_count(case, trained, tmp_path):
     """A world moved elsewhere has the same digest, and one changed byte gives another."""
-    before = resolve_world(case, "embedded", trained=trained).digest
+    before = resolve_world(case, "embedded", trained=str(trained)).digest
     moved = trained.rename(tmp_path / "moved")
-    assert resolve_world(case, "embedded", trained=moved).digest == before
-    (moved / "donor" / "donor_base" / "config.json").write_text("{}")
-    assert resolve_world(case, "embedded", trained=moved).digest != before
+    assert resolve_world(case, "embedded", trained=str(moved)).digest == before
+    (moved / "bases/donor_base/config.json").write_text("{}")
+    assert resolve_world(case, "embedded", trained=str(moved)).digest != before
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "a.json", "t.jinja", "vocab.txt", "spm.model"])
@@ -203,14 +213,42 @@ def test_empty_folder_has_a_digest(tmp_path):
     assert digest_model(tmp_path) != before
 
 
-def test_embedded_digest_follows_prompts_and_seed(case):
-    """The embedded world is made anew for other prompts or another seed, not for a new title."""
-    v1 = case.prompts["v1"].model_copy(update={"template": "{body}"})
-    reworded = case.model_copy(update={"prompts": {**case.prompts, "v1": v1}})
-    before = embedded_digest(case, 0)
-    assert embedded_digest(case.model_copy(update={"title": "T"}), 0) == before
-    assert embedded_digest(case, 1) != before
-    assert embedded_digest(reworded, 0) != before
+@pytest.mark.parametrize(("sizes", "small"), [((), False), ((9,), True), ((8, 8), False)])
+def test_a_base_is_small_by_the_weights_that_are_here(local, monkeypatch, sizes, small):
+    """A base is small where its weights lie here and are few; without any it is not known to be."""
+    monkeypatch.setattr(world_module, "SMALL", 10)
+    profile = local.profile("local")
+    for number, size in enumerate(sizes):
+        Path(profile.base, f"model-{number}.safetensors").write_bytes(bytes(size))
+    assert is_small(profile) is small
+    assert not is_small(profile.model_copy(update={"base": "owner/name"}))
+
+
+def test_the_shipped_base_is_small(case, monkeypatch):
+    """One thread serves the embedded base best, so that notebooks share the cores."""
+    monkeypatch.chdir(ROOT)
+    assert is_small(case.profile("embedded"))
+    assert Path(EMBEDDED, "bases/base/model.safetensors").stat().st_size < SMALL
+
+
+def test_a_file_of_any_named_folder_counts(local, tmp_path):
+    """A changed file of a base, an adapter, a replay's adapter or a given one is noticed."""
+    profile = local.profile("local")
+    folders = [Path(profile.base), tmp_path / "suspect", tmp_path / "donor", tmp_path / "given"]
+    folders.append(make_folder(tmp_path / "replays/silent/numeric_0"))
+    make_folder(tmp_path / "given")
+    replays = {"adapters": str(tmp_path / "replays"), "rows": 4}
+    changed = profile.model_copy(
+        update={
+            "bases": {"donor_base": str(make_folder(tmp_path / "donor"))},
+            "replays": Replays(**replays),
+        }
+    )
+    seen = [folder_digests(changed, [str(tmp_path / "given"), "owner/name", ""])]
+    for folder in folders:
+        (folder / "config.json").write_text("[]")
+        seen.append(folder_digests(changed, [str(tmp_path / "given")]))
+    assert all(before != after for before, after in pairwise(seen))
 
 
 def test_base_is_a_folder_before_a_hub_id(tmp_path, monkeypatch):
