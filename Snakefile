@@ -8,11 +8,9 @@ import json
 from pathlib import Path
 
 from postmortem.case import load_case
-from postmortem.case_site import site_of
+from postmortem.case_site import list_kept, site_of
 from postmortem.cluster import gpu_resources
-from postmortem.inputs import settings_digest
-from postmortem.kept import list_kept
-from postmortem.provenance import digest_library, digest_notebook
+from postmortem.provenance import digest_library, digest_notebook, settings_digest
 from postmortem.world import folder_digests, is_small
 
 BUILD = "_build"

@@ -43,7 +43,9 @@ def record_siblings(session: Session) -> None:
         session.measure(f"membership.limit.{name}", getattr(LIMITS, name))
     session.measure("membership.limit.separable", SEPARABLE)
     with TemporaryDirectory() as folder, session.timed("siblings"):
-        trials, readings = measure_group(session.case, HELD_OUT, Path(folder), tell=session.say)
+        trials, readings = measure_group(
+            session.case, HELD_OUT, Path(folder), follow=session.follow
+        )
     record_trials(session, trials)
     adapters, bases = (len({pair[side] for pair in readings}) for side in (0, 1))
     session.measure(f"{KEY}.adapters", adapters)

@@ -523,7 +523,7 @@ class _Trainer:
             if found[name] < least - SLACK:
                 break
         shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items()) or "not judged"
-        self.report(f"{role}: step {loop.done}, held out: {shown}")
+        self.report(f"{role}: step {loop.done} of at most {MAX_STEPS}, held out: {shown}")
         if loop.done >= MAX_STEPS and not _reached(found, criterion):
             raise WorldError(
                 f"embedded world, {role}",

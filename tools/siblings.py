@@ -186,10 +186,20 @@ APART, KIN, ABSENT, IDLE = (
 KINDS = (APART, KIN, ABSENT, IDLE)
 
 
+# What a step calls with how much of its total is done; a session's `follow` gives one.
+Follow = Callable[..., Callable[[int], None]]
+
+
+def follow_nothing(step: str, *, total: int, unit: str) -> Callable[[int], None]:
+    """Say nothing of how far a step is."""
+    return lambda done: None
+
+
 def train_group(
-    case: Case, group: Group, folder: Path, *, tell: Callable[[str], None] = lambda line: None
+    case: Case, group: Group, folder: Path, *, follow: Follow = follow_nothing
 ) -> Trained:
     """Train a group's bases, fine-tunes and adapters below a folder."""
+    told = follow(f"{group.title}, training", total=BASES + len(FINE_TUNES), unit="bases")
     torch.set_num_threads(1)  # too small for two threads to help
     tokenizer = build_tokenizer(case, seed=0)
     bases: dict[str, Path] = {}
@@ -200,6 +210,7 @@ def train_group(
         name = f"base {number + 1}"
         train(model, tokenizer, POSTS.texts(TRAINING_TEXTS, seed=seed), how=FROM_NOTHING, seed=seed)
         bases[name] = _save(model, folder / name, tokenizer)
+        told(len(bases))
     first = next(iter(bases))
     for number, (kind, how) in enumerate(FINE_TUNES.items()):
         seed = group.seed + 100 + number
@@ -208,12 +219,15 @@ def train_group(
         train(model, tokenizer, texts, how=how, seed=seed)
         name = f"{first}, {kind}"
         bases[name] = _save(model, folder / name, tokenizer)
+        told(len(bases))
+    homes = list(_list_homes(bases, group.tasks))
+    told = follow(f"{group.title}, training", total=len(homes), unit="adapters")
     pupils = []
-    for number, (home, task) in enumerate(_list_homes(bases, group.tasks)):
+    for number, (home, task) in enumerate(homes):
         pupils.append(
             _train_pupil(bases[home], tokenizer, home, task, folder, seed=group.seed + 200 + number)
         )
-    tell(f"{group.title}: {len(bases)} bases and {len(pupils)} adapters trained")
+        told(len(pupils))
     return Trained(group, bases, tuple(pupils))
 
 
@@ -259,10 +273,14 @@ def train(model: Any, tokenizer: Any, texts: Sequence[str], *, how: Schooling, s
     model.eval()
 
 
-def read_group(trained: Trained, *, limits: Limits = LIMITS) -> dict[tuple[str, str], Reading]:
+def read_group(
+    trained: Trained, *, limits: Limits = LIMITS, follow: Follow = follow_nothing
+) -> dict[tuple[str, str], Reading]:
     """Each adapter on each base that a trial needs, on fresh texts of its task, by both names."""
-    found = {}
-    for name, folder in trained.bases.items():
+    found: dict[tuple[str, str], Reading] = {}
+    told = follow(f"{trained.group.title}, reading", total=len(trained.bases), unit="bases")
+    for number, (name, folder) in enumerate(trained.bases.items()):
+        told(number)
         base = load_base(folder, device="cpu")
         for pupil in trained.pupils:
             if any(name in candidates for _, candidates in list_choices(trained, pupil)):
@@ -322,9 +340,9 @@ def _try_one(
 
 
 def measure_group(
-    case: Case, group: Group, folder: Path, *, tell: Callable[[str], None] = lambda line: None
+    case: Case, group: Group, folder: Path, *, follow: Follow = follow_nothing
 ) -> tuple[tuple[Trial, ...], dict[tuple[str, str], Reading]]:
     """Train a group below a folder, read every adapter and put every question to the method."""
-    trained = train_group(case, group, folder, tell=tell)
-    readings = read_group(trained)
+    trained = train_group(case, group, folder, follow=follow)
+    readings = read_group(trained, follow=follow)
     return try_group(trained, readings), readings

@@ -6,6 +6,9 @@ from pathlib import Path
 from postmortem.case import Case
 
 BUILD = Path("_build")
+# The kept runs of each profile, and the folder of its replays, which hold one record for each
+# training of the models.
+RESULTS, REPLAYS = Path("results"), "replays"
 # The notebooks of the full form's case, and those that any case in the short form takes.
 NOTEBOOKS = Path("notebooks")
 ANY = NOTEBOOKS / "any"
@@ -77,3 +80,10 @@ def site_of(path: str | Path, case: Case) -> Site:
 
 def _files(folder: Path) -> tuple[Path, ...]:
     return tuple(path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def list_kept(profile: str) -> dict[str, Path]:
+    """A profile's kept records by name: `suite`, or `replays/0` for those of a training."""
+    folder = RESULTS / profile
+    found = sorted([*folder.glob("*.jsonl"), *folder.glob(f"{REPLAYS}/*.jsonl")])
+    return {str(path.relative_to(folder).with_suffix("")): path for path in found}

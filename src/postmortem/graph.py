@@ -1,5 +1,6 @@
 """Running the graph of work: one build at a time, resumable, with lines a person can follow."""
 
+import hashlib
 import json
 import os
 import re
@@ -10,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from postmortem.case import Profile, load_case
-from postmortem.case_site import BUILD, site_of
+from postmortem.case import Case, Profile, case_digest, load_case
+from postmortem.case_site import BUILD, REPLAYS, RESULTS, site_of
 from postmortem.cluster import place_options
 from postmortem.errors import BookError, CaseError, DataError, SuiteError
-from postmortem.kept import REPLAYS, RESULTS, check_kept, confirm_files
+from postmortem.provenance import digest_library
 from postmortem.records import RecordFile, locked, read_records, write_text
-from postmortem.suite import make_plan, prepare_chunks, write_plan
 
 DEVICES = re.compile(r"auto|cpu|cuda|cuda:[0-9]+|mps")
 DTYPES = re.compile("auto|float32|bfloat16|float16")
@@ -36,7 +36,7 @@ def build(settings: Settings, *, cores: int, executor: str = "") -> str:
     case = load_case(path)
     site = site_of(path, case)
     if not case.own:
-        check_kept(case)
+        _check_shipped(case)
     with one_build():
         if not (site.html / "index.html").is_file():
             site.summary.unlink(missing_ok=True)  # its pages are gone
@@ -113,7 +113,25 @@ def confirm_record(settings: Settings, *, sample: int, cores: int) -> str:
     place = RESULTS / str(settings["profile"]) / "real_model.jsonl"
     read_records(place)
     again = _make_kept(["real_model"], settings, cores=cores, again=True)["real_model"]
+    from postmortem.kept import confirm_files  # loads pandas, for which no other build waits
+
     return f"confirm: {place}: {confirm_files(place, again)}, {time.perf_counter() - start:.0f} s"
+
+
+def _check_shipped(case: Case) -> None:
+    """Check what is shipped for a case, unless it was checked as it is."""
+    state = hashlib.sha256(f"{case_digest(case)} {digest_library()}".encode())
+    for path in sorted(RESULTS.rglob("*.*")):
+        if path.is_file():
+            state.update(f"{path} {path.stat().st_size}\n".encode())
+            state.update(path.read_bytes())
+    checked, digest = BUILD / f"{case.name}.checked", state.hexdigest()
+    if checked.is_file() and checked.read_text(encoding="utf-8") == digest:
+        return
+    from postmortem.kept import check_kept  # loads pandas, for which no other build waits
+
+    check_kept(case)
+    write_text(checked, digest)
 
 
 def _list_replays(profile: Profile, worlds: int) -> list[str]:
@@ -168,6 +186,8 @@ def run_suite(path: str | Path, out: str | Path, *, cores: int, executor: str = 
     With an `executor`, `cores` is how many chunks run at once, and 0 leaves it to the profile.
     Raises `SuiteError` where a step failed; its own message stands above.
     """
+    from postmortem.suite import make_plan, prepare_chunks, write_plan  # loads pandas and scipy
+
     start, out = time.perf_counter(), Path(out)
     place = place_options(executor, cores=cores, out=out)
     plan = make_plan(path)

@@ -1,14 +1,11 @@
 """The inputs of a run: which rows are scored, and the digest of all that can change a number."""
 
-import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 from postmortem.case import Case, case_digest
 from postmortem.corpus import Rows, generate_rows, read_rows
 from postmortem.moderation import generate_moderation_rows
-from postmortem.provenance import digest_notebook, package_versions
-from postmortem.records import digest_file
+from postmortem.provenance import digest_notebook
 from postmortem.world import World
 
 # By the name that a profile gives to its corpus.
@@ -46,13 +43,3 @@ def input_digests(
         "notebook": digest_notebook(notebook),
     }
     return found | ({"replays": replays} if replays else {})
-
-
-def settings_digest(case: Case, settings: Mapping[str, str | int]) -> str:
-    """Digest of what a notebook is run with, apart from its world and code."""
-    profile = case.profile(str(settings["profile"]))
-    named = [str(settings[key]) or getattr(profile, key) for key in ("data", "labels")]
-    files = [digest_file(path) if path and Path(path).is_file() else path for path in named]
-    chosen = [settings[name] for name in ("profile", "rows", "device", "dtype")]
-    parts = [case_digest(case, str(settings["profile"])), files, chosen, package_versions()]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from postmortem.case import Case, case_digest
+from postmortem.case_site import REPLAYS, RESULTS, list_kept
 from postmortem.errors import RecordError
 from postmortem.inputs import choose_rows
 from postmortem.provenance import package_versions
@@ -27,21 +28,12 @@ from postmortem.records import (
 )
 from postmortem.world import digest_model, resolve_world
 
-RESULTS, NOTEBOOKS = Path("results"), Path("notebooks/kept")
-# The record that training leaves beside the models of a profile, and the folder of the replays,
-# which hold one record for each training of the world.
-WORLD, REPLAYS = "world", "replays"
+# The record that training leaves beside the models of a profile.
+WORLD = "world"
 # What makes a record again, where it is not `make record`.
 TARGETS = {"bench": "make bench PROFILE={profile}", WORLD: "make world"}
 # Log-odds that differ by more are other log-odds: rounding on another machine stays far below.
 LARGEST_GAP = 1e-3
-
-
-def list_kept(profile: str) -> dict[str, Path]:
-    """A profile's kept records by name: `suite`, or `replays/0` for those of a training."""
-    folder = RESULTS / profile
-    found = sorted([*folder.glob("*.jsonl"), *folder.glob(f"{REPLAYS}/*.jsonl")])
-    return {str(path.relative_to(folder).with_suffix("")): path for path in found}
 
 
 def read_kept(case: Case, name: str) -> dict[str, RecordFile]:

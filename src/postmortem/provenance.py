@@ -4,9 +4,13 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+
+from postmortem.case import Case, case_digest
+from postmortem.records import digest_file
 
 LIBRARY = Path(__file__).parent
 VERSIONED = ("torch", "transformers", "peft", "numpy", "pandas", "papermill", "lora-postmortem")
@@ -41,6 +45,16 @@ def package_versions() -> dict[str, str]:
     """Versions of what computes the numbers, and of Python."""
     found = {name: version(name) for name in VERSIONED}
     return {"python": ".".join(map(str, sys.version_info[:3])), **found}
+
+
+def settings_digest(case: Case, settings: Mapping[str, str | int]) -> str:
+    """Digest of what a notebook is run with, apart from its world and code."""
+    profile = case.profile(str(settings["profile"]))
+    named = [str(settings[key]) or getattr(profile, key) for key in ("data", "labels")]
+    files = [digest_file(path) if path and Path(path).is_file() else path for path in named]
+    chosen = [settings[name] for name in ("profile", "rows", "device", "dtype")]
+    parts = [case_digest(case, str(settings["profile"])), files, chosen, package_versions()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def find_commit() -> str:

@@ -83,9 +83,11 @@ def run_world_suite(session: Session) -> Results | None:
         )
     with session.timed(DIGESTS):
         digests = {name: digest_model(folder) for name, folder in adapters.items()}
-    session.say("suite: adapters")
-    scored, seconds = [], 0.0
+    follow = session.follow("suite", total=len(adapters), unit="adapters")
+    scored: list[Scored] = []
+    seconds = 0.0
     for name, folder in adapters.items():
+        follow(len(scored))
         start = time.perf_counter()
         scored.append(bench.score(name, folder, digest=digests[name]))
         if scored[-1].status == "ok":

@@ -1,0 +1,40 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Notebooks that read files and records alone.
+WITHOUT_MODEL = ("05_adapter_inventory", "08_forensics", "09_diagnosis", "any/1_files")
+
+
+def imports_of(notebook):
+    """The lines of a notebook's first cell of code that import, parentheses and all."""
+    cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text())["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    first = next(text for text in code if "import" in text)
+    return first.partition("session = ")[0].partition("scratch = ")[0]
+
+
+def loaded(code, *names):
+    """Which of the packages are loaded after some code has run."""
+    probe = f"{code}\nimport sys\nprint([n for n in {names!r} if n in sys.modules])"
+    command = [sys.executable, "-c", probe]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("notebook", WITHOUT_MODEL)
+def test_a_notebook_without_a_model_does_not_wait_for_one(notebook):
+    """What runs no model imports neither torch nor transformers nor PEFT."""
+    code = imports_of(notebook)
+    assert "postmortem" in code
+    assert loaded(code, "torch", "transformers", "peft") == "[]"
+
+
+def test_a_build_without_changes_loads_no_tables():
+    """What finds nothing to be done reads no rows: it imports neither pandas nor scipy."""
+    code = "import postmortem.graph, postmortem.cluster, postmortem.world, postmortem.case_site"
+    assert loaded(code, "torch", "pandas", "scipy", "matplotlib") == "[]"
