@@ -183,7 +183,7 @@ def test_worlds_are_held_out_whole(case):
 def make_file(seed, outcomes=OUTCOMES):
     """The replays of one world."""
     provenance = Provenance(
-        notebook="07_replay",
+        notebook="replays",
         case="c",
         profile="p",
         parameters={},

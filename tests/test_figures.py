@@ -195,8 +195,8 @@ def make_records(rows: int) -> dict[str, list[Record]]:
             interval("forensics.timing.beside_reading", 0.08),
         ],
         "07_replay": [make_matrix()],
-        "10_suite": make_suite(),
-        "11_membership": make_membership(),
+        "suite": make_suite(),
+        "attribution": make_membership(),
         "kept.smollm2": make_kept(),
         "09_diagnosis": make_beliefs(),
         "06_controls": [

@@ -1,6 +1,3 @@
-import json
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +14,8 @@ from postmortem.cli import main
 from postmortem.contents import sort_keys
 from postmortem.identify import identify
 from postmortem.sources import open_source
+from tools import derive_peft_fields
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "derive_peft_fields.py"
 INCIDENT_LOG = (
     "UserWarning: Unexpected keyword arguments ['target_parameters'] for class LoraConfig, these "
     "are ignored. This probably means that you're loading a configuration file"
@@ -215,9 +212,5 @@ def test_fields_are_derived_from_source_without_running_it(tmp_path: Path) -> No
         wheel.writestr("peft/tuners/lora/config.py", source)
         wheel.writestr("peft/tuners/lora/__init__.py", "")
         wheel.writestr("peft/tuners/lora.py", "class LoraConfig:\n    stale: int = 1\n")
-    code = (
-        f"import sys, runpy, json; from pathlib import Path; m = runpy.run_path({str(SCRIPT)!r}); "
-        f"print(json.dumps(m['rows'](list(Path({str(tmp_path)!r}).glob('*.whl')))))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [["9.9.9", "raises", "r task_type x", "", "x"]]
+    found = derive_peft_fields.rows([*tmp_path.glob("*.whl")])
+    assert found == [["9.9.9", "raises", "r task_type x", "", "x"]]

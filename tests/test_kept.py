@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from postmortem.case_site import list_kept
 from postmortem.errors import RecordError
 from postmortem.inputs import choose_rows, input_digests
 from postmortem.kept import (
@@ -11,7 +12,6 @@ from postmortem.kept import (
     compare_answers,
     confirm,
     confirm_files,
-    list_kept,
     read_confirmation,
     read_kept,
     read_replays,

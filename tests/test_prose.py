@@ -40,7 +40,7 @@ def typed_numbers(text):
         r"(?m)^:[\w-]+:.*$",  # its options
         r"(?m)^\([\w-]+\)=$",  # a target
         r"\{[\w-]+\}`[^`]*`",  # a role
-        r"(`+)(?!`).+?\1",  # code
+        r"(`+)(?!`)(?:.|\n(?!\n))+?\1",  # code, also over a line's end
         r"\]\([^)]*\)",  # where a link goes
         r"(?s)<!--.*?-->",  # a comment
         r"(?m)^\s*\d+\.(?=\s)",  # the mark of a list item
@@ -77,7 +77,8 @@ def test_no_number_is_typed_by_hand(name):
         ("```{note}\n1\n```", []),
         ("{num}`a:.2f`\n`x1`\n[x](y2.md)\n1. one\n:columns: a1", []),
         ("Qwen2.5-1.5B and a 4B, v1, A1, 0.0 and 1.0, 0.16.0, 2025-10-22, 22 October 2025", []),
-        ("``a`1`` {text}`a\n2`", []),
+        ("``a`1`` {text}`a\n2` `b\n3`", []),
+        ("`a\n\n4`", [(3, "4`")]),
     ],
 )
 def test_what_counts_as_typed(text, found):

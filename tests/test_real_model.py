@@ -140,7 +140,7 @@ def test_a_profile_without_sizes_is_refused(few, tmp_path):
     root = Path(__file__).parents[1]
     with pytest.raises(CaseError, match=r"profiles.embedded.*recorded"):
         open_recording(
-            str(root / "notebooks/recorded/real_model.ipynb"),
+            str(root / "notebooks/kept/real_model.ipynb"),
             case=str(root / "cases/qwen-lora.yml"),
             profile="embedded",
             world=str(tmp_path / "world.json"),

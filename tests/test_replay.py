@@ -3,28 +3,27 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from postmortem import replay as module
 from postmortem.case import Replays
 from postmortem.causes import CAUSES, Materials, Run
 from postmortem.corpus import generate_rows
 from postmortem.models import attached, load_base
-from postmortem.records import Replay, Table, Verdict
 from postmortem.replay import (
-    FEATURES,
-    TESTS,
     Bench,
     _turned,
     classify_texts,
     classify_values,
     compare_parsers,
     observe,
-    record_replays,
     replay_all,
-    symptom_of,
+    replay_causes,
+    replay_once,
 )
 from postmortem.session import Session
+from postmortem.symptom import TESTS
+
+pytestmark = pytest.mark.xdist_group("replay")
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +36,30 @@ def bench(case, untrained_world, tmp_path_factory):
     return Bench(case, generate_rows(6, 3), materials, reference, case.attempts)
 
 
+@pytest.fixture(scope="module")
+def seen_of(bench):
+    """What is seen of a cause in its plainest form: injected once, whatever asks for it."""
+    kept = {}
+
+    def see(name):
+        if name not in kept:
+            value = next(iter(CAUSES[name].severities.values()))
+            kept[name] = observe(CAUSES[name].inject(bench.materials, value), bench)
+        return kept[name]
+
+    return see
+
+
 @pytest.mark.parametrize("name", list(CAUSES))
-def test_every_cause_meets_every_test(bench, name):
+def test_every_cause_meets_every_test(bench, seen_of, name):
     """Each cause has one of the declared outcomes in every test, and leaves the base clean."""
-    cause = CAUSES[name]
-    before = bench.ask(bench.materials.base.model, "yes_no", Run(bench.materials.base, None))
-    seen = observe(cause.inject(bench.materials, next(iter(cause.severities.values()))), bench)
+    base = bench.materials.base
+    before = bench.ask(base.model, "yes_no", Run(base, None), tokens=1)
+    seen = seen_of(name)
     assert seen.outcomes.keys() == TESTS.keys()
     for test, outcome in seen.outcomes.items():
         assert outcome in TESTS[test].outcomes, test
-    after = bench.ask(bench.materials.base.model, "yes_no", Run(bench.materials.base, None))
+    after = bench.ask(base.model, "yes_no", Run(base, None), tokens=1)
     np.testing.assert_allclose(before.first_log_probs, after.first_log_probs, atol=1e-4)
 
 
@@ -54,6 +67,8 @@ def test_every_cause_meets_every_test(bench, name):
     ("name", "expected"),
     [
         ("healthy", {"load": "silent", "inspect": "nothing", "prompt": "whole"}),
+        # The temperature is not connected where nothing is sampled.
+        ("healthy", {"settings": "unchanged"}),
         ("no-adapter", {"status": "none", "effect": "none", "inspect": "no adapter"}),
         ("disabled", {"status": "disabled", "effect": "none", "load": "silent"}),
         ("zero-b", {"inspect": "untrained", "effect": "none", "home": "no effect"}),
@@ -69,17 +84,10 @@ def test_every_cause_meets_every_test(bench, name):
         ("prompt-cut", {"prompt": "cut"}),
     ],
 )
-def test_a_cause_shows_where_it_must(bench, name, expected):
+def test_a_cause_shows_where_it_must(seen_of, name, expected):
     """The outcomes that follow from what a cause is, whatever the model was trained on."""
-    cause = CAUSES[name]
-    seen = observe(cause.inject(bench.materials, next(iter(cause.severities.values()))), bench)
+    seen = seen_of(name)
     assert {test: seen.outcomes[test] for test in expected} == expected
-
-
-def test_settings_change_nothing_in_greedy_decoding(bench):
-    """The temperature is not connected where nothing is sampled."""
-    run = CAUSES["healthy"].inject(bench.materials, 32)
-    assert observe(run, bench).outcomes["settings"] == "unchanged"
 
 
 @pytest.mark.parametrize(
@@ -137,38 +145,14 @@ def test_turning_layers_is_undone_even_by_an_error(bench, untrained_world):
                 assert torch.equal(weights[name], parameter.data)
 
 
-@given(st.floats(0, 1), st.integers(1, 9), st.floats(0, 1), st.one_of(st.none(), st.floats(0, 1)))
-def test_the_whole_symptom_needs_every_part(case, parsed, distinct, value, auc):
-    """A replay shows the whole v2 symptom exactly when each part is the incident's."""
-    features = {
-        "loads": True,
-        "no missing keys": True,
-        "v1 parse rate": 0.5,
-        "v1 distinct": 1,
-        "v1 value": 0.0,
-        "v2 parse rate": parsed,
-        "v2 distinct": distinct,
-        "v2 value": value,
-        "v2 AUC": auc,
-    }
-    replay = Replay(
-        key="k", cause="c", base="silent", seed=0, severity="-", outcomes={}, features=features
-    )
-    shown = symptom_of(replay, case)
-    assert shown.keys() == FEATURES.keys()
-    whole = all(word is not False for word in shown.values())
-    assert whole == (parsed == 1 and distinct == 1 and value == 0 and auc in (None, 0.5))
-
-
 @pytest.fixture
 def session(case, untrained_world, tmp_path):
-    """A session of four rows with one replay of each cause."""
-    small = Replays(seeds=1, severities=1, rows=4)
+    """A session whose replays have four rows."""
+    small = Replays(adapters="adapters", rows=4)
     profile = case.profile("embedded").model_copy(update={"replays": small})
-    small_case = case.model_copy(update={"profiles": {"embedded": profile}})
     return Session(
         notebook=tmp_path / "07_replay.ipynb",
-        case=small_case,
+        case=case.model_copy(update={"profiles": {"embedded": profile}}),
         profile_name="embedded",
         world=untrained_world,
         rows=generate_rows(4, 0),
@@ -178,38 +162,52 @@ def session(case, untrained_world, tmp_path):
     )
 
 
-def test_a_world_of_a_base_alone_replays_what_it_can(session):
+def few(monkeypatch, *names):
+    """Inject these causes alone."""
+    monkeypatch.setattr(module, "CAUSES", {name: CAUSES[name] for name in names})
+
+
+def test_a_world_of_a_base_alone_replays_what_it_can(session, monkeypatch):
     """Without trained adapters the causes that need none are replayed, the others are named."""
     members = {
         role: member if role == "base" else member.model_copy(update={"path": None})
         for role, member in session.world.members.items()
     }
-    bare = session.world.model_copy(update={"members": members, "replays": {}})
-    session.world = bare
-    replays, absent = replay_all(session)
-    done = {replay.cause for replay in replays}
-    assert {"no-adapter", "zero-b"} <= done
-    assert done.isdisjoint(absent)
-    assert done | set(absent) == set(CAUSES)
-    record_replays(session, replays, absent)
-    table = next(r for r in session.records if isinstance(r, Table) and r.key == "replay.absent")
-    assert {row[0] for row in table.rows} == set(absent)
-    words = {r.key: r.verdict for r in session.records if isinstance(r, Verdict)}
-    assert {n for n in CAUSES if words[f"replay.{n}.reproduces"] == "not available"} == set(absent)
+    session.world = session.world.model_copy(update={"members": members, "replays": {}})
+    # A base alone counts as one training, in which no adapter is found.
+    session.world.replays["silent/numeric_0"] = members["reference"]
+    needing = ("healthy", "other-shapes", "sibling-base", "thinking")
+    few(monkeypatch, "no-adapter", "zero-b", *needing)
+    replays, absent = replay_causes(session, kind="silent", role="base", whole=False)
+    assert {replay.cause for replay in replays} == {"no-adapter", "zero-b"}
+    assert set(absent) == set(needing)
+    assert all(absent.values())
 
 
-def test_the_matrix_has_a_row_for_each_cause_and_kind(session):
-    """Every cause on every kind of base has its row, its verdict, and shares between 0 and 1."""
+def test_all_is_every_severity_of_every_training_on_either_kind_of_base(session, monkeypatch):
+    """The kept run injects each cause at every severity, with each seed of the adapters."""
+    few(monkeypatch, "scale-up", "other-shapes", "sibling-base")
     replays, absent = replay_all(session)
-    assert absent == {}
-    record_replays(session, replays, absent)
-    table = next(r for r in session.records if isinstance(r, Table) and r.key == "replay.matrix")
-    assert len(table.rows) == 2 * len(CAUSES)
-    for row in table.rows:
-        assert all(0 <= share <= 1 for share in row[4 : 4 + len(FEATURES)])
-    keys = {r.key for r in session.records if isinstance(r, Verdict)}
-    named = {f"replay.{name}.reproduces" for name in CAUSES}
-    assert keys == named | {"replay.sound_counts_as_parsed"}
+    assert absent == {}  # the second training lacks adapters of other lineages, the first has them
+    found = [(r.base, r.seed, r.severity) for r in replays if r.cause == "scale-up"]
+    severities = CAUSES["scale-up"].severities
+    assert found == [
+        (kind, seed, severity)
+        for kind in ("silent", "speaking")
+        for seed in (0, 1)
+        for severity in severities
+    ]
+    assert len({replay.key for replay in replays}) == len(replays)
+
+
+def test_once_is_each_cause_in_its_plainest_form(session, monkeypatch):
+    """What every build injects is the first severity of each cause, into the first training."""
+    few(monkeypatch, "scale-up", "parser", "other-shapes")
+    found = [(r.cause, r.base, r.seed, r.severity) for r in replay_once(session)]
+    assert found == [
+        (name, "silent", 0, next(iter(CAUSES[name].severities)))
+        for name in ("scale-up", "parser", "other-shapes")
+    ]
 
 
 def test_without_labels_nothing_is_said_of_an_order(bench):

@@ -40,7 +40,7 @@ RATES = Rates(
 def recorded(*records) -> RecordFile:
     """A record file with these records."""
     provenance = Provenance(
-        notebook="10_suite",
+        notebook="suite",
         case="c",
         profile="embedded",
         parameters={},
@@ -63,6 +63,7 @@ SECONDS = {
     READ_BACK: 2.0,
 }
 MEASURES = {
+    "suite.rows": 100,
     "suite.count.adapters": 10,
     "suite.count.answered": 8,
     "suite.bytes.adapter": 2e6,
@@ -71,7 +72,7 @@ MEASURES = {
 
 
 def run_of(**changes) -> RecordFile:
-    """A record of the suite's notebook."""
+    """A kept record of the suite."""
     timings = [Timing(key=key, seconds=value) for key, value in SECONDS.items()]
     measures = [Measure(key=key, value=changes.get(key, v)) for key, v in MEASURES.items()]
     return recorded(*timings, *measures)
@@ -80,21 +81,21 @@ def run_of(**changes) -> RecordFile:
 def values_with(file, **measures):
     """What is added to values that hold these measures."""
     values = {"measures": measures, "verdicts": {}, "texts": {}, "tables": {}}
-    add_scale(values, file, rows=100, recorded={})
+    add_scale(values, file, recorded={})
     return values
 
 
 def test_the_rates_are_those_of_the_record():
     """An adapter's seconds are those of the ones that answered; a job starts Snakemake twice."""
-    found = read_rates(run_of(), 100)
+    found = read_rates(run_of())
     assert found == dataclasses.replace(RATES, start=10.0, judged=2.0 / COPIES)
 
 
 def test_a_run_without_answers_has_no_rates():
     """Where no adapter answered, each number says why it is not there."""
-    assert read_rates(None, 100) is None
+    assert read_rates(None) is None
     file = run_of(**{"suite.count.answered": 0})
-    assert read_rates(file, 100) is None
+    assert read_rates(file) is None
     values = values_with(file)
     assert values["measures"]["scale.adapters"]["value"] == ADAPTERS
     assert values["measures"]["scale.core_hours"]["value"] is None

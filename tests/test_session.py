@@ -24,8 +24,15 @@ def test_a_finished_session_leaves_sealed_records_with_their_provenance(session)
     file = read_records(session.records_path)
     assert file.digest == seal.digest
     assert len(file.of(Prediction)) == 8
-    assert {"case", "world", "data", "notebook", "module scoring"} <= set(file.provenance.digests)
-    assert "module errors" not in file.provenance.digests
+    assert set(file.provenance.digests) == {"case", "world", "data", "notebook"}
+    assert {"commit", "hardware", "seconds", "started"} <= set(file.provenance.aside)
+
+
+def test_replays_that_a_session_read_are_an_input(session):
+    """Where a notebook opened the kept replays their digest stands beside the other inputs."""
+    session.replays = "abc"
+    session.finish()
+    assert read_records(session.records_path).provenance.digests["replays"] == "abc"
 
 
 def test_nothing_is_on_disk_before_the_seal(session):

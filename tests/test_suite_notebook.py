@@ -1,11 +1,15 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from postmortem import suite_notebook
 from postmortem.case import AdapterFilter
+from postmortem.corpus import generate_rows
 from postmortem.metrics import Estimate
 from postmortem.records import Measure, Table, Text, Timing, Verdict
 from postmortem.scale import ANSWERED, BASE_ASKED, DIGESTS, READ_BACK, STARTS
+from postmortem.session import Session
 from postmortem.suite import Limits, Scored
 from postmortem.suite_notebook import (
     COLUMNS,
@@ -17,6 +21,9 @@ from postmortem.suite_notebook import (
     vary_results,
     world_adapters,
 )
+from postmortem.world import ADAPTERS
+
+pytestmark = pytest.mark.xdist_group("suite")
 
 ROLES = ["suspect", "reference", "donor adapter", "no-op adapter"]
 
@@ -32,9 +39,35 @@ def table_of(session):
     return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
 
 
-@pytest.fixture
-def recorded(session):
+@pytest.fixture(scope="module")
+def make_session(case, untrained_world, tmp_path_factory):
+    """A function for sessions of six rows on the untrained world, with four replays' adapters."""
+    names = ("silent/numeric_0", "silent/numeric_1", "sibling/numeric_0", "donor/numeric_0")
+    few = {name: untrained_world.replays[name] for name in names}
+
+    def make(**changes):
+        return Session(
+            notebook=Path("suite.ipynb"),
+            case=case,
+            profile_name="embedded",
+            world=untrained_world.model_copy(update={"replays": few, **changes}),
+            rows=generate_rows(6, 0),
+            records_path=tmp_path_factory.mktemp("suite") / "suite.jsonl",
+            parameters={},
+            device="cpu",
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        # What the clock is held to is not tried here: few copies, and nothing heavy to import.
+        patch.setattr(suite_notebook, "COPIES", 5)
+        patch.setattr(suite_notebook, "STARTS", dict.fromkeys(STARTS, "json"))
+        yield make
+
+
+@pytest.fixture(scope="module")
+def recorded(make_session):
     """A session that has run the suite of the untrained world."""
+    session = make_session()
     record_suite(session)
     return session
 
@@ -68,17 +101,16 @@ def test_what_is_not_measured_has_a_reason(recorded):
     assert found["suite.auc.donor adapter"].reason == "it does not load, or answers NaN"
 
 
-def test_a_world_without_adapters_records_the_same_keys(session, recorded):
+def test_a_world_without_adapters_records_the_same_keys(make_session, recorded):
     """What the page reads is there where nothing was run, with the reason."""
     held = {kind: keys_of(recorded, kind) for kind in (Measure, Verdict, Text)}
-    session.records.clear()
     members = {
         role: member.model_copy(update={"path": None, "reason": "none"})
-        if role in ("suspect", "reference", "no_op", "donor_adapter")
+        if role in ADAPTERS
         else member
-        for role, member in session.world.members.items()
+        for role, member in recorded.world.members.items()
     }
-    session.world = session.world.model_copy(update={"members": members, "replays": {}})
+    session = make_session(members=members, replays={})
     assert record_suite(session) is None
     drawn = {key for key in held[Measure] if key.startswith("suite.auc.")}
     told = drawn | {"suite.count.cannot_tell"}
@@ -113,8 +145,9 @@ def test_results_for_the_clock_are_no_twins():
     assert [s.readings[PROMPT].log_odds for s in found][2] == [1.02, None]
 
 
-def test_without_labels_the_suite_cannot_tell(session):
+def test_without_labels_the_suite_cannot_tell(make_session):
     """On rows without labels no AUC is recorded, and what is not dropped is not kept either."""
+    session = make_session()
     session.rows = dataclasses.replace(session.rows, labels=None)
     results = record_suite(session)
     found = {r.key: r for r in session.records if isinstance(r, Measure)}
