@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from postmortem.case import Case
+from postmortem.case import Case, Profile
 
 BUILD = Path("_build")
 # The kept runs of each profile, and the folder of its replays, which hold one record for each
@@ -80,6 +80,18 @@ def site_of(path: str | Path, case: Case) -> Site:
 
 def _files(folder: Path) -> tuple[Path, ...]:
     return tuple(path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def kept_names(profile: Profile, *, worlds: int = 1) -> list[str]:
+    """What is kept of a profile: the heavy notebooks, and the replays of so many worlds.
+
+    The benchmark is not among them: it takes a quiet machine, and a command of its own.
+    """
+    names = ["real_model"] if profile.recorded else []
+    if profile.replays:
+        names += [f"{REPLAYS}/{seed}" for seed in range(profile.seed, profile.seed + worlds)]
+        names += ["suite", "attribution", "catalogue"]
+    return names
 
 
 def list_kept(profile: str) -> dict[str, Path]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from postmortem.case import Case, Profile, case_digest, load_case
-from postmortem.case_site import BUILD, REPLAYS, RESULTS, site_of
+from postmortem.case import Case, case_digest, load_case
+from postmortem.case_site import BUILD, REPLAYS, RESULTS, kept_names, site_of
 from postmortem.cluster import place_options
 from postmortem.errors import BookError, CaseError, DataError, SuiteError
 from postmortem.provenance import digest_library
@@ -66,7 +66,8 @@ def replay(settings: Settings, *, cores: int, executor: str = "") -> str:
             found="none",
             remedy="Name the profile `embedded`; of a case of your own, `postmortem diagnose`.",
         )
-    names = _list_replays(profile, int(settings["worlds"]))
+    every = kept_names(profile, worlds=int(settings["worlds"]))
+    names = [name for name in every if name.startswith(REPLAYS)]
     made = _make_kept(names, settings, cores=cores, executor=executor)
     files = [read_records(path) for path in made.values()]
     return f"replay: {describe_trust(evaluate_replays(case, list_replays(files)))}"
@@ -82,14 +83,7 @@ def record(settings: Settings, *, cores: int) -> list[str]:
         if not Path(path).is_file():
             raise DataError(path, expected="a file of rows or labels", found="no such file")
     profile = load_case(str(settings["case"])).profile(str(settings["profile"]))
-    names = ["real_model"] if profile.recorded else []
-    if profile.replays:
-        names += [
-            *_list_replays(profile, int(settings["worlds"])),
-            "suite",
-            "attribution",
-            "catalogue",
-        ]
+    names = kept_names(profile, worlds=int(settings["worlds"]))
     _require_kept(names, settings)
     made = _make_kept(names, settings, cores=cores)
     return [_keep(path, name, settings) for name, path in made.items()]
@@ -132,11 +126,6 @@ def _check_shipped(case: Case) -> None:
 
     check_kept(case)
     write_text(checked, digest)
-
-
-def _list_replays(profile: Profile, worlds: int) -> list[str]:
-    """The kept replays of the shipped world and of further seeds, by name."""
-    return [f"{REPLAYS}/{seed}" for seed in range(profile.seed, profile.seed + worlds)]
 
 
 def _require_kept(names: Sequence[str], settings: Settings) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from postmortem.case import Case, case_digest
-from postmortem.case_site import REPLAYS, RESULTS, list_kept
+from postmortem.case_site import REPLAYS, RESULTS, kept_names, list_kept
 from postmortem.errors import RecordError
 from postmortem.inputs import choose_rows
 from postmortem.provenance import package_versions
@@ -30,8 +30,13 @@ from postmortem.world import digest_model, resolve_world
 
 # The record that training leaves beside the models of a profile.
 WORLD = "world"
-# What makes a record again, where it is not `make record`.
-TARGETS = {"bench": "make bench PROFILE={profile}", WORLD: "make world"}
+# What brings a record back, where it is not `make record`.
+REMEDIES = {
+    "bench": "Restore the file, or run `make bench PROFILE={profile}` to make it again.",
+    WORLD: "Restore the files. To ship another training, put what `make world` leaves in their"
+    " place and run `make record PROFILE={profile}`.",
+}
+REMEDY = "Restore the file, or run `make record PROFILE={profile}` to make it again."
 # Log-odds that differ by more are other log-odds: rounding on another machine stays far below.
 LARGEST_GAP = 1e-3
 
@@ -70,10 +75,19 @@ def read_replays(case: Case) -> list[RecordFile]:
 
 
 def check_kept(case: Case) -> None:
-    """Raise `RecordError` where anything that is shipped for a case is not as it was made."""
-    for profile in case.profiles:
-        for name in list_kept(profile):
-            read_kept(case, name)
+    """Raise `RecordError` where what a book reads is missing or is not as it was made."""
+    for profile, settings in case.profiles.items():
+        found = list_kept(profile)
+        # The pages read what the embedded world leaves; what is kept of a real model may be absent.
+        needed = [WORLD, *kept_names(settings)] if settings.replays else []
+        for name in dict.fromkeys([*needed, *found]):
+            if profile not in read_kept(case, name) and name in needed:
+                raise RecordError(
+                    RESULTS / profile / f"{name}.jsonl",
+                    expected=f"a kept run of the case {case.name}",
+                    found="one of another case" if name in found else "none",
+                    remedy=_remedy(name, profile),
+                )
 
 
 def digest_files(files: Iterable[RecordFile]) -> str:
@@ -92,8 +106,7 @@ def _read(path: Path, profile: str) -> RecordFile:
 
 
 def _remedy(name: str, profile: str) -> str:
-    command = TARGETS.get(name, "make record PROFILE={profile}").format(profile=profile)
-    return f"Restore the file, or run `{command}` to make it again."
+    return REMEDIES.get(name, REMEDY).format(profile=profile)
 
 
 def _check_inputs(file: RecordFile, case: Case, profile: str) -> None:
@@ -103,10 +116,10 @@ def _check_inputs(file: RecordFile, case: Case, profile: str) -> None:
         "case": case_digest(case, profile),
         "data": choose_rows(case, profile, rows=int(made.parameters["rows"] or 0)).digest,
     }
-    world = RESULTS / profile / f"{WORLD}.jsonl"
-    if world.is_file():
-        trained = _read(world, profile)
-        models = {name: world.parent / name for name in members_of(trained)}
+    if asked.replays:
+        trained = _read(RESULTS / profile / f"{WORLD}.jsonl", profile)
+        folder = trained.path.parent
+        models = {name: folder / name for name in members_of(trained)}
         _check_members(trained, models, remedy=_remedy(WORLD, profile))
         if made.seed == asked.seed:  # the models of another training are not shipped
             current["world"] = resolve_world(case, profile).digest

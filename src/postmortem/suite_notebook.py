@@ -215,7 +215,7 @@ def _record_absence(session: Session) -> None:
     session.table("suite.adapters", ("adapter", "because"), [cells])
     for name in ("adapters", "kept", "dropped", "write_up", "failed", "answered"):
         session.measure(f"suite.count.{name}", None, reason=reason)
-    rest = ("ensemble.auc", "best_single.auc", "bytes.adapter", "bytes.result")
+    rest = ("rows", "ensemble.auc", "best_single.auc", "bytes.adapter", "bytes.result")
     for name in (*(f"gain.{gain}" for gain in GAINS), *rest):
         session.measure(f"suite.{name}", None, reason=reason)
     session.text("suite.best_single.system", "none")
