@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from postmortem.corpus import RULES, generate_rows
 from postmortem.errors import WorldError
+from postmortem.kept import model_folders
 from postmortem.world import digest_model
 from tools import embedded_world
 from tools.embedded_world import build_lineage, build_tokenizer, teach_number
@@ -97,29 +98,30 @@ def test_a_criterion_out_of_reach_leaves_nothing_behind(case, tmp_path, monkeypa
     monkeypatch.setattr(embedded_world, "MAX_STEPS", 20)
     monkeypatch.setattr(embedded_world, "TRAINING_ROWS", 200)
     with pytest.raises(WorldError, match=r"sibling_base.*held out: yes_no"):
-        lines_of(case, tmp_path / "sibling")
+        lines_of(case, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_and_whole(case, tmp_path, lenient):
     """Two trainings of one seed write the same bytes, for bases and adapters alike."""
     for name in ("one", "other"):
         for lineage in ("target", "silent", "speaking", "ignorant"):
-            lines_of(case, tmp_path / name / lineage, lineage=lineage)
-    found = [p.parent for p in (tmp_path / "one").rglob("training.json")]
-    members = [str(folder.relative_to(tmp_path / "one")) for folder in found]
-    assert {"target/base", "silent/no_op", "silent/numeric_2", "ignorant/ignorant_base"} < {
-        *members
-    }
-    for role in members:
-        assert digest_model(tmp_path / "one" / role) == digest_model(tmp_path / "other" / role)
+            lines_of(case, tmp_path / name, lineage=lineage)
+    one, other = (model_folders(tmp_path / name) for name in ("one", "other"))
+    assert {"bases/base", "bases/ignorant_base", "adapters/silent/no_op"} < one.keys()
+    assert "adapters/speaking/numeric_2" in one
+    assert one.keys() == other.keys()
+    for name, folder in one.items():
+        assert digest_model(folder) == digest_model(other[name])
 
 
+@pytest.mark.slow
 def test_adapters_of_other_seeds_differ(case, tmp_path, lenient):
     """Two trainings of one recipe start from other weights and see other rows."""
     for lineage in ("target", "silent"):
-        lines_of(case, tmp_path / lineage, lineage=lineage)
-    folders = [tmp_path / "silent" / f"numeric_{seed}" for seed in range(3)]
+        lines_of(case, tmp_path, lineage=lineage)
+    folders = [tmp_path / "adapters/silent" / f"numeric_{seed}" for seed in range(3)]
     assert len({digest_model(folder) for folder in folders}) == 3
 
 

@@ -6,6 +6,9 @@ from postmortem.case import load_case
 from postmortem.examination import stand
 from postmortem.own_diagnosis import diagnose_case
 
+# They train a base and an adapter.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("strangers")]
+
 # What a fast test can plant with a single training, and how it may be judged.
 NAMED = ("cause named", "kind named")
 EXPECTED = {

@@ -35,6 +35,7 @@ def site(session, monkeypatch):
     return session
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["number", "label"])
 def test_every_cause_is_planted_and_met_with_every_experiment(site, monkeypatch, name):
     """Each cause has replays on a stage, all of whose outcomes are known to the experiments."""
