@@ -10,6 +10,8 @@ from postmortem.case import Case, load_case
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "results" / "embedded"
+# As many threads as there are workers' cores: one each. Read when torch is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What takes longest starts first, and beside it what mostly waits for a scheduler.
 FIRST = ("test_end_to_end.py", "test_cluster.py")
 # Neither a deadline nor the check for slow draws: both read the clock. Where a fixture is of one
