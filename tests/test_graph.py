@@ -1,4 +1,5 @@
-import multiprocessing
+import subprocess
+import sys
 import time
 
 import own
@@ -83,25 +84,29 @@ def test_a_short_case_is_not_replayed(tmp_path):
         graph.replay(own_settings(tmp_path), cores=1)
 
 
-def hold(folder, seconds):
-    """Hold the build lock of a folder for some time."""
-    graph.BUILD = folder
-    with graph.one_build():
-        (folder / "held").touch()
-        time.sleep(seconds)
-        (folder / "released").touch()
+# Holds the build lock of a folder for a second.
+HOLD = """
+import sys, time
+from pathlib import Path
+from postmortem import graph
+graph.BUILD = folder = Path(sys.argv[1])
+with graph.one_build():
+    (folder / "held").touch()
+    time.sleep(1)
+    (folder / "released").touch()
+"""
 
 
 def test_a_second_build_waits_for_the_first(tmp_path, monkeypatch, capsys):
     """Two builds in one folder run one after the other, and the second says that it waits."""
     monkeypatch.setattr(graph, "BUILD", tmp_path)
-    other = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, 1.0))
-    other.start()
-    while not (tmp_path / "held").exists():
-        time.sleep(0.02)
-    with graph.one_build():
-        assert (tmp_path / "released").exists()
-    other.join()
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)]) as other:
+        while not (tmp_path / "held").exists():
+            assert other.poll() is None
+            time.sleep(0.02)
+        with graph.one_build():
+            assert (tmp_path / "released").exists()
+    assert other.returncode == 0
     assert "waiting for another build" in capsys.readouterr().err
 
 

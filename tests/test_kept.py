@@ -32,6 +32,8 @@ from postmortem.world import digest_model, resolve_world
 
 ROOT = Path(__file__).parents[1]
 PROFILE = "smollm2"
+# What is kept of the embedded world beside its training and its replays.
+ALONE = ("attribution", "catalogue", "suite")
 
 
 def make_model(folder):
@@ -84,6 +86,8 @@ def project(tmp_path, monkeypatch, case):
             features={},
         )
         write_kept(own, "embedded", f"replays/{seed}", [outcomes], seed=seed)
+    for name in ALONE:
+        write_kept(own, "embedded", name)
     members = {"suspect": "yes_no", "thinking": "thinking"}
     folders = {role: Path("results", PROFILE, name) for role, name in members.items()}
     write_kept(own, PROFILE, "real_model", made_of(), members=folders)
@@ -158,7 +162,14 @@ def empty_values():
 def test_what_is_as_it_was_made_is_read(project):
     """Untouched records are read by name: one of each profile, or one for each training."""
     check_kept(project)
-    assert list(list_kept("embedded")) == ["replays/0", "replays/1", "world"]
+    assert sorted(list_kept("embedded")) == [
+        "attribution",
+        "catalogue",
+        "replays/0",
+        "replays/1",
+        "suite",
+        "world",
+    ]
     assert list(read_kept(project, "real_model")) == [PROFILE]
     assert [file.provenance.seed for file in read_replays(project)] == [0, 1]
 
@@ -171,6 +182,24 @@ def test_an_edited_record_fails(project, place):
     remedy = "make world" if "world" in place else f"make record PROFILE={place.split('/')[0]}"
     with pytest.raises(RecordError, match=f"changed after the run.*{remedy}"):
         check_kept(project)
+
+
+@pytest.mark.parametrize("name", ["world", "replays/0", *ALONE])
+def test_what_the_pages_read_must_be_there(project, name):
+    """A record of the embedded world that is missing, or of another case, is told by its path."""
+    path = Path("results/embedded", f"{name}.jsonl")
+    path.unlink()
+    with pytest.raises(RecordError, match=rf"embedded/{name}\.jsonl"):
+        check_kept(project)
+    write_kept(project.model_copy(update={"name": "another"}), "embedded", name)
+    with pytest.raises(RecordError, match=rf"embedded/{name}\.jsonl.*another case"):
+        check_kept(project)
+
+
+def test_what_is_kept_of_a_real_model_may_be_absent(project):
+    """A book is built without the runs on real models."""
+    shutil.rmtree(Path("results", PROFILE))
+    check_kept(project)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from postmortem.case import load_case
 from postmortem.errors import CaseError, DataError, ModelError
-from postmortem.inputs import choose_rows, settings_digest
+from postmortem.inputs import choose_rows
 from postmortem.models import attached, count_classes, load_base, positive_class
 from postmortem.parsing import parse_choice
+from postmortem.provenance import settings_digest
 from postmortem.session import open_session
 from postmortem.world import resolve_world, write_world
 
