@@ -93,7 +93,10 @@ def bench(ask, tmp_path_factory):
     return make_bench(ask, materials, trainings=trained)
 
 
-@pytest.mark.parametrize("name", ["healthy", "zero-b", "other-shapes", "scale-up", "parser"])
+@pytest.mark.parametrize(
+    "name",
+    ["healthy", "zero-b", "other-shapes", "truncated", "scale-up", "rslora-lost", "parser"],
+)
 def test_a_cause_shows_what_is_on_record(bench, name):
     """A cause injected again has every outcome and feature of the kept replay."""
     kept = {r.key: r for r in read_records(EMBEDDED / "replays/0.jsonl").of(Replay)}

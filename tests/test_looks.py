@@ -62,7 +62,6 @@ def test_every_outcome_is_one_of_its_experiment():
     assert set(catalogue()) < set(EXAMS["inspect"].outcomes)
 
 
-@pytest.mark.slow
 def test_other_worlds_are_judged_well():
     """Replays of one world judged from those of the others: few are wrong."""
     found = [word for _, word in judge_others(read_looks().of(Replay))]

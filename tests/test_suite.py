@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import postmortem
@@ -294,7 +294,6 @@ def test_two_runs_give_equal_files(place, whole, tmp_path):
     assert bytes_of(tmp_path) == bytes_of(whole)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_file_cut_at_any_byte_is_resumed(place, whole, tmp_path_factory, data):
     """Wherever a kill cut a chunk's file, the run after it gives the same bytes."""
@@ -307,7 +306,6 @@ def test_a_file_cut_at_any_byte_is_resumed(place, whole, tmp_path_factory, data)
     assert bytes_of(out) == bytes_of(whole)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_cut_file_holds_a_beginning_of_the_results(whole, tmp_path_factory, data):
     """What is read of a cut file are the first results, whole ones, and nothing else."""
@@ -396,6 +394,7 @@ def start(spec: Path, out: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["everything", "the command alone"])
 def test_kill_at_a_random_moment_changes_nothing(place, whole, tmp_path, whom):
     """After `kill -9` of the command or of all its processes, the next run's files are the same."""
@@ -572,7 +571,6 @@ def test_an_ensemble_does_not_see_scale(odds, factor, offset):
     assert np.array_equal(mean_ranks([row, row]), mean_ranks([row]))
 
 
-@settings(deadline=None)
 @given(st.permutations(list("abcdef")))
 def test_the_first_of_equals_stays(names):
     """Of adapters that answer alike the first is kept, in whatever order they stand."""
