@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,20 @@ def sound_adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[
     }
 
 
-@pytest.mark.parametrize("model_type", TINY)
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.finding}: {fault.name}")
+def pairs() -> list[Any]:
+    """Every fault on every architecture; in a fast run each fault on one, which takes turns."""
+    return [
+        pytest.param(
+            *(fault, model_type),
+            id=f"{fault.finding}: {fault.name}-{model_type}",
+            marks=() if number % len(TINY) == place else pytest.mark.slow,
+        )
+        for number, fault in enumerate(FAULTS)
+        for place, model_type in enumerate(TINY)
+    ]
+
+
+@pytest.mark.parametrize(("fault", "model_type"), pairs())
 def test_fault_is_caught_under_its_id(
     fault: Fault, model_type: str, sound_adapters: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:

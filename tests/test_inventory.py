@@ -1,12 +1,25 @@
-import pytest
+import json
 
+import pytest
+from safetensors.torch import load_file
+
+from postmortem import faults
+from postmortem.adapter_config import CONFIG_FILE
+from postmortem.adapter_weights import WEIGHTS_FILE
+from postmortem.catalogue import catalogue
+from postmortem.errors import ModelError
+from postmortem.faults import Reproduction
 from postmortem.inventory import (
     _size_agrees,
     record_dating,
     record_declared,
+    record_entries,
+    record_reproductions,
     record_true_size,
     record_world,
+    write_headers,
 )
+from postmortem.mismatch import write_adapter
 from postmortem.records import Measure, Table, Text, Verdict
 from postmortem.session import open_session
 from postmortem.world import write_world
@@ -70,6 +83,53 @@ def test_the_worlds_adapters_get_their_own_findings(session):
     assert found["no-op adapter"] == "untrained"
     assert "shape-mismatch" in found["donor adapter"]
     assert found["suspect"] == found["reference"] == "none"
+
+
+def test_written_headers_are_those_of_an_adapter(case, tmp_path):
+    """An adapter of headers alone has the names, shapes and settings of one with weights."""
+    size = case.true_size
+    written = write_headers(size.base, tmp_path / "headers", size)
+    whole = write_adapter(
+        size.base,
+        tmp_path / "whole",
+        rank=size.rank,
+        target_modules=tuple(size.target_modules),
+    )
+    found, expected = (load_file(folder / WEIGHTS_FILE) for folder in (written, whole))
+    assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
+        name: (t.shape, t.dtype) for name, t in expected.items()
+    }
+    assert not any(tensor.any() for tensor in found.values())
+    settings = [json.loads((folder / CONFIG_FILE).read_text()) for folder in (written, whole)]
+    assert settings[0] == settings[1]
+
+
+def test_headers_of_an_unknown_base_are_refused(case, tmp_path):
+    """A base whose shapes are not in the shipped table is named."""
+    with pytest.raises(ModelError, match="owner/unknown"):
+        write_headers("owner/unknown", tmp_path / "headers", case.true_size)
+
+
+def test_the_catalogue_is_on_record(session):
+    """Each entry of the catalogue stands in the table, counted."""
+    record_entries(session)
+    table = recorded(session, Table)["catalogue.entries"]
+    assert [row[0] for row in table.rows] == list(catalogue())
+    assert recorded(session, Measure)["catalogue.entries"].value == len(catalogue())
+
+
+def test_an_entry_that_nothing_reproduces_is_named(session, tmp_path, monkeypatch):
+    """What was reproduced is counted by PEFT's reaction, and a missing entry refutes the whole."""
+    first, *others = catalogue()
+    parts = {"fault": "f", "reaction": "warns", "severity": "error", "message": "", "evidence": ""}
+    made = [Reproduction(finding=name, **parts) for name in others]
+    monkeypatch.setattr(faults, "reproduce", lambda folder: made)
+    record_reproductions(session, tmp_path)
+    measures = recorded(session, Measure)
+    assert measures["catalogue.faults"].value == measures["catalogue.warns"].value == len(others)
+    assert measures["catalogue.silent"].value == 0
+    verdict = recorded(session, Verdict)["catalogue.all_reproduced"]
+    assert (verdict.verdict, verdict.because) == ("refuted", f"without reproduction: {first}")
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from postmortem.kept import (
     read_kept,
     read_replays,
 )
-from postmortem.recorded import add_bench, add_recorded, add_runs, describe_bench
+from postmortem.recorded import (
+    add_bench,
+    add_kept,
+    add_recorded,
+    add_runs,
+    add_training,
+    describe_bench,
+)
 from postmortem.records import (
     Measure,
     Prediction,
@@ -29,6 +37,7 @@ from postmortem.records import (
     write_records,
 )
 from postmortem.world import digest_model, resolve_world
+from tools.train_world import describe_difference
 
 ROOT = Path(__file__).parents[1]
 PROFILE = "smollm2"
@@ -389,6 +398,38 @@ def test_a_kept_record_is_read_under_its_profile(project):
         ["smollm2, 3 file", "base", 2],
     ]
     assert rows[0][6] == "0.50 [0.40,\N{NO-BREAK SPACE}0.60]"
+
+
+def test_a_kept_run_of_the_embedded_world_has_its_own_keys(project):
+    """What has no other like it stands on the page under the key it was recorded with."""
+    values = empty_values()
+    write_kept(project, "embedded", "suite", [Measure(key="suite.rows", value=6)])
+    add_kept(values, read_kept(project, "suite"))
+    assert values["measures"]["suite.rows"]["value"] == 6
+
+
+def test_how_an_adapter_was_trained_is_read_beside_it(project):
+    """Each shipped adapter with a training's record has a row; what was not judged is a dash."""
+    auc = {"value": 0.9, "low": 0.8, "high": 1.0, "n": 8}
+    training = {"prompt": "yes_no", "rows": 24, "layers": 2, "steps": 6}
+    training["held_out log-odds AUC, adapter"] = auc
+    Path("results", PROFILE, "yes_no", "training.json").write_text(json.dumps(training))
+    values = empty_values()
+    add_training(values, project, [PROFILE])
+    [row] = values["tables"]["recorded.training"]["rows"]
+    assert row[:5] == ["smollm2, yes_no", "yes_no", 24, 2, 6]
+    assert row[5:8] == ["–", "0.90 [0.80,\N{NO-BREAK SPACE}1.00]", "–"]
+
+
+def test_two_trainings_are_compared_by_bytes_and_answers(recorded):
+    """What two trainings have in common: models the same to the byte, and texts of answers."""
+    other = read_records(ask_again(recorded, answer(text="0.5")))
+    assert describe_difference(recorded, recorded) == (
+        "2 of 2 models the same to the byte, 1 of 1 answers the same"
+    )
+    assert describe_difference(recorded, other) == (
+        "0 of 2 models the same to the byte, 0 of 1 answers the same"
+    )
 
 
 def test_the_page_says_where_each_run_was_made(project):
