@@ -27,6 +27,7 @@ from postmortem.cluster import (
 from postmortem.errors import ClusterError
 from postmortem.suite import CHUNKS, make_plan, write_plan
 
+pytestmark = pytest.mark.xdist_group("cluster")
 START = Path(__file__).parents[1] / "tools/start_slurm.sh"
 PROGRAMS = ("sbatch", "munged", "slurmctld", "slurmd")
 
@@ -60,7 +61,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(arguments: list[str], env: dict[str, str]) -> str:
     """Run a command to its end and return its last line."""
-    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=420)
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -108,8 +109,8 @@ def quick(tmp_path_factory):
     return folder
 
 
-def wait_for(told, *, process: subprocess.Popen, seconds: float = 180):
-    """What a question answers as soon as it answers anything."""
+def wait_for(told, *, process: subprocess.Popen, seconds: float = 600):
+    """What a question answers as soon as it answers anything; only a hang takes the `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if found := told():
@@ -135,6 +136,7 @@ def read_lines(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines() if path.exists() else []
 
 
+@pytest.mark.slow
 def test_killed_jobs_lose_nothing(place, whole, slurm, quick, tmp_path):
     """Jobs on SLURM that are killed or cancelled after their first results go on from there."""
     with subprocess.Popen(
@@ -145,7 +147,7 @@ def test_killed_jobs_lose_nothing(place, whole, slurm, quick, tmp_path):
         text=True,
     ) as process:
         first = end_jobs(tmp_path, process=process, env=slurm)
-        told, errors = process.communicate(timeout=420)
+        told, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors
     assert told.splitlines()[-1].startswith("suite: 8 adapters, ")
     assert bytes_of(tmp_path) == whole
@@ -183,6 +185,7 @@ def ripe(streams) -> Path | None:
     return next((path for path in streams if 2 <= len(read_lines(path)) < 5), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(NO_PODS), reason=NO_PODS)
 def test_what_is_sent_to_kubernetes_is_complete(place, whole, tmp_path):
     """Each pod's command runs in an empty folder with the environment that its secret gives."""

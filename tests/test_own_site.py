@@ -3,19 +3,20 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 import sys
 
 import own
 import pytest
 import torch
-from browser import CHROMIUM, visit
-from building import ENVIRONMENT, make
-from safetensors.torch import load_file, save_file
+from browser import needs_browser, visit
+from building import ENVIRONMENT, clone, edited, holding, longer, make, plan
+from safetensors.torch import load, save
 
 from postmortem.records import read_records
 
+pytestmark = pytest.mark.xdist_group("own site")
+PARTS = ("book/_static", "notebooks", "Snakefile", "_config.yml", "_toc.yml")
 SCRIPT = "<script>alert(1)</script>"
 TITLE = f'<b>Films</b> & "friends" {SCRIPT}'
 GOOD, BAD = "<i>good</i>", "<i>bad</i>"
@@ -26,12 +27,8 @@ WORDS = ("qwen", "incident's", "jigsaw", "moderation", "write-up", "every predic
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, pytestconfig):
     """A project with one case of its own, whose texts and labels are hostile."""
-    root, folder = pytestconfig.rootpath, tmp_path_factory.mktemp("own") / "project"
+    folder = clone(pytestconfig.rootpath, tmp_path_factory.mktemp("own"), parts=PARTS)
     torch.set_num_threads(1)
-    for name in ("book/_static", "notebooks"):
-        shutil.copytree(root / name, folder / name)
-    for name in ("Snakefile", "_config.yml", "_toc.yml"):
-        shutil.copy2(root / name, folder / name)
     base = own.make_base(folder / "models/base")
     own.make_adapter(folder / "adapters/mine", base)
     lines = ["id,review,verdict,shelf"]
@@ -123,13 +120,16 @@ def test_numbers_on_a_page_are_those_of_the_records(built, pages):
     assert f">{found.value:.2f}<" in pages["summary.html"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: `apt-get install chromium`")
-@pytest.mark.parametrize("name", ["summary", "evidence", "notebooks/2_answers"])
-def test_a_page_opens_cleanly_and_asks_for_nothing(built, tmp_path, name):
-    """In a real browser a page makes no external request and logs no error."""
-    seen = visit(built[0] / f"_build/cases/films/_build/html/{name}.html", tmp_path)
+@needs_browser
+def test_every_page_opens_cleanly_and_asks_for_nothing(built, pages, tmp_path):
+    """In a real browser no page makes an external request, logs an error or scrolls sideways."""
+    site = built[0] / "_build/cases/films/_build/html"
+    addresses = {(site / name).as_uri() for name in pages}
+    seen = visit(addresses, tmp_path)
+    assert seen.pages.keys() == addresses
     assert seen.external == ()
     assert seen.console == ()
+    assert [address for address, page in seen.pages.items() if not page.fits] == []
 
 
 def test_without_changes_nothing_runs(built):
@@ -138,53 +138,35 @@ def test_without_changes_nothing_runs(built):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def plan(project):
-    """What the next build would run, by rule."""
-    command = [sys.executable, "-m", "snakemake", "book", "--cores", "1", "--dry-run"]
-    result = subprocess.run(
-        command, cwd=project, env=ENVIRONMENT, capture_output=True, text=True, check=True
-    )
-    return set(re.findall(r"^rule (\w+):", result.stdout + result.stderr, re.MULTILINE))
-
-
 NOTEBOOKS = {f"notebook_{name}" for name in ("1_files", "2_answers", "3_controls", "4_diagnosis")}
 
 
 def test_an_edited_page_runs_no_notebook(built):
     """After a change of prose the pages alone are built."""
-    page = built[0] / "cases/films/impact.md"
-    before = page.read_text()
-    page.write_text(f"{before}\nOne more sentence.\n")
-    assert plan(built[0]) == {"book"}
-    page.write_text(before)
+    with longer(built[0] / "cases/films/impact.md", "\nOne more sentence.\n"):
+        assert plan(built[0]) == {"book"}
 
 
 def test_another_title_runs_no_notebook(built):
     """After a change of the case's title and symptom only what shows them is made again."""
     case = built[0] / "cases/films.yml"
-    before = case.read_text()
-    case.write_text(before.replace("Films", "Pictures").replace("It says", "It said"))
-    assert plan(built[0]) == {"publish", "book"}
-    case.write_text(before)
+    text = case.read_text().replace("Films", "Pictures").replace("It says", "It said")
+    with holding(case, text.encode()):
+        assert plan(built[0]) == {"publish", "book"}
 
 
 def test_changed_rows_are_asked_again(built):
     """After an edit of the data file every notebook runs again."""
-    rows = built[0] / "rows.csv"
-    before = rows.read_text()
-    rows.write_text(before.replace("lovely", "lively"))
-    assert plan(built[0]) == {*NOTEBOOKS, "publish", "book"}
-    rows.write_text(before)
+    with edited(built[0] / "rows.csv", "lovely", "lively"):
+        assert plan(built[0]) == {*NOTEBOOKS, "publish", "book"}
 
 
 def test_a_changed_adapter_is_asked_again(built):
     """After a change of the adapter's weights in place every notebook runs again."""
     weights = built[0] / "adapters/mine/adapter_model.safetensors"
-    before = weights.read_bytes()
-    tensors = {name: tensor * 2 for name, tensor in load_file(weights).items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
-    assert plan(built[0]) == {"world", *NOTEBOOKS, "publish", "book"}
-    weights.write_bytes(before)
+    tensors = {name: tensor * 2 for name, tensor in load(weights.read_bytes()).items()}
+    with holding(weights, save(tensors, metadata={"format": "pt"})):
+        assert plan(built[0]) == {"world", *NOTEBOOKS, "publish", "book"}
 
 
 def test_a_figure_is_drawn_for_both_widths(built):
