@@ -15,8 +15,9 @@ from postmortem.looks import (
     meanings,
     measure_looks,
     read_looks,
+    write_looks,
 )
-from postmortem.records import Replay
+from postmortem.records import Replay, read_records
 from tools.cause_profiles import PLANTED, STAGES
 
 
@@ -34,6 +35,17 @@ def test_an_edited_replay_is_refused_with_what_makes_it_again(tmp_path, monkeypa
     monkeypatch.setattr(looks, "SHIPPED", copy)
     with pytest.raises(RecordError, match=r"changed after the run.*make looks"):
         read_looks.__wrapped__()
+
+
+def test_what_is_written_is_read_with_its_worlds(case, tmp_path):
+    """Replays are sealed with the case and the seeds of the worlds that they come from."""
+    made = read_looks().of(Replay)[:2]
+    write_looks(tmp_path / "looks.jsonl", made, case=case, worlds=[1, 0])
+    found = read_records(tmp_path / "looks.jsonl")
+    assert list(found.of(Replay)) == list(made)
+    assert found.provenance.parameters == {"worlds": "0, 1"}
+    assert found.provenance.digests == {"case": case_digest(case, "embedded")}
+    assert found.provenance.seed == 0
 
 
 def test_every_cause_was_replayed_and_is_explained():
