@@ -137,7 +137,7 @@ def read_lines(path: Path) -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_killed_jobs_lose_nothing(place, whole, slurm, quick, tmp_path):
+def test_killed_jobs_lose_nothing(slurm, place, whole, quick, tmp_path):
     """Jobs on SLURM that are killed or cancelled after their first results go on from there."""
     with subprocess.Popen(
         command(place / "suite.yml", tmp_path, "--executor", quick, "--cores", 2),
