@@ -14,7 +14,7 @@ EMBEDDED = ROOT / "results" / "embedded"
 # As many threads as there are workers' cores: one each. Read when torch is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What takes longest starts first, and beside it what mostly waits for a scheduler.
-FIRST = ("test_end_to_end.py", "test_cluster.py")
+FIRST = ("test_end_to_end.py", "test_own_site.py")
 # What a module says that stays in one worker.
 GROUP = "pytest.mark.xdist_group("
 # Neither a deadline nor the check for slow draws: both read the clock. Where a fixture is of one
