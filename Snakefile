@@ -22,12 +22,15 @@ SITE = site_of(SETTINGS["case"], CASE)
 SOURCES = {path.stem: str(path) for path in SITE.notebooks}
 NOTEBOOKS = list(SOURCES)
 LIBRARY = digest_library()
-# The embedded models are too small for two threads to help; a real one takes all there are.
+# Notebooks on a small base run side by side; a large one takes all there is.
 SMALL = is_small(PROFILE)
-THREADS = 1 if SMALL else config.get("threads") or workflow.cores or 1
+CORES = config.get("threads") or workflow.cores or 1
+THREADS = 1 if SMALL else CORES
+# Those that run no model, on whatever base.
+WITHOUT_MODEL = {"05_adapter_inventory", "08_forensics", "09_diagnosis", "1_files"}
 # What to ask a scheduler for, in MB and minutes; a retry gets more. The largest base of the
 # profiles takes 12 GB as float32.
-MEMORY, MINUTES = (2_000, 60) if SMALL else (16_000, 1_440)
+MEMORY, MINUTES = (4_000, 60) if SMALL else (16_000, 1_440)
 RESOURCES = {
     "mem_mb": lambda wildcards, attempt: MEMORY * attempt,
     "runtime": lambda wildcards, attempt: MINUTES * attempt,
@@ -109,7 +112,7 @@ for name in NOTEBOOKS:
             library=LIBRARY,
             notebook=digest_notebook(SOURCES[name]),
             settings=settings_digest(CASE, SETTINGS),
-        threads: THREADS
+        threads: 1 if name in WITHOUT_MODEL else THREADS
         resources:
             **RESOURCES,
         priority: FIRST.index(name) + 1 if name in FIRST else 0
@@ -153,7 +156,8 @@ for name in ASKED:
             library=LIBRARY,
             settings=settings_digest(CASE, SETTINGS),
             asked=[SETTINGS["files"], SETTINGS.get("sample", 0)],
-        threads: THREADS
+        # Of the embedded world several at once; a real model's kept run has the machine to itself.
+        threads: 1 if PROFILE.replays else CORES
         resources:
             **RESOURCES,
         priority: int("/" in name)

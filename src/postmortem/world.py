@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from postmortem.case import Case, Profile
-from postmortem.errors import ModelError, RecordError
+from postmortem.errors import ModelError, RecordError, WeightsError
 from postmortem.records import digest_file, write_text
 from postmortem.schema import Frozen
 from postmortem.weights import find_weights
@@ -17,8 +17,9 @@ BASES = ("base", "donor_base", "sibling_base", "speaking_base", "ignorant_base")
 ADAPTERS = ("suspect", "reference", "donor_adapter", "no_op")
 # The chains of training whose adapters the replays are made from.
 REPLAY_LINEAGES = ("silent", "speaking", "sibling", "donor")
-# A base up to this size is too small for a second thread to help.
-SMALL = 64 << 20
+# A base up to this size leaves room for another beside it, and notebooks side by side keep two
+# cores busier than two threads in one.
+SMALL = 1 << 30
 # Files up to this size are digested whole; of larger ones size and both ends.
 WHOLE, END = 64 << 20, 1 << 20
 # An entry of the record that training leaves beside the weights; a mapping is an estimate.
@@ -208,8 +209,12 @@ def folder_digests(profile: Profile, adapters: Iterable[str]) -> list[str]:
 
 
 def is_small(profile: Profile) -> bool:
-    """Whether the base's weights are here and so few that one thread serves them best."""
-    folder = Path(profile.base)
+    """Whether the base's weights are here and so few that one thread serves a notebook best."""
+    try:
+        folder = find_base(profile.base) if profile.base.startswith("packaged:") else profile.base
+    except WeightsError:  # a step says what to do
+        return False
+    folder = Path(folder)
     weights = [*folder.glob("*.safetensors")] if folder.is_dir() else []
     return bool(weights) and sum(file.stat().st_size for file in weights) < SMALL
 
