@@ -24,6 +24,7 @@ from postmortem.records import (
     Table,
     check_fresh,
     read_records,
+    stale,
     write_text,
 )
 from postmortem.world import digest_model, resolve_world
@@ -37,6 +38,10 @@ REMEDIES = {
     " place and run `make record PROFILE={profile}`.",
 }
 REMEDY = "Restore the file, or run `make record PROFILE={profile}` to make it again."
+# What is stale through the case is mended there.
+CASE_REMEDY = (
+    "Restore the file of the case, or run `make record PROFILE={profile}` with the new one."
+)
 # Log-odds that differ by more are other log-odds: rounding on another machine stays far below.
 LARGEST_GAP = 1e-3
 
@@ -126,6 +131,14 @@ def _check_inputs(file: RecordFile, case: Case, profile: str) -> None:
     else:  # of a real model the adapters alone are shipped
         adapters = {role: Path(name) for role, name in asked.all_adapters.items()}
         _check_members(file, adapters, remedy=remedy)
+    if made.digests["case"] != current["case"]:
+        # The shipped models were trained on the case's prompts.
+        first = "put what `make world` leaves in the models' place and " if asked.replays else ""
+        remedy = (
+            f"Restore the file of the case. For the new one, {first}"
+            f"run `make record PROFILE={profile}`."
+        )
+        raise stale(file, "case", current["case"], remedy=remedy)
     check_fresh(file, current, remedy=remedy)
 
 
