@@ -38,10 +38,6 @@ REMEDIES = {
     " place and run `make record PROFILE={profile}`.",
 }
 REMEDY = "Restore the file, or run `make record PROFILE={profile}` to make it again."
-# What is stale through the case is mended there.
-CASE_REMEDY = (
-    "Restore the file of the case, or run `make record PROFILE={profile}` with the new one."
-)
 # Log-odds that differ by more are other log-odds: rounding on another machine stays far below.
 LARGEST_GAP = 1e-3
 
