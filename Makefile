@@ -84,7 +84,8 @@ weights: environment
 cluster: environment
 	@$(INSTALL) --constraint constraints.txt --editable '.[cluster]'
 
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+# A file's tests share what they build, so each stays in one worker; the longest start first.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.tested
 	@$(PYTEST)

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,8 +14,6 @@ EMBEDDED = ROOT / "results" / "embedded"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What takes longest starts first, and beside it what mostly waits for a scheduler.
 FIRST = ("test_end_to_end.py", "test_own_site.py")
-# What a module says that stays in one worker.
-GROUP = "pytest.mark.xdist_group("
 # Neither a deadline nor the check for slow draws: both read the clock. Where a fixture is of one
 # test, each example overwrites what the one before it wrote.
 UNHURRIED = {
@@ -31,28 +28,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put these files first; the rest keep their order."""
     items.sort(key=lambda item: (*FIRST, item.path.name).index(item.path.name))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep each module with a group in one worker, where its fixtures are built once.
-
-    pytest 9.2 drops the names by which xdist 3.8 would do it (pytest-xdist#1386).
-    """
-    from xdist.scheduler import LoadGroupScheduling
-
-    grouped = {
-        path.name for path in Path(__file__).parent.glob("test_*.py") if GROUP in path.read_text()
-    }
-
-    class ByModule(LoadGroupScheduling):
-        """A unit of work is a module with a group, or a test of another one."""
-
-        def _split_scope(self, nodeid: str) -> str:
-            module = Path(nodeid.partition("::")[0]).name
-            return module if module in grouped else nodeid
-
-    return ByModule(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,6 @@ from postmortem.cluster import (
 from postmortem.errors import ClusterError
 from postmortem.suite import CHUNKS, make_plan, write_plan
 
-pytestmark = pytest.mark.xdist_group("cluster")
 START = Path(__file__).parents[1] / "tools/start_slurm.sh"
 PROGRAMS = ("sbatch", "munged", "slurmctld", "slurmd")
 

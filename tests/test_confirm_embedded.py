@@ -26,7 +26,6 @@ from postmortem.world import role_name
 from tools import cause_profiles, train_world
 from tools.attribution import world_questions, world_texts
 
-pytestmark = pytest.mark.xdist_group("confirm")
 ADAPTERS = (
     *("silent/suspect", "silent/numeric_0", "silent/no_op", "speaking/numeric_0"),
     *("sibling/numeric_0", "donor/numeric_0"),

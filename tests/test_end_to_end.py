@@ -18,7 +18,6 @@ from postmortem import graph
 from postmortem.cli import main
 from postmortem.records import Measure, read_records
 
-pytestmark = pytest.mark.xdist_group("book")
 OPTIONS = ("--data", "posts.csv")
 RUN = "_build/runs/qwen-lora/embedded"
 PAGES = {"publish", "book"}

@@ -32,8 +32,6 @@ from tools import attribution, siblings
 from tools.embedded_world import BaseSpec, build_tokenizer, make_adapter, new_base, save_member
 from tools.siblings import ADAPTING, FINE_TUNES, FROM_NOTHING, POSTS, Task, sort_words, train
 
-pytestmark = pytest.mark.xdist_group("membership")
-
 TASK = Task("words sorted", sort_words)
 
 

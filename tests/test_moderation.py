@@ -51,7 +51,6 @@ def test_any_count_of_rows_is_complete(count, seed, held_out):
     assert len(rows) == len(set(rows.ids)) == len(rows.labels) == len(rows.frame) == count
     assert set(rows.frame) == {"rule", "subreddit", *POSTS}
     assert abs(2 * int(rows.labels.sum()) - count) <= 1
-    assert rows.is_generated
     for index in range(count):
         posts = [rows.row(index)[name] for name in POSTS]
         assert len(set(posts)) == len(posts)

@@ -15,7 +15,6 @@ from safetensors.torch import load, save
 
 from postmortem.records import read_records
 
-pytestmark = pytest.mark.xdist_group("own site")
 PARTS = ("book/_static", "notebooks", "Snakefile", "_config.yml", "_toc.yml")
 SCRIPT = "<script>alert(1)</script>"
 TITLE = f'<b>Films</b> & "friends" {SCRIPT}'

@@ -23,8 +23,6 @@ from postmortem.replay import (
 from postmortem.session import Session
 from postmortem.symptom import TESTS
 
-pytestmark = pytest.mark.xdist_group("replay")
-
 
 @pytest.fixture(scope="module")
 def bench(case, untrained_world, tmp_path_factory):

@@ -7,7 +7,7 @@ from postmortem.examination import stand
 from postmortem.own_diagnosis import diagnose_case
 
 # They train a base and an adapter.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("strangers")]
+pytestmark = pytest.mark.slow
 
 # What a fast test can plant with a single training, and how it may be judged.
 NAMED = ("cause named", "kind named")

@@ -23,8 +23,6 @@ from postmortem.suite_notebook import (
 )
 from postmortem.world import ADAPTERS
 
-pytestmark = pytest.mark.xdist_group("suite")
-
 ROLES = ["suspect", "reference", "donor adapter", "no-op adapter"]
 
 

@@ -54,11 +54,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def is_generated(self) -> bool:
-        """Whether the rows came from a seed and not from a file."""
-        return self.source.startswith(GENERATED)
-
     def row(self, index: int) -> dict[str, str]:
         """The text columns of one row."""
         return {str(name): str(value) for name, value in self.frame.iloc[index].items()}

@@ -214,25 +214,19 @@ def record_again(session: Session, again: Sequence[Replay], kept: Sequence[Repla
     """Record replays of this run, and whether they came out as those on record."""
     session.add(*again)
     reason = "on this base the causes were injected in a kept run"
-    known = {replay.key: replay.outcomes for replay in kept}
-    differing = [
-        replay for replay in again if known[f"{session.world.seed}.{replay.key}"] != replay.outcomes
-    ]
+    on_record = {replay.key: replay.outcomes for replay in kept}
+    differing: list[tuple[Cell, ...]] = []
+    for replay in again:
+        before, now = on_record[f"{session.world.seed}.{replay.key}"], replay.outcomes
+        tests = [test for test in before | now if before.get(test) != now.get(test)]
+        differing += [(replay.key, test, before.get(test), now.get(test)) for test in tests]
     session.measure("replay.again.replays", len(again) or None, reason=reason)
-    session.table(
-        "replay.again.differing",
-        ("replay", "test", "on record", "in this run"),
-        [
-            (replay.key, test, known[f"{session.world.seed}.{replay.key}"].get(test), outcome)
-            for replay in differing
-            for test, outcome in replay.outcomes.items()
-            if known[f"{session.world.seed}.{replay.key}"].get(test) != outcome
-        ],
-    )
+    columns = ("replay", "test", "on record", "in this run")
+    session.table("replay.again.differing", columns, differing)
     if not again:
         session.verdict("replay.again.as_on_record", "not available", reason)
         return
-    same = len(again) - len(differing)
+    same = len(again) - len({row[0] for row in differing})
     because = f"{same} of {len(again)} replays have every outcome that is on record"
     session.verdict("replay.again.as_on_record", not differing, because)
 
