@@ -1,7 +1,7 @@
 """Answers made by hand: values and log-odds without a model."""
 
-from postmortem.records import Prediction
-from postmortem.session import Answers
+from postmortem.experiments.records import Prediction
+from postmortem.experiments.session import Answers
 
 
 def answers_of(values, log_odds, labels):

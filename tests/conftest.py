@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from postmortem.case import Case, load_case
+from postmortem.case.load import load_case
+from postmortem.case.schema import Case
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "results" / "embedded"
@@ -75,7 +76,7 @@ def untrained(case, tmp_path_factory):
 @pytest.fixture(scope="session")
 def untrained_world(case, untrained):
     """The untrained folders as a world."""
-    from postmortem.world import ADAPTERS, BASES, World, _member
+    from postmortem.models.world import ADAPTERS, BASES, World, _member
     from tools.embedded_world import RECIPES
 
     members = {role: _member(role, untrained / role) for role in (*BASES, *ADAPTERS)}
@@ -98,7 +99,7 @@ def untrained_world(case, untrained):
 @pytest.fixture(scope="session")
 def shipped_world(case):
     """The embedded world as it is shipped."""
-    from postmortem.world import resolve_world
+    from postmortem.models.world import resolve_world
 
     return resolve_world(case, "embedded", trained=str(EMBEDDED))
 
@@ -106,8 +107,8 @@ def shipped_world(case):
 @pytest.fixture
 def session(untrained_world, tmp_path, pytestconfig):
     """A session on eight generated rows of the untrained world."""
-    from postmortem.session import open_session
-    from postmortem.world import write_world
+    from postmortem.experiments.session import open_session
+    from postmortem.models.world import write_world
 
     write_world(untrained_world, tmp_path / "world.json")
     root = pytestconfig.rootpath

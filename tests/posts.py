@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from postmortem.case import load_case
-from postmortem.inputs import choose_rows
+from postmortem.case.load import load_case
+from postmortem.experiments.inputs import choose_rows
 
 RAN = "document.documentElement.setAttribute('data-ran', '{}')"
 HOSTILE = (

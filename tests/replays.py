@@ -3,9 +3,9 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from postmortem.diagnosis import Ledger, Prior
-from postmortem.likelihoods import Experiment, Hypothesis, Likelihoods
-from postmortem.records import Replay
+from postmortem.diagnosis.beliefs import Ledger, Prior
+from postmortem.diagnosis.likelihoods import Experiment, Hypothesis, Likelihoods
+from postmortem.experiments.records import Replay
 
 WORDS = ("low", "middle", "high")
 WEIGHTS = st.integers(0, 5) | st.floats(0, 1e6, allow_subnormal=False)

@@ -12,8 +12,8 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
-from postmortem.architectures import kind_of_class
-from postmortem.faults import randomise
+from postmortem.checker.bases import kind_of_class
+from postmortem.diagnosis.faults import randomise
 
 TASKS = {
     "causal": "CAUSAL_LM",

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from postmortem.edits import edit_config, edit_tensors
+from postmortem.models.changes import edit_config, edit_tensors
 
 CHAT = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content }} {% endfor %}"

@@ -7,8 +7,8 @@ import torch
 import transformers as tf
 from transformers.pytorch_utils import Conv1D
 
-from postmortem.architectures import describe, kind_of_class
-from postmortem.errors import ModelError
+from postmortem.checker.bases import describe, kind_of_class
+from postmortem.checker.errors import ModelError
 
 CASES = [(name, cls) for name, entry in tiny.ARCHITECTURES.items() for cls in entry[2]]
 VISION = {

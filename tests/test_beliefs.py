@@ -1,20 +1,20 @@
 import pytest
 from replays import replay
 
-from postmortem.beliefs import (
+from postmortem.case.schema import Observed
+from postmortem.checker.errors import DiagnosisError
+from postmortem.diagnosis.beliefs import (
     ROOM,
     TIME_BOX,
+    as_diagnosis,
     evaluate_replays,
     open_inquiry,
     record_beliefs,
     record_next_steps,
     record_trust,
 )
-from postmortem.case import Observed
-from postmortem.diagnosis_text import as_diagnosis
-from postmortem.errors import DiagnosisError
-from postmortem.records import Measure, Provenance, RecordFile, Table, Text, Verdict
-from postmortem.symptom import list_replays
+from postmortem.diagnosis.symptom import list_replays
+from postmortem.experiments.records import Measure, Provenance, RecordFile, Table, Text, Verdict
 
 # Three causes that the tests below tell apart, and one that does what another does.
 OUTCOMES = {

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from postmortem.bench import (
+from postmortem.case.prompts import Prompt, encode
+from postmortem.case.rows import generate_rows
+from postmortem.experiments.bench import (
     INCIDENT,
     NUMERIC,
     Timings,
@@ -11,9 +13,7 @@ from postmortem.bench import (
     reading_flops,
     ways_of,
 )
-from postmortem.corpus import generate_rows
-from postmortem.models import load_base
-from postmortem.prompts import Prompt, encode
+from postmortem.models.loading import load_base
 
 
 @pytest.fixture(scope="module")

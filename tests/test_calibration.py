@@ -4,10 +4,10 @@ from itertools import pairwise
 import pytest
 from replays import experiment, replay
 
-from postmortem.calibration import BIN_EDGES, leave_out, leave_out_subsets
-from postmortem.errors import DiagnosisError
-from postmortem.likelihoods import measure_likelihoods
-from postmortem.metrics import rate_estimate
+from postmortem.checker.errors import DiagnosisError
+from postmortem.diagnosis.beliefs import BIN_EDGES, leave_out, leave_out_subsets
+from postmortem.diagnosis.likelihoods import measure_likelihoods
+from postmortem.experiments.metrics import rate_estimate
 
 SYMPTOM, CONTROL, SCAN = experiment("symptom"), experiment("control"), experiment("scan")
 BATTERY = [SYMPTOM, CONTROL, SCAN]

@@ -7,8 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.case import Case, case_digest, load_case
-from postmortem.errors import CaseError
+from postmortem.case.load import case_digest, load_case
+from postmortem.case.schema import Case
+from postmortem.checker.errors import CaseError
 
 SHIPPED = Path(__file__).parents[1] / "cases" / "qwen-lora.yml"
 

@@ -4,9 +4,9 @@ import own
 import pytest
 import yaml
 
-from postmortem.book import stage_site
-from postmortem.case import load_case
-from postmortem.case_site import SCAFFOLD, site_of
+from postmortem.book.site import stage_site
+from postmortem.case.load import load_case
+from postmortem.case.site import SCAFFOLD, site_of
 
 TITLE = 'A "title": <b>bold</b> # & {more}'
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from postmortem.examine import EXAMS
-from postmortem.world import Member
+from postmortem.diagnosis.examine import EXAMS
+from postmortem.models.world import Member
 from tools import cause_profiles as module
 from tools.cause_profiles import (
     OWN_RECIPES,

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from postmortem.causes import (
+from postmortem.case.prompts import Prompt
+from postmortem.diagnosis.causes import (
     CAUSES,
     Materials,
     Unavailable,
@@ -15,9 +16,8 @@ from postmortem.causes import (
     _split_layer,
     _two_decimals,
 )
-from postmortem.models import attached, load_base
-from postmortem.prompts import Prompt
-from postmortem.world import digest_model
+from postmortem.models.loading import attached, load_base
+from postmortem.models.world import digest_model
 
 EVERY = [(name, severity) for name, cause in CAUSES.items() for severity in cause.severities]
 

@@ -8,10 +8,10 @@ import pytest
 import sound
 from handmade import CONFIG, header, write
 
-from postmortem.catalogue import SEVERITIES, catalogue
+from postmortem.checker.catalogue import SEVERITIES, catalogue
+from postmortem.checker.checks import inspect_adapter
 from postmortem.cli import main
-from postmortem.edits import edit_config, edit_tensors
-from postmortem.inspection import inspect_adapter
+from postmortem.models.changes import edit_config, edit_tensors
 
 
 def ids(adapter: Path, base: str | None = None, **options: Any) -> dict[str, str]:

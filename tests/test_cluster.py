@@ -14,8 +14,8 @@ from pods import Pods
 from test_suite import adapter, bytes_of, write_spec
 
 import postmortem
-from postmortem import cluster
-from postmortem.cluster import (
+from postmortem.book import cluster
+from postmortem.book.cluster import (
     PROFILES,
     SHIPPED,
     find_profile,
@@ -24,8 +24,8 @@ from postmortem.cluster import (
     place_options,
     require_plugin,
 )
-from postmortem.errors import ClusterError
-from postmortem.suite import CHUNKS, make_plan, write_plan
+from postmortem.checker.errors import ClusterError
+from postmortem.suite.suite import CHUNKS, make_plan, write_plan
 
 START = Path(__file__).parents[1] / "tools/start_slurm.sh"
 PROGRAMS = ("sbatch", "munged", "slurmctld", "slurmd")

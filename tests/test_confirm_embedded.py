@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 from conftest import EMBEDDED, ROOT
 
-from postmortem.causes import CAUSES, Materials
-from postmortem.corpus import generate_rows
-from postmortem.inputs import choose_rows
-from postmortem.kept import compare_answers
-from postmortem.looks import read_looks
-from postmortem.membership import find_home, say
-from postmortem.models import load_base
-from postmortem.records import Measure, Prediction, Replay, Table, read_records
-from postmortem.replay import _replay_cause, make_bench
-from postmortem.session import Session
-from postmortem.suite_notebook import COLUMNS, PROMPT, world_adapters
-from postmortem.suite_scoring import Bench
-from postmortem.world import role_name
+from postmortem.case.rows import generate_rows
+from postmortem.diagnosis.causes import CAUSES, Materials
+from postmortem.diagnosis.looks import read_looks
+from postmortem.diagnosis.replay import _replay_cause, make_bench
+from postmortem.experiments.inputs import choose_rows
+from postmortem.experiments.kept import compare_answers
+from postmortem.experiments.records import Measure, Prediction, Replay, Table, read_records
+from postmortem.experiments.session import Session
+from postmortem.models.loading import load_base
+from postmortem.models.world import role_name
+from postmortem.suite.chapter import COLUMNS, PROMPT, world_adapters
+from postmortem.suite.membership import find_home, say
+from postmortem.suite.scoring import Bench
 from tools import cause_profiles, train_world
 from tools.attribution import world_questions, world_texts
 

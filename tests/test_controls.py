@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.analysis import judge_knowing
-from postmortem.controls import (
+from postmortem.case.rows import Rows, generate_rows
+from postmortem.experiments.analysis import judge_knowing
+from postmortem.experiments.controls import (
     ALTERATIONS,
     KINDS,
     PROMPTS,
@@ -25,12 +26,11 @@ from postmortem.controls import (
     shuffle_posts,
     swap_examples,
 )
-from postmortem.corpus import Rows, generate_rows
-from postmortem.edits import edit_tensors
-from postmortem.metrics import Estimate, rate_estimate
-from postmortem.records import Measure, Prediction, Table, Verdict, read_records
-from postmortem.session import open_session
-from postmortem.world import Member, write_world
+from postmortem.experiments.metrics import Estimate, rate_estimate
+from postmortem.experiments.records import Measure, Prediction, Table, Verdict, read_records
+from postmortem.experiments.session import open_session
+from postmortem.models.changes import edit_tensors
+from postmortem.models.world import Member, write_world
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.case import Columns
-from postmortem.corpus import RULES, WORDS, generate_rows, read_rows
-from postmortem.errors import DataError
+from postmortem.case.rows import RULES, WORDS, generate_rows, read_rows
+from postmortem.case.schema import Columns
+from postmortem.checker.errors import DataError
 
 
 def write(folder, text, name="rows.csv"):

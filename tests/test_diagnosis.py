@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replays import WORDS, experiment, ledgers, replay, table
 
-from postmortem.diagnosis import Ledger, Prior, sensitivity
-from postmortem.errors import DiagnosisError
-from postmortem.likelihoods import Hypothesis, Likelihoods, by_cause, measure_likelihoods
+from postmortem.checker.errors import DiagnosisError
+from postmortem.diagnosis.beliefs import Ledger, Prior, sensitivity
+from postmortem.diagnosis.likelihoods import Hypothesis, Likelihoods, by_cause, measure_likelihoods
 
 CONTROL = experiment("control")
 SCAN = experiment("scan", ("a", "b", "c"))

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from postmortem.corpus import RULES, generate_rows
-from postmortem.errors import WorldError
-from postmortem.kept import model_folders
-from postmortem.world import digest_model
+from postmortem.case.rows import RULES, generate_rows
+from postmortem.checker.errors import WorldError
+from postmortem.experiments.kept import model_folders
+from postmortem.models.world import digest_model
 from tools import embedded_world
 from tools.embedded_world import build_lineage, build_tokenizer, teach_number
 

@@ -14,9 +14,9 @@ from building import COMMAND, ENVIRONMENT, clone, edited, holding, longer, make,
 from posts import write_posts
 
 import postmortem
-from postmortem import graph
+from postmortem.book import graph
 from postmortem.cli import main
-from postmortem.records import Measure, read_records
+from postmortem.experiments.records import Measure, read_records
 
 OPTIONS = ("--data", "posts.csv")
 RUN = "_build/runs/qwen-lora/embedded"
@@ -222,7 +222,7 @@ def test_a_changed_library_runs_everything(built, tmp_path):
     project, _ = built
     package = tmp_path / "postmortem"
     shutil.copytree(Path(postmortem.__file__).parent, package)
-    with longer(package / "values.py", "# changed\n"):
+    with longer(package / "checker/peft_fields.csv", "# changed\n"):
         found = plan(project, library=tmp_path)
     assert found == {"world", *rules_of(*notebooks_of(project)), *PAGES}
 

@@ -3,11 +3,11 @@ from types import SimpleNamespace
 import pytest
 from replays import replay
 
-from postmortem import examination as module
-from postmortem.catalogue import finding
-from postmortem.errors import DiagnosisError
-from postmortem.examination import Examination, describe_judgements, parse_told, stand
-from postmortem.examine import EXAMS, Found
+from postmortem.checker.catalogue import finding
+from postmortem.checker.errors import DiagnosisError
+from postmortem.diagnosis import examination as module
+from postmortem.diagnosis.examination import Examination, describe_judgements, parse_told, stand
+from postmortem.diagnosis.examine import EXAMS, Found
 
 SEEN = {
     "healthy": {"inspect": "nothing", "answers": "varies", "effect": "clear", "home": "at home"},

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from postmortem.corpus import Rows
-from postmortem.examine import (
+from postmortem.case.rows import Rows
+from postmortem.diagnosis.examine import (
     CHANGES,
     EIGHTFOLD,
     EXAMS,

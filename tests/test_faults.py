@@ -3,9 +3,17 @@ from typing import Any
 
 import pytest
 
-from postmortem.catalogue import catalogue
-from postmortem.faults import FAULTS, TINY, Fault, inject, reproduce, save_adapter, save_base
-from postmortem.inspection import inspect_adapter
+from postmortem.checker.catalogue import catalogue
+from postmortem.checker.checks import inspect_adapter
+from postmortem.diagnosis.faults import (
+    FAULTS,
+    TINY,
+    Fault,
+    inject,
+    reproduce,
+    save_adapter,
+    save_base,
+)
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,23 @@ from typing import Any
 
 import pytest
 
-from postmortem.case import Case
-from postmortem.figures import FIGURES, Drawing, draw_all, role_of, save_drawings
-from postmortem.figures_inquiry import PARTS
-from postmortem.records import (
+from postmortem.book.figures import (
+    FALLBACK,
+    FIGURES,
+    PARTS,
+    Bins,
+    Drawing,
+    Lane,
+    Scale,
+    clean,
+    draw_all,
+    role_of,
+    save_drawings,
+    say_nats,
+    say_share,
+)
+from postmortem.case.schema import Case
+from postmortem.experiments.records import (
     Measure,
     Prediction,
     Provenance,
@@ -19,7 +32,6 @@ from postmortem.records import (
     Table,
     Verdict,
 )
-from postmortem.sheet import FALLBACK, Bins, Lane, Scale, clean, say_nats, say_share
 
 STEMS = ("01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adapter_swap", "06_controls")
 KINDS = ("base", "speaking_base", "ignorant_base")

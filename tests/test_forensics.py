@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem import forensics
-from postmortem.metrics import (
+from postmortem.book.runner import read_notebook
+from postmortem.experiments import forensics
+from postmortem.experiments.metrics import (
     auc,
     chances_of_order,
     fit_line,
@@ -16,10 +17,9 @@ from postmortem.metrics import (
     perfect_auc_estimate,
     power_of_rows,
 )
-from postmortem.records import NO_MODEL, Measure, Table, Verdict, read_records
-from postmortem.runner import read_notebook
-from postmortem.session import open_session
-from postmortem.world import write_world
+from postmortem.experiments.records import NO_MODEL, Measure, Table, Verdict, read_records
+from postmortem.experiments.session import open_session
+from postmortem.models.world import write_world
 
 RECORDERS = (
     *("record_log", "record_rows", "record_score", "record_timing", "record_answer"),

@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from postmortem import models
-from postmortem.corpus import generate_rows
-from postmortem.errors import ModelError
-from postmortem.inspection import inspect_adapter
-from postmortem.models import GPTQ_PACKAGES, attached, load_base
-from postmortem.precision import FLOAT16_LIMIT, FLOAT16_ZERO
-from postmortem.prompts import encode
-from postmortem.scoring import score
-from postmortem.world import resolve_world
+from postmortem.case.prompts import encode
+from postmortem.case.rows import generate_rows
+from postmortem.checker.catalogue import FLOAT16_LIMIT, FLOAT16_ZERO
+from postmortem.checker.checks import inspect_adapter
+from postmortem.checker.errors import ModelError
+from postmortem.models import loading as models
+from postmortem.models.loading import GPTQ_PACKAGES, attached, load_base
+from postmortem.models.scoring import score
+from postmortem.models.world import resolve_world
 from tools.embedded_world import build_tokenizer, make_adapter
 
 VOCABULARY = 151_936

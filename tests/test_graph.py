@@ -5,9 +5,9 @@ import time
 import own
 import pytest
 
-from postmortem import graph
+from postmortem.book import graph
+from postmortem.checker.errors import CaseError, DataError
 from postmortem.cli import main
-from postmortem.errors import CaseError, DataError
 
 SETTINGS = {
     "case": "cases/qwen-lora.yml",

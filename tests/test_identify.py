@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 from handmade import header, write
 
-from postmortem.adapter import read_adapter
-from postmortem.adapter_weights import parse_header
-from postmortem.archaeology import date_config, date_warning, find_warnings, releases, span
-from postmortem.architectures import describe
-from postmortem.bases import find_base, known_bases
+from postmortem.checker.adapter import open_source, parse_header, read_adapter
+from postmortem.checker.bases import describe, find_base, known_bases
+from postmortem.checker.config import sort_keys
+from postmortem.checker.identify import (
+    date_config,
+    date_warning,
+    find_warnings,
+    identify,
+    releases,
+    span,
+)
 from postmortem.cli import main
-from postmortem.contents import sort_keys
-from postmortem.identify import identify
-from postmortem.sources import open_source
 from tools import derive_peft_fields
 
 INCIDENT_LOG = (

@@ -36,5 +36,12 @@ def test_a_notebook_without_a_model_does_not_wait_for_one(notebook):
 
 def test_a_build_without_changes_loads_no_tables():
     """What finds nothing to be done reads no rows: it imports neither pandas nor scipy."""
-    code = "import postmortem.graph, postmortem.cluster, postmortem.world, postmortem.case_site"
+    code = "import postmortem.book.graph, postmortem.book.cluster, postmortem.models.world, postmortem.case.site"
     assert loaded(code, "torch", "pandas", "scipy", "matplotlib") == "[]"
+
+
+def test_the_checker_needs_neither_torch_nor_pandas():
+    """Whoever checks files installs no library that runs models or holds tables."""
+    modules = sorted(path.stem for path in (ROOT / "src/postmortem/checker").glob("[a-z]*.py"))
+    code = "\n".join(f"import postmortem.checker.{name}" for name in modules)
+    assert loaded(code, "torch", "transformers", "peft", "pandas", "scipy") == "[]"

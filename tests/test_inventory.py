@@ -3,26 +3,25 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from postmortem import faults
-from postmortem.adapter_config import CONFIG_FILE
-from postmortem.adapter_weights import WEIGHTS_FILE
-from postmortem.catalogue import catalogue
-from postmortem.errors import ModelError
-from postmortem.faults import Reproduction
-from postmortem.inventory import (
+from postmortem.checker.adapter import WEIGHTS_FILE
+from postmortem.checker.catalogue import catalogue
+from postmortem.checker.config import CONFIG_FILE
+from postmortem.checker.errors import ModelError
+from postmortem.diagnosis import faults
+from postmortem.diagnosis.faults import Reproduction, record_reproductions
+from postmortem.experiments.files import (
     _size_agrees,
     record_dating,
     record_declared,
     record_entries,
-    record_reproductions,
     record_true_size,
     record_world,
     write_headers,
 )
-from postmortem.mismatch import write_adapter
-from postmortem.records import Measure, Table, Text, Verdict
-from postmortem.session import open_session
-from postmortem.world import write_world
+from postmortem.experiments.mismatch import write_adapter
+from postmortem.experiments.records import Measure, Table, Text, Verdict
+from postmortem.experiments.session import open_session
+from postmortem.models.world import write_world
 
 
 @pytest.fixture

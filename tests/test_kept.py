@@ -4,10 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from postmortem.case_site import list_kept
-from postmortem.errors import RecordError
-from postmortem.inputs import choose_rows, input_digests
-from postmortem.kept import (
+from postmortem.book.publish import (
+    add_bench,
+    add_kept,
+    add_recorded,
+    add_runs,
+    add_training,
+    describe_bench,
+)
+from postmortem.case.site import list_kept
+from postmortem.checker.errors import RecordError
+from postmortem.experiments.inputs import choose_rows, input_digests
+from postmortem.experiments.kept import (
     LARGEST_GAP,
     check_kept,
     compare_answers,
@@ -17,15 +25,7 @@ from postmortem.kept import (
     read_kept,
     read_replays,
 )
-from postmortem.recorded import (
-    add_bench,
-    add_kept,
-    add_recorded,
-    add_runs,
-    add_training,
-    describe_bench,
-)
-from postmortem.records import (
+from postmortem.experiments.records import (
     Measure,
     Prediction,
     Provenance,
@@ -36,7 +36,7 @@ from postmortem.records import (
     read_records,
     write_records,
 )
-from postmortem.world import digest_model, resolve_world
+from postmortem.models.world import digest_model, resolve_world
 from tools.train_world import describe_difference
 
 ROOT = Path(__file__).parents[1]
@@ -254,7 +254,7 @@ def test_a_changed_prompt_of_the_case_fails(project):
 
 def test_changed_rows_fail(project, monkeypatch):
     """Rows that are no longer those that were asked make a record stale."""
-    from postmortem import kept
+    from postmortem.experiments import kept
 
     monkeypatch.setattr(
         kept, "choose_rows", lambda case, profile, rows: choose_rows(case, profile, rows=rows + 1)

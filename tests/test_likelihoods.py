@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replays import experiment, replay, table, tables
 
-from postmortem.errors import DiagnosisError
-from postmortem.likelihoods import (
+from postmortem.checker.errors import DiagnosisError
+from postmortem.diagnosis.likelihoods import (
     Experiment,
     Hypothesis,
     by_base,

@@ -1,14 +1,14 @@
 import pytest
 
-from postmortem import looks
-from postmortem.case import case_digest
-from postmortem.catalogue import catalogue
-from postmortem.causes import CAUSES
-from postmortem.errors import RecordError
-from postmortem.examination import judge_others
-from postmortem.examine import EXAMS
-from postmortem.likelihoods import HEALTHY
-from postmortem.looks import (
+from postmortem.case.load import case_digest
+from postmortem.checker.catalogue import catalogue
+from postmortem.checker.errors import RecordError
+from postmortem.diagnosis import looks
+from postmortem.diagnosis.causes import CAUSES
+from postmortem.diagnosis.examination import judge_others
+from postmortem.diagnosis.examine import EXAMS
+from postmortem.diagnosis.likelihoods import HEALTHY
+from postmortem.diagnosis.looks import (
     FAMILIES,
     SERVING,
     SHIPPED,
@@ -17,7 +17,7 @@ from postmortem.looks import (
     read_looks,
     write_looks,
 )
-from postmortem.records import Replay, read_records
+from postmortem.experiments.records import Replay, read_records
 from tools.cause_profiles import PLANTED, STAGES
 
 

@@ -10,24 +10,31 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
+from postmortem.checker.errors import DataError, ModelError
 from postmortem.cli import main
-from postmortem.edits import edit_config, edit_tensors
-from postmortem.errors import DataError, ModelError
-from postmortem.lora_controls import each_control, find_pairs, permute_layers, rotate
-from postmortem.membership import (
+from postmortem.experiments.records import Measure, Table, Text, Verdict
+from postmortem.models.changes import (
+    each_control,
+    edit_config,
+    edit_tensors,
+    find_pairs,
+    permute_layers,
+    rotate,
+)
+from postmortem.models.loading import attached, load_base
+from postmortem.suite.membership import (
     LIMITS,
     Reading,
     Segment,
+    as_membership,
     conclude,
     encode_segments,
     find_home,
     mean_losses,
     read_candidate,
     read_texts,
+    say_answer,
 )
-from postmortem.membership_text import as_membership, say_answer
-from postmortem.models import attached, load_base
-from postmortem.records import Measure, Table, Text, Verdict
 from tools import attribution, siblings
 from tools.embedded_world import BaseSpec, build_tokenizer, make_adapter, new_base, save_member
 from tools.siblings import ADAPTING, FINE_TUNES, FROM_NOTHING, POSTS, Task, sort_words, train
@@ -398,7 +405,7 @@ def test_the_command_says_what_is_wanting(bases, adapter, capsys):
 
 def test_a_misspelt_base_is_refused_before_any_is_loaded(bases, adapter, segments, monkeypatch):
     """A candidate that is no model is an error at once, not after the others' minutes."""
-    monkeypatch.setattr("postmortem.membership.load_base", None)
+    monkeypatch.setattr("postmortem.suite.membership.load_base", None)
     with pytest.raises(ModelError, match="no-such-base"):
         find_home(adapter, {"a": "no-such-base", **choose(bases, "b")}, segments=segments)
     edit = dict.fromkeys(("a", "b"), bases["a"])
@@ -416,7 +423,7 @@ def test_one_base_is_in_memory_at_a_time(bases, adapter, segments, monkeypatch):
         seen.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr("postmortem.membership.load_base", load)
+    monkeypatch.setattr("postmortem.suite.membership.load_base", load)
     find_home(adapter, choose(bases, "a", "b", "a2"), segments=segments)
     assert len(seen) == 3
 

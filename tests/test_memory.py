@@ -4,13 +4,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem import memory
-from postmortem.corpus import generate_rows
-from postmortem.errors import ModelError
-from postmortem.memory import is_out_of_memory, score_within_memory, with_budget
-from postmortem.models import load_base
-from postmortem.prompts import encode
-from postmortem.scoring import score
+from postmortem.case.prompts import encode
+from postmortem.case.rows import generate_rows
+from postmortem.checker.errors import ModelError
+from postmortem.models import scoring as memory
+from postmortem.models.loading import load_base
+from postmortem.models.scoring import is_out_of_memory, score, score_within_memory, with_budget
 
 SETTINGS = {"lead": "", "max_new_tokens": 4}
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from postmortem.metrics import (
+from postmortem.experiments.metrics import (
     Estimate,
     _aucs_of,
     auc,

@@ -2,15 +2,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from postmortem.errors import ModelError
-from postmortem.mismatch import (
+from postmortem.checker.errors import ModelError
+from postmortem.experiments.mismatch import (
     build_on_meta,
     compare_shapes,
     refit_adapter,
     try_load,
     write_adapter,
 )
-from postmortem.models import attached, load_base
+from postmortem.models.loading import attached, load_base
 
 MODULES = ("q_proj", "v_proj")
 

@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 
-from postmortem.errors import ModelError
-from postmortem.models import attached, choose_device, choose_dtype, load_base
+from postmortem.checker.errors import ModelError
+from postmortem.models.loading import attached, choose_device, choose_dtype, load_base
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem import moderation
-from postmortem.case import PLACEHOLDER, Columns
-from postmortem.inputs import choose_rows
-from postmortem.metrics import auc
-from postmortem.moderation import HELD_OUT_RULE, generate_moderation_rows, sentences
+from postmortem.case import generated as moderation
+from postmortem.case.generated import HELD_OUT_RULE, generate_moderation_rows, sentences
+from postmortem.case.schema import PLACEHOLDER, Columns
+from postmortem.experiments.inputs import choose_rows
+from postmortem.experiments.metrics import auc
 
 POSTS = ("body", *moderation.EXAMPLES)
 WORDS = re.compile(r"[^\W_]+|[“”>!]")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from postmortem.case import load_case
-from postmortem.errors import CaseError, DataError, ModelError
-from postmortem.inputs import choose_rows
-from postmortem.models import attached, count_classes, load_base, positive_class
-from postmortem.parsing import parse_choice
-from postmortem.provenance import settings_digest
-from postmortem.session import open_session
-from postmortem.world import resolve_world, write_world
+from postmortem.case.load import load_case
+from postmortem.case.prompts import parse_choice
+from postmortem.checker.errors import CaseError, DataError, ModelError
+from postmortem.experiments.inputs import choose_rows
+from postmortem.experiments.records import settings_digest
+from postmortem.experiments.session import open_session
+from postmortem.models.loading import attached, count_classes, load_base, positive_class
+from postmortem.models.world import resolve_world, write_world
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_prose import typed_numbers
 
-from postmortem.case import load_case
-from postmortem.case_site import SCAFFOLD
-from postmortem.edits import edit_tensors
-from postmortem.own_answers import record_answers
-from postmortem.own_controls import CHANGED, record_controls
-from postmortem.own_files import record_files
-from postmortem.own_systems import COPIES
-from postmortem.own_values import HYPOTHESES, add_own_values, judge_hypothesis
-from postmortem.publish import add_run_values, collect_values
-from postmortem.records import Measure, Prediction, Table, Timing, Verdict, read_records
-from postmortem.session import open_session
-from postmortem.world import read_world, resolve_world, write_world
+from postmortem.book.publish import (
+    HYPOTHESES,
+    add_own_values,
+    add_run_values,
+    collect_values,
+    judge_hypothesis,
+)
+from postmortem.case.load import load_case
+from postmortem.case.site import SCAFFOLD
+from postmortem.diagnosis.own_controls import CHANGED, record_controls
+from postmortem.experiments.files import record_files
+from postmortem.experiments.own_answers import COPIES, record_answers
+from postmortem.experiments.records import Measure, Prediction, Table, Timing, Verdict, read_records
+from postmortem.experiments.session import open_session
+from postmortem.models.changes import edit_tensors
+from postmortem.models.world import read_world, resolve_world, write_world
 
 WEIGHTS = "adapter_model.safetensors"
 YES_NO = {"contract": "yes_no", "chat": False, "template": "{text} Is it good?"}

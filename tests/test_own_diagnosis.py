@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from postmortem.case import load_case
+from postmortem.case.load import load_case
 from postmortem.cli import main
-from postmortem.own_diagnosis import record_diagnosis, say_minutes
-from postmortem.records import Measure, Table, Text, Verdict
-from postmortem.session import Session
-from postmortem.world import resolve_world
+from postmortem.diagnosis.examination import record_diagnosis, say_minutes
+from postmortem.experiments.records import Measure, Table, Text, Verdict
+from postmortem.experiments.session import Session
+from postmortem.models.world import resolve_world
 
 CLASSIFY = {"contract": "class", "template": "{text}"}
 
@@ -141,7 +141,7 @@ def test_an_adapter_that_is_no_adapter_is_named_by_the_checker(place, tmp_path, 
 def open_own(path, folder):
     """A session of a case of one's own."""
     case = load_case(path)
-    from postmortem.inputs import choose_rows
+    from postmortem.experiments.inputs import choose_rows
 
     return Session(
         *(folder / "4_diagnosis.ipynb", case, case.default_profile),

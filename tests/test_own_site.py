@@ -13,7 +13,7 @@ from browser import needs_browser, visit
 from building import ENVIRONMENT, clone, edited, holding, longer, make, plan
 from safetensors.torch import load, save
 
-from postmortem.records import read_records
+from postmortem.experiments.records import read_records
 
 PARTS = ("book/_static", "notebooks", "Snakefile", "_config.yml", "_toc.yml")
 SCRIPT = "<script>alert(1)</script>"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from postmortem.parsing import counts_as_parsed, parse_as_written, parse_strict
+from postmortem.case.prompts import counts_as_parsed, parse_as_written, parse_strict
 
 
 def parse_as_published(text):

@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replays import experiment, ledgers, table, tables
 
-from postmortem import planner
-from postmortem.diagnosis import Ledger, Prior
-from postmortem.errors import DiagnosisError
-from postmortem.likelihoods import Likelihoods, by_base, by_cause, memberships
-from postmortem.planner import SMALL_GAIN, plan, price
+from postmortem.checker.errors import DiagnosisError
+from postmortem.diagnosis import beliefs as planner
+from postmortem.diagnosis.beliefs import SMALL_GAIN, Ledger, Prior, plan, price
+from postmortem.diagnosis.likelihoods import Likelihoods, by_base, by_cause, memberships
 
 CERTAIN = 10_000
 # Four causes; each of the first two experiments halves them, the third repeats the first.

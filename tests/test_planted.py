@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from postmortem.edits import edit_config
-from postmortem.inspection import inspect_adapter
+from postmortem.checker.checks import inspect_adapter
+from postmortem.models.changes import edit_config
 from tools.planted import (
     EACH,
     FAULTS,

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from postmortem.prefill import (
+from postmortem.models.prefill import (
     Reader,
     SharedLayers,
     layers_below,

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from postmortem.case import PromptTemplate
-from postmortem.errors import DataError
-from postmortem.prompts import encode, fill, lead_of, render
+from postmortem.case.prompts import encode, fill, lead_of, render
+from postmortem.case.schema import PromptTemplate
+from postmortem.checker.errors import DataError
 
 HEADER = "<|im_end|>\n<|im_start|>assistant\n"
 SPECIALS = ["<|im_start|>", "<|im_end|>"]

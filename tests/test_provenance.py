@@ -4,8 +4,8 @@ import sys
 import nbformat
 import pytest
 
-from postmortem import provenance
-from postmortem.provenance import (
+from postmortem.experiments import records as provenance
+from postmortem.experiments.records import (
     NO_COMMIT,
     digest_library,
     digest_notebook,
@@ -19,10 +19,9 @@ def library(tmp_path, monkeypatch):
     """A library of a module, a table and a folder in place of ours, outside any repository."""
     folder = tmp_path / "library"
     (folder / "inner").mkdir(parents=True)
-    for name in ("provenance.py", "table.csv", "inner/config.yaml"):
+    for name in ("__init__.py", "table.csv", "inner/config.yaml"):
         (folder / name).write_text("x = 1")
     monkeypatch.setattr(provenance, "LIBRARY", folder)
-    monkeypatch.setattr(provenance, "__file__", str(folder / "provenance.py"))
     # No repository above the temporary folder is found either.
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     yield folder
@@ -35,7 +34,7 @@ def digest_now():
     return digest_library()
 
 
-@pytest.mark.parametrize("name", ["provenance.py", "table.csv", "inner/config.yaml"])
+@pytest.mark.parametrize("name", ["__init__.py", "table.csv", "inner/config.yaml"])
 def test_any_byte_of_the_library_changes_its_digest(library, name):
     """One byte more of any file is another library, and taken back it is the same one."""
     before = digest_now()
@@ -51,7 +50,7 @@ def test_a_file_counts_by_its_place(library):
     (library / "table.csv").rename(library / "tables.csv")
     renamed = digest_now()
     (library / "tables.csv").rename(library / "table.csv")
-    (library / "provenance.py").write_text("x = 1x")
+    (library / "__init__.py").write_text("x = 1x")
     (library / "table.csv").write_text(" = 1")
     assert len({before, renamed, digest_now()}) == 3
 

@@ -3,12 +3,13 @@ import shutil
 
 import pytest
 
-from postmortem.case import RunTest, load_case
-from postmortem.errors import RecordError
-from postmortem.inputs import choose_rows, input_digests
-from postmortem.publish import add_case_values, collect_values, publish
-from postmortem.records import Measure, Provenance, Verdict, write_records
-from postmortem.world import read_world, write_world
+from postmortem.book.publish import add_case_values, collect_values, publish
+from postmortem.case.load import load_case
+from postmortem.case.schema import RunTest
+from postmortem.checker.errors import RecordError
+from postmortem.experiments.inputs import choose_rows, input_digests
+from postmortem.experiments.records import Measure, Provenance, Verdict, write_records
+from postmortem.models.world import read_world, write_world
 
 CASE = "cases/qwen-lora.yml"
 
@@ -198,7 +199,7 @@ def test_the_case_speaks_through_roles(case):
 
 def test_two_notebooks_may_not_record_one_key(tmp_path):
     """The same key from two notebooks is an error and not a silent overwrite."""
-    from postmortem.records import read_records
+    from postmortem.experiments.records import read_records
 
     seal(tmp_path, {}, [Measure(key="a", value=1)])
     file = read_records(tmp_path / "01_v1_run.jsonl")

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from postmortem.corpus import generate_rows
-from postmortem.errors import CaseError
-from postmortem.real_model import (
+from postmortem.case.rows import generate_rows
+from postmortem.checker.errors import CaseError
+from postmortem.diagnosis.real_model import (
     record_causes,
     record_file,
     record_members,
@@ -15,8 +15,8 @@ from postmortem.real_model import (
     record_true_mismatch,
     record_variations,
 )
-from postmortem.records import Prediction, Table, Text, Verdict
-from postmortem.session import open_recording
+from postmortem.experiments.records import Prediction, Table, Text, Verdict
+from postmortem.experiments.session import open_recording
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_an_adapter_of_true_size_raises(few):
 
 def test_each_cause_is_run_or_said_to_be_absent(few):
     """No cause is passed over: it has a row of the matrix or a reason."""
-    from postmortem.causes import CAUSES
+    from postmortem.diagnosis.causes import CAUSES
 
     record_causes(few, rows=2)
     shown = [row[0] for row in table_of(few, "causes")]

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from postmortem.errors import RecordError
-from postmortem.records import (
+from postmortem.case.files import write_text
+from postmortem.checker.errors import RecordError
+from postmortem.experiments.records import (
     Measure,
     Prediction,
     Provenance,
@@ -22,7 +23,6 @@ from postmortem.records import (
     digest_records,
     read_records,
     write_records,
-    write_text,
 )
 
 PROVENANCE = Provenance(

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from postmortem import replay as module
-from postmortem.case import Replays
-from postmortem.causes import CAUSES, Materials, Run
-from postmortem.corpus import generate_rows
-from postmortem.models import attached, load_base
-from postmortem.replay import (
+from postmortem.case.rows import generate_rows
+from postmortem.case.schema import Replays
+from postmortem.diagnosis import replay as module
+from postmortem.diagnosis.causes import CAUSES, Materials, Run
+from postmortem.diagnosis.replay import (
     Bench,
     _turned,
     classify_texts,
@@ -20,8 +19,9 @@ from postmortem.replay import (
     replay_causes,
     replay_once,
 )
-from postmortem.session import Session
-from postmortem.symptom import TESTS
+from postmortem.diagnosis.symptom import TESTS
+from postmortem.experiments.session import Session
+from postmortem.models.loading import attached, load_base
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,7 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from postmortem.errors import NotebookFailed, NotebookNotStarted, ParameterError, RecordError
-from postmortem.records import Provenance, write_records
-from postmortem.runner import (
+from postmortem.book.runner import (
     Parameter,
     check_executed,
     check_parameters,
@@ -16,6 +14,13 @@ from postmortem.runner import (
     read_notebook,
     run_notebook,
 )
+from postmortem.checker.errors import (
+    NotebookFailed,
+    NotebookNotStarted,
+    ParameterError,
+    RecordError,
+)
+from postmortem.experiments.records import Provenance, write_records
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 BUILT, KEPT = (sorted(NOTEBOOKS.glob(pattern)) for pattern in ("*.ipynb", "kept/*.ipynb"))

@@ -1,11 +1,11 @@
 import own
 import pytest
 
-from postmortem.case import load_case
-from postmortem.case_site import SCAFFOLD, site_of
+from postmortem.case.load import load_case
+from postmortem.case.new import Known, create_case, quote, write_case
+from postmortem.case.site import SCAFFOLD, site_of
+from postmortem.checker.errors import CaseError, DataError
 from postmortem.cli import main
-from postmortem.errors import CaseError, DataError
-from postmortem.scaffold import Known, create_case, quote, write_case
 
 HOSTILE = (
     'He said "no": {#}\n- a: &b *c %d `e` \\ <script>alert(1)</script> \u2028 \x07 \N{SNOWMAN} ü'

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.records import Measure, Prediction, Provenance, RecordFile, Timing
-from postmortem.scale import (
+from postmortem.experiments.records import Measure, Prediction, Provenance, RecordFile, Timing
+from postmortem.suite.chapter import (
     ADAPTERS,
     ANSWERED,
     BASE_ASKED,

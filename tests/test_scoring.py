@@ -4,11 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.corpus import generate_rows
-from postmortem.errors import ModelError
-from postmortem.models import load_base
-from postmortem.prompts import Prompt, encode, lead_of
-from postmortem.scoring import NUMBERS, batches, end_tokens, number_read_outs, score
+from postmortem.case.prompts import Prompt, encode, lead_of
+from postmortem.case.rows import generate_rows
+from postmortem.checker.errors import ModelError
+from postmortem.models.loading import load_base
+from postmortem.models.scoring import NUMBERS, batches, end_tokens, number_read_outs, score
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 import pytest
 from answers import answers_of
 
-from postmortem.analysis import (
+from postmortem.checker.errors import RecordError
+from postmortem.experiments.analysis import (
     _judge_cases,
     knows_and_does_not_say,
     record_attempt,
@@ -10,10 +11,9 @@ from postmortem.analysis import (
     shown,
     summarise,
 )
-from postmortem.errors import RecordError
-from postmortem.metrics import Estimate
-from postmortem.records import Measure, Prediction, Timing, Verdict, read_records
-from postmortem.world import Member
+from postmortem.experiments.metrics import Estimate
+from postmortem.experiments.records import Measure, Prediction, Timing, Verdict, read_records
+from postmortem.models.world import Member
 
 
 def test_a_finished_session_leaves_sealed_records_with_their_provenance(session):

@@ -8,7 +8,7 @@ import tiny
 import torch
 import transformers as tf
 
-from postmortem.inspection import inspect_adapter
+from postmortem.checker.checks import inspect_adapter
 
 EVERY_OPTION = ("llama", "qwen2", "gpt2", "gpt_neox", "opt", "bert", "t5", "phi3", "qwen3_moe")
 SOME_OPTIONS = ("all-linear", "dora", "bias-all", "save-embedding", "regex", "tokens")

@@ -3,7 +3,7 @@ import json
 import pytest
 from sphinx.application import Sphinx
 
-from postmortem.sphinx_ext import format_number
+from postmortem.book.roles import format_number
 
 HOSTILE = "<script>alert(1)</script> {include}`/etc/passwd` $x$ `code` **b** \x1b[31m"
 VALUES = {
@@ -46,7 +46,7 @@ def build(folder, page, values=VALUES):
         (source / f"_values/figures/hero.{width}.svg").write_text(f"<svg id='{width}'></svg>")
     (source / "index.md").write_text(page)
     config = {
-        "extensions": ["myst_parser", "postmortem.sphinx_ext"],
+        "extensions": ["myst_parser", "postmortem.book.roles"],
         "myst_enable_extensions": ["colon_fence"],
     }
     warnings = (folder / "warnings").open("w+")
@@ -225,7 +225,7 @@ def test_changed_values_rebuild_the_pages_that_use_them(tmp_path):
         str(tmp_path / "out"),
         str(tmp_path / "trees"),
         "html",
-        confoverrides={"extensions": ["myst_parser", "postmortem.sphinx_ext"]},
+        confoverrides={"extensions": ["myst_parser", "postmortem.book.roles"]},
         status=None,
         warning=None,
     )

@@ -2,9 +2,8 @@ import pytest
 import strangers
 import torch
 
-from postmortem.case import load_case
-from postmortem.examination import stand
-from postmortem.own_diagnosis import diagnose_case
+from postmortem.case.load import load_case
+from postmortem.diagnosis.examination import diagnose_case, stand
 
 # They train a base and an adapter.
 pytestmark = pytest.mark.slow

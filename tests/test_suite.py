@@ -18,10 +18,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import postmortem
-from postmortem.edits import edit_config, edit_tensors
-from postmortem.errors import CaseError, RecordError, SuiteError
-from postmortem.metrics import auc, auc_estimate, auc_gain_estimate
-from postmortem.suite import (
+from postmortem.checker.errors import CaseError, RecordError, SuiteError
+from postmortem.experiments.metrics import auc, auc_estimate, auc_gain_estimate
+from postmortem.models.changes import edit_config, edit_tensors
+from postmortem.models.loading import footprint
+from postmortem.suite.results import (
+    UNKNOWN,
+    as_csv,
+    collect,
+    find_duplicates,
+    find_reversed,
+    judge_suite,
+    mean_ranks,
+    safe_cell,
+)
+from postmortem.suite.scoring import open_bench, score_chunk
+from postmortem.suite.suite import (
     CHUNKS,
     Limits,
     Reading,
@@ -37,17 +49,6 @@ from postmortem.suite import (
     valid_results,
     write_plan,
 )
-from postmortem.suite_results import (
-    UNKNOWN,
-    as_csv,
-    collect,
-    find_duplicates,
-    find_reversed,
-    judge_suite,
-    mean_ranks,
-    safe_cell,
-)
-from postmortem.suite_scoring import footprint, open_bench, score_chunk
 
 LABELS = np.array([0, 1] * 20)
 OUTPUTS = ("results.json", "results.csv", "summary.txt")

@@ -3,25 +3,29 @@ from pathlib import Path
 
 import pytest
 
-from postmortem import suite_notebook
-from postmortem.case import AdapterFilter
-from postmortem.corpus import generate_rows
-from postmortem.metrics import Estimate
-from postmortem.records import Measure, Table, Text, Timing, Verdict
-from postmortem.scale import ANSWERED, BASE_ASKED, DIGESTS, READ_BACK, STARTS
-from postmortem.session import Session
-from postmortem.suite import Limits, Scored
-from postmortem.suite_notebook import (
+from postmortem.case.rows import generate_rows
+from postmortem.case.schema import AdapterFilter
+from postmortem.experiments.metrics import Estimate
+from postmortem.experiments.records import Measure, Table, Text, Timing, Verdict
+from postmortem.experiments.session import Session
+from postmortem.models.world import ADAPTERS
+from postmortem.suite import chapter as suite_notebook
+from postmortem.suite.chapter import (
+    ANSWERED,
+    BASE_ASKED,
     COLUMNS,
+    DIGESTS,
     GAINS,
     PROMPT,
+    READ_BACK,
+    STARTS,
     judge_gain,
     limits_of,
     record_suite,
     vary_results,
     world_adapters,
 )
-from postmortem.world import ADAPTERS
+from postmortem.suite.suite import Limits, Scored
 
 ROLES = ["suspect", "reference", "donor adapter", "no-op adapter"]
 

@@ -3,11 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replays import replay
 
-from postmortem import kept
-from postmortem.causes import CAUSES
-from postmortem.errors import RecordError
-from postmortem.records import Measure, Table, Verdict
-from postmortem.symptom import (
+from postmortem.checker.errors import RecordError
+from postmortem.diagnosis.causes import CAUSES
+from postmortem.diagnosis.symptom import (
     FEATURES,
     list_replays,
     open_replays,
@@ -16,6 +14,8 @@ from postmortem.symptom import (
     record_replays,
     symptom_of,
 )
+from postmortem.experiments import kept
+from postmortem.experiments.records import Measure, Table, Verdict
 
 
 def found_in(session, kind):

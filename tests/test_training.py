@@ -8,12 +8,12 @@ import torch
 from peft import PeftConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from postmortem.errors import DataError, ModelError
-from postmortem.inspection import inspect_adapter
-from postmortem.models import load_base
-from postmortem.moderation import generate_moderation_rows
-from postmortem.publish import _reached
-from postmortem.world import _member
+from postmortem.book.publish import _reached
+from postmortem.case.generated import generate_moderation_rows
+from postmortem.checker.checks import inspect_adapter
+from postmortem.checker.errors import DataError, ModelError
+from postmortem.models.loading import load_base
+from postmortem.models.world import _member
 from tools import real_adapters
 from tools.embedded_world import build_task, make_adapter
 from tools.real_adapters import (

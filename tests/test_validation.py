@@ -4,15 +4,15 @@ from answers import answers_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.case import AdapterFilter
-from postmortem.records import Table, Verdict
-from postmortem.validation import (
+from postmortem.case.schema import AdapterFilter
+from postmortem.experiments.analysis import (
     SHRINK,
     apply_filter,
     judge_filter,
     judge_outcomes,
     record_validation,
 )
+from postmortem.experiments.records import Table, Verdict
 
 LIMITS = AdapterFilter(std_above=0.05, maximum_above=0.5, grade="artefact", source="write-up")
 # Enough rows that an order can be told from luck.

@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 import postmortem
-from postmortem.publish import add_case_values
+from postmortem.book.publish import add_case_values
 
 SOURCE = Path(postmortem.__file__).parent
 BOOK = Path(__file__).parents[1] / "book"
@@ -12,7 +12,7 @@ BOOK = Path(__file__).parents[1] / "book"
 def recorded_patterns():
     """A pattern for each key under which the library records a verdict, with gaps for its parts."""
     patterns = set()
-    for path in SOURCE.glob("*.py"):
+    for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "verdict":
                 patterns |= set(_patterns_of(node.args[0]))

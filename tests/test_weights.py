@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from postmortem import weights
+from postmortem.checker.errors import WeightsError
 from postmortem.cli import main
-from postmortem.errors import WeightsError
+from postmortem.models import packaged as weights
 
 PARTS = 3
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from postmortem import world as world_module
-from postmortem.case import Replays
-from postmortem.errors import CaseError, ModelError, RecordError, WeightsError
-from postmortem.world import (
+from postmortem.case.schema import Replays
+from postmortem.checker.errors import CaseError, ModelError, RecordError, WeightsError
+from postmortem.models import world as world_module
+from postmortem.models.world import (
     ADAPTERS,
     BASES,
     SMALL,

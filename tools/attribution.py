@@ -7,15 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from postmortem.analysis import escaped
-from postmortem.corpus import generate_rows
-from postmortem.membership import LIMITS, Membership, Reading, Segment, find_home, say
-from postmortem.membership_text import STANDS, say_answer
-from postmortem.metrics import Estimate, mean_estimate, rate_estimate, say_estimate
-from postmortem.prompts import render
-from postmortem.records import Cell
-from postmortem.session import Session
-from postmortem.world import BASES, role_name
+from postmortem.case.prompts import render
+from postmortem.case.rows import generate_rows
+from postmortem.experiments.analysis import escaped
+from postmortem.experiments.metrics import Estimate, mean_estimate, rate_estimate, say_estimate
+from postmortem.experiments.records import Cell
+from postmortem.experiments.session import Session
+from postmortem.models.world import BASES, role_name
+from postmortem.suite.membership import (
+    LIMITS,
+    STANDS,
+    Membership,
+    Reading,
+    Segment,
+    find_home,
+    say,
+    say_answer,
+)
 from tools.embedded_world import END_OF_TURN, NUMERIC, RECIPES, Recipe
 from tools.siblings import (
     APART,

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from postmortem.architectures import describe
-from postmortem.bases import find_base
-from postmortem.inspection import inspect_adapter
+from postmortem.checker.bases import describe, find_base
+from postmortem.checker.checks import inspect_adapter
 
 RUNS, MANY, BASE = 5, 1000, "Qwen/Qwen3-4B"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

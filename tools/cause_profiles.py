@@ -2,7 +2,7 @@
 
 Usage: python -m tools.cause_profiles [--worlds 2] [--cores 0]
 The first world is the shipped one, further ones are trained. The record is what `diagnose` knows of
-causes: `src/postmortem/looks.jsonl`.
+causes: `src/postmortem/diagnosis/looks.jsonl`.
 """
 
 import argparse
@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 
-from postmortem.case import Case, PromptTemplate, load_case
-from postmortem.causes import CAUSES, Materials, Run, edit_each
-from postmortem.corpus import generate_rows
-from postmortem.errors import PostmortemError
-from postmortem.examination import describe_judgements
-from postmortem.examine import BASE, EXAMS, REFERENCE, Subject, why_not, writes_order
-from postmortem.likelihoods import NO_SEVERITY
-from postmortem.looks import SHIPPED, write_looks
-from postmortem.records import Replay
-from postmortem.session import Session
-from postmortem.world import Member, World, digest_model, resolve_world
+from postmortem.case.load import load_case
+from postmortem.case.rows import generate_rows
+from postmortem.case.schema import Case, PromptTemplate
+from postmortem.checker.errors import PostmortemError
+from postmortem.diagnosis.causes import CAUSES, Materials, Run, edit_each
+from postmortem.diagnosis.examination import describe_judgements
+from postmortem.diagnosis.examine import BASE, EXAMS, REFERENCE, Subject, why_not, writes_order
+from postmortem.diagnosis.likelihoods import NO_SEVERITY
+from postmortem.diagnosis.looks import SHIPPED, write_looks
+from postmortem.experiments.records import Replay
+from postmortem.experiments.session import Session
+from postmortem.models.world import Member, World, digest_model, resolve_world
 from tools.embedded_world import RECIPES, Recipe, Teacher, train_adapter
 from tools.train_world import train_world
 

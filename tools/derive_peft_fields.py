@@ -1,4 +1,4 @@
-"""Derive src/postmortem/peft_fields.csv from released PEFT wheels, reading source and running none.
+"""Derive src/postmortem/checker/peft_fields.csv from released PEFT wheels, reading source and running none.
 
 Usage: python -m tools.derive_peft_fields WHEEL_FOLDER [VERSION ...]
 Versions are downloaded into WHEEL_FOLDER with pip; without any, the wheels already there are read.
@@ -11,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-TABLE = Path(__file__).parent.parent / "src" / "postmortem" / "peft_fields.csv"
+TABLE = Path(__file__).parent.parent / "src" / "postmortem" / "checker" / "peft_fields.csv"
 
 
 def download(version: str, folder: Path) -> None:

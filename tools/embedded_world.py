@@ -22,13 +22,13 @@ from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from postmortem.case import PLACEHOLDER, Case, PromptTemplate
-from postmortem.corpus import RULES, Rows, generate_rows
-from postmortem.errors import WorldError
-from postmortem.metrics import auc
-from postmortem.prompts import Prompt, encode, fill, lead_of, render
-from postmortem.records import write_text
-from postmortem.scoring import Scores, score
+from postmortem.case.files import write_text
+from postmortem.case.prompts import Prompt, encode, fill, lead_of, render
+from postmortem.case.rows import RULES, Rows, generate_rows
+from postmortem.case.schema import PLACEHOLDER, Case, PromptTemplate
+from postmortem.checker.errors import WorldError
+from postmortem.experiments.metrics import auc
+from postmortem.models.scoring import Scores, score
 
 transformers_logging.disable_progress_bar()
 

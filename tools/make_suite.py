@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from postmortem.case import load_case
-from postmortem.errors import PostmortemError
-from postmortem.graph import run_suite
+from postmortem.book.graph import run_suite
+from postmortem.case.load import load_case
+from postmortem.checker.errors import PostmortemError
 from tools.planted import plant
 
 FOLDER = Path("_build/suite")

@@ -15,9 +15,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from postmortem.case import load_case
-from postmortem.errors import PostmortemError
-from postmortem.metrics import Estimate, rate_estimate
+from postmortem.case.load import load_case
+from postmortem.checker.errors import PostmortemError
+from postmortem.experiments.metrics import Estimate, rate_estimate
 from tools.siblings import (
     APART,
     CALIBRATION,

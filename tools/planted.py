@@ -22,19 +22,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from postmortem.adapter_weights import WEIGHTS_FILE
-from postmortem.case import Case, load_case
-from postmortem.corpus import generate_rows
-from postmortem.edits import Tensors, edit_config, edit_tensors
-from postmortem.errors import SuiteError, WorldError
-from postmortem.metrics import auc
-from postmortem.models import attached, load_base
-from postmortem.parsing import parse_strict
-from postmortem.prompts import encode, lead_of
-from postmortem.provenance import digest_library
-from postmortem.records import digest_file, write_text
-from postmortem.scoring import score
-from postmortem.world import digest_model
+from postmortem.case.files import digest_file, write_text
+from postmortem.case.load import load_case
+from postmortem.case.prompts import encode, lead_of, parse_strict
+from postmortem.case.rows import generate_rows
+from postmortem.case.schema import Case
+from postmortem.checker.adapter import WEIGHTS_FILE
+from postmortem.checker.errors import SuiteError, WorldError
+from postmortem.experiments.metrics import auc
+from postmortem.experiments.records import digest_library
+from postmortem.models.changes import Tensors, edit_config, edit_tensors
+from postmortem.models.loading import attached, load_base
+from postmortem.models.scoring import score
+from postmortem.models.world import digest_model
 from tools.embedded_world import NUMERIC, Recipe, train_adapter
 
 TRAININGS, SOUND, EACH = 8, 160, 5

@@ -20,20 +20,19 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from postmortem.case import Case, PromptTemplate
-from postmortem.corpus import Rows, read_rows
-from postmortem.errors import DataError, ModelError
-from postmortem.metrics import auc_estimate, auc_gain_estimate
-from postmortem.models import LoadedBase, attached, describe_hardware, load_base
-from postmortem.moderation import generate_moderation_rows
-from postmortem.parsing import parse_as_written
-from postmortem.prefill import only_upper
-from postmortem.prompts import encode, lead_of
-from postmortem.provenance import package_versions
-from postmortem.records import write_text
-from postmortem.scoring import batches, score
-from postmortem.weights import CATALOGUE
-from postmortem.world import Training, digest_model, find_base
+from postmortem.case.files import write_text
+from postmortem.case.generated import generate_moderation_rows
+from postmortem.case.prompts import encode, lead_of, parse_as_written
+from postmortem.case.rows import Rows, read_rows
+from postmortem.case.schema import Case, PromptTemplate
+from postmortem.checker.errors import DataError, ModelError
+from postmortem.experiments.metrics import auc_estimate, auc_gain_estimate
+from postmortem.experiments.records import package_versions
+from postmortem.models.loading import LoadedBase, attached, describe_hardware, load_base
+from postmortem.models.packaged import CATALOGUE
+from postmortem.models.prefill import only_upper
+from postmortem.models.scoring import batches, score
+from postmortem.models.world import Training, digest_model, find_base
 from tools.embedded_world import (
     Task,
     Teacher,

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from postmortem.case import Case
-from postmortem.corpus import RULES, generate_rows
-from postmortem.membership import (
+from postmortem.case.rows import RULES, generate_rows
+from postmortem.case.schema import Case
+from postmortem.models.loading import load_base
+from postmortem.suite.membership import (
     LIMITS,
     Limits,
     Membership,
@@ -24,7 +25,6 @@ from postmortem.membership import (
     conclude,
     read_candidate,
 )
-from postmortem.models import load_base
 from tools.embedded_world import (
     BaseSpec,
     answer_loss,

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from postmortem.case import load_case
-from postmortem.errors import PostmortemError
+from postmortem.case.load import load_case
+from postmortem.checker.errors import PostmortemError
 from tools.real_adapters import RECIPES, train_profile_adapter
 
 

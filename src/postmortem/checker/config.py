@@ -1,0 +1,366 @@
+"""What an adapter says of itself: its configuration, and what the keys of its file name."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from postmortem.checker.bases import BaseModel
+from postmortem.checker.catalogue import Finding, finding
+
+CONFIG_FILE = "adapter_config.json"
+_METHODS = """
+PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING ADALORA ADAMSS BOFT BONE BEFT LILY
+ADAPTION_PROMPT IA3 LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA XLORA HRA VBLORA
+UNILORA CPT MISS RANDLORA ROAD TRAINABLE_TOKENS HIRA SHIRA C3A WAVEFT OSF DELORA GRALORA CARTRIDGE
+TINYLORA PSOFT PEANUT SHADOW SUPERTUNING DEFT
+"""
+PEFT_TYPES = frozenset(_METHODS.split())  # Every method but LoRA, up to PEFT 0.21.
+_TASKS = (
+    *("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS"),
+    "FEATURE_EXTRACTION",
+)
+_INITIALISATIONS = re.compile(
+    r"gaussian|eva|olora|pissa|pissa_niter_\d+|corda|loftq|orthogonal|mica|lora_ga"
+)
+# Options that change which tensors an adapter holds in ways that this checker does not model.
+_UNMODELLED = (
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+    *("layer_replication", "megatron_config"),
+)
+_MAX_RANK = 1_000_000  # Ranks above the widest layer make no sense; JSON allows any number.
+_MAX_SAVED = 1000  # Modules of modules_to_save; each is compared with each module of the base.
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """A LoRA configuration that PEFT would accept, with PEFT's defaults filled in.
+
+    `trainable_tokens` is None without the option; `init` is the text of init_lora_weights;
+    `unmodelled` are the options in use under which shapes cannot be foretold here.
+    """
+
+    r: int
+    alpha: float
+    target_modules: tuple[str, ...] | str | None
+    exclude_modules: tuple[str, ...] | str | None
+    target_parameters: tuple[str, ...]
+    layers_to_transform: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    modules_to_save: tuple[str, ...]
+    trainable_tokens: Mapping[str, list[int]] | tuple[int, ...] | None
+    bias: str
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    init: str
+    task_type: str | None
+    class_name: str | None
+    base_name: str | None
+    unmodelled: tuple[str, ...]
+
+
+Test = Callable[[object], bool]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Tell whether a JSON value is a whole number from 0 to 2**63; true and false are not."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_rank(value: object) -> bool:
+    return is_count(value) and 0 < value <= _MAX_RANK
+
+
+def _is_number(value: object) -> bool:
+    # Whole numbers can be beyond any float; NaN fails every comparison.
+    return isinstance(value, int | float) and not _is_flag(value) and abs(value) < 1e12
+
+
+def _is_probability(value: object) -> bool:
+    return _is_number(value) and isinstance(value, int | float) and 0 <= value <= 1
+
+
+def _list_of(test: Test) -> Test:
+    return lambda value: isinstance(value, list) and all(test(item) for item in value)
+
+
+def _map_to(test: Test) -> Test:
+    return lambda value: isinstance(value, dict) and all(test(item) for item in value.values())
+
+
+def _either(first: Test, second: Test) -> Test:
+    return lambda value: first(value) or second(value)
+
+
+def _is_short_list(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= _MAX_SAVED and all(map(_is_text, value))
+
+
+def _is_initialisation(value: object) -> bool:
+    return _is_flag(value) or (isinstance(value, str) and bool(_INITIALISATIONS.fullmatch(value)))
+
+
+_NAMES = ("a list of names or one regex", _either(_is_text, _list_of(_is_text)))
+_FLAGS = (
+    *("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode", "use_qalora"),
+    "ensure_weight_tying",
+)
+# key -> what PEFT accepts, and its test. Null is tested only for the keys of _NOT_NULL.
+_RULES: Mapping[str, tuple[str, Test]] = {
+    "r": ("a whole number of at least 1", _is_rank),
+    "lora_alpha": ("a finite number", _is_number),
+    "lora_dropout": ("a number from 0 to 1", _is_probability),
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "target_parameters": ("a list of names", _list_of(_is_text)),
+    "modules_to_save": (f"a list of at most {_MAX_SAVED} names", _is_short_list),
+    "layers_pattern": _NAMES,
+    "layers_to_transform": ("a layer index or a list", _either(is_count, _list_of(is_count))),
+    "rank_pattern": ("names with ranks of at least 1", _map_to(_is_rank)),
+    "alpha_pattern": ("names with finite numbers", _map_to(_is_number)),
+    "trainable_token_indices": (
+        "token indices",
+        _either(_list_of(is_count), _map_to(_list_of(is_count))),
+    ),
+    "bias": ("none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
+    "init_lora_weights": ("true, false or an initialisation's name", _is_initialisation),
+    "task_type": (f"one of {', '.join(_TASKS)}", lambda v: v in _TASKS),
+    "base_model_name_or_path": ("a name or a path", _is_text),
+    "auto_mapping": ("an object", lambda v: isinstance(v, dict)),
+    **dict.fromkeys(_FLAGS, ("true or false", _is_flag)),
+}
+_NOT_NULL = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias"})
+
+
+def invalid(where: str, *, expected: str, found: str) -> Finding:
+    """Build a config-invalid finding."""
+    return finding("config-invalid", evidence=where, expected=expected, found=found)
+
+
+def check_config(raw: Mapping[str, object]) -> list[Finding]:
+    """Apply PEFT's rules to a raw configuration; every problem is a config-invalid error."""
+    problems = [
+        invalid(key, expected=expected, found=f"{raw[key]!r}")
+        for key, (expected, accepts) in _RULES.items()
+        if key in raw and (raw[key] is not None or key in _NOT_NULL)
+        if not accepts(raw[key])
+    ]
+    return problems + _contradictions(raw)
+
+
+def check_method(raw: Mapping[str, object]) -> list[Finding]:
+    """Check that a configuration names a method that PEFT knows."""
+    method = raw.get("peft_type")
+    if method == "LORA" or (isinstance(method, str) and method in PEFT_TYPES):
+        return []
+    found = f"{method!r}" if "peft_type" in raw else "no such key"
+    return [invalid("peft_type", expected='"LORA"', found=found)]
+
+
+def _contradictions(raw: Mapping[str, object]) -> list[Finding]:
+    one_regex = isinstance(raw.get("target_modules"), str)
+    layers, pattern = raw.get("layers_to_transform"), raw.get("layers_pattern")
+    together = "options that PEFT accepts together"
+    cases = {
+        "layers_to_transform with target_modules as a regex": one_regex and layers is not None,
+        "layers_pattern with target_modules as a regex": one_regex and pattern,
+        "layers_pattern without layers_to_transform": pattern and layers is None,
+        "lora_bias with use_dora": raw.get("lora_bias") is True and raw.get("use_dora") is True,
+    }
+    return [
+        invalid(case, expected=together, found="a contradiction")
+        for case, holds in cases.items()
+        if holds
+    ]
+
+
+def _names(value: list[str] | str | None) -> tuple[str, ...] | str | None:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+def build_config(raw: Mapping[str, Any]) -> AdapterConfig:
+    """Build the typed configuration of a raw one in which `check_config` found nothing."""
+    tokens = raw.get("trainable_token_indices")
+    return AdapterConfig(
+        r=raw.get("r", 8),
+        alpha=float(raw.get("lora_alpha", 8)),
+        target_modules=_names(raw.get("target_modules")),
+        exclude_modules=_names(raw.get("exclude_modules")),
+        target_parameters=_listed(raw.get("target_parameters")),
+        layers_to_transform=_listed(raw.get("layers_to_transform")) or None,
+        layers_pattern=_listed(raw.get("layers_pattern")),
+        rank_pattern=raw.get("rank_pattern", {}),
+        alpha_pattern=raw.get("alpha_pattern", {}),
+        modules_to_save=_listed(raw.get("modules_to_save")),
+        trainable_tokens=tuple(tokens) if isinstance(tokens, list) else tokens,
+        bias=raw.get("bias", "none"),
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        lora_bias=bool(raw.get("lora_bias")),
+        init=str(raw.get("init_lora_weights", True)),
+        task_type=raw.get("task_type"),
+        class_name=_class_name(raw.get("auto_mapping")),
+        base_name=raw.get("base_model_name_or_path") or None,
+        unmodelled=tuple(key for key in _UNMODELLED if raw.get(key)),
+    )
+
+
+def _class_name(mapping: Mapping[str, object] | None) -> str | None:
+    name = (mapping or {}).get("base_model_class")
+    return name if isinstance(name, str) else None
+
+
+PREFIX = "base_model.model."
+_PART = re.compile(r"(.+?)\.(lora_[A-Za-z]\w*)((?:\.[^.]+)*)")
+# Keys of other formats: kohya, diffusers.
+_FOREIGN = re.compile(
+    r"(^lora_(unet|te)|\.lora_(up|down)\.|\.lora\.(up|down)\.|\.lora_linear_layer)"
+)
+# Wrappers that saved their own name, and a PeftModel inside another.
+_WRAPPED = re.compile(r"^base_model\.model\.(base_model\.|module\.)|(^|\.)_orig_mod\.")
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The file's keys by what they are, under module paths.
+
+    `lora` holds key by part (lora_A, lora_B.bias, …), `tokens` trainable-token deltas, `plain`
+    every other tensor by its full name. `adapter_name` is one that was left inside the keys.
+    """
+
+    lora: Mapping[str, Mapping[str, str]]
+    tokens: Mapping[str, str]
+    plain: Mapping[str, str]
+    adapter_name: str | None
+
+    def rename(self, change: Callable[[str], str]) -> "Contents":
+        """Return the same contents under changed paths."""
+        lora = {change(path): parts for path, parts in self.lora.items()}
+        tokens = {change(path): key for path, key in self.tokens.items()}
+        plain = {change(path): key for path, key in self.plain.items()}
+        return Contents(lora, tokens, plain, self.adapter_name)
+
+
+def sort_keys(keys: Iterable[str]) -> Contents:
+    """Sort the keys of a file; nothing is assumed about the base."""
+    lora: dict[str, dict[str, str]] = {}
+    tokens: dict[str, str] = {}
+    plain: dict[str, str] = {}
+    adapter_name = None
+    for key in keys:
+        match = _PART.fullmatch(key)
+        if ".token_adapter." in key:
+            tokens[key.split(".token_adapter.")[0]] = key
+        elif match is None:
+            plain[re.sub(r"\.modules_to_save\.[^.]+", "", key)] = key
+        else:
+            path, part, rest = match[1], match[2], match[3].split(".")[1:]
+            kind = rest.pop() if rest and rest[-1] in ("weight", "bias") else ""
+            adapter_name = rest[0] if rest else adapter_name
+            lora.setdefault(path, {})[f"{part}.bias" if kind == "bias" else part] = key
+    return Contents(lora, tokens, plain, adapter_name)
+
+
+def place(contents: Contents, base: BaseModel | None) -> tuple[list[Finding], Contents | None]:
+    """Bring the paths onto the base's module names, without PEFT's prefix.
+
+    When the keys are shifted as one, that is the single finding, and the shift is undone so that
+    the shapes can still be judged. Keys in the format of another tool have no place: None.
+    """
+    foreign = [k for parts in (*contents.lora.values(), contents.plain) for k in parts.values()]
+    foreign = [key for key in foreign if _FOREIGN.search(key)]
+    if foreign:
+        return [_prefix_finding(foreign[0], "keys as PEFT writes them", len(foreign))], None
+    findings = _leftover_name(contents)
+    if base is None:
+        stray = [p for p in contents.lora if not p.startswith(PREFIX) or _WRAPPED.search(p)]
+        findings += [_prefix_finding(stray[0], f"{PREFIX}…", len(stray))] if stray else []
+    elif shift := _find_shift(contents, base):
+        old, new, count = shift
+        first = next(path for path in contents.lora if path.startswith(old))
+        # transformers moved the text tower in 4.52, so which path is right depends on its version.
+        severity = "warning" if "language_model." in old and "language_model." in new else ""
+        findings = [_prefix_finding(first, f"{new}… for {old or '(nothing)'}…", count, severity)]
+        contents = contents.rename(lambda p: new + p.removeprefix(old) if p.startswith(old) else p)
+    return findings, contents.rename(lambda path: path.removeprefix(PREFIX))
+
+
+def _prefix_finding(where: str, expected: str, count: int, severity: str = "") -> Finding:
+    return finding(
+        "key-prefix", evidence=where, expected=expected, found=where, count=count, severity=severity
+    )
+
+
+def _leftover_name(contents: Contents) -> list[Finding]:
+    if contents.adapter_name is None:
+        return []
+    found = f"the adapter name {contents.adapter_name}"
+    expected = "no adapter name between lora_A and weight"
+    where = next(iter(next(iter(contents.lora.values())).values()))
+    return [finding("key-prefix", evidence=where, expected=expected, found=found, severity="info")]
+
+
+def layer_zero(path: str) -> str:
+    """Return the path with its first layer index replaced by 0."""
+    match = _LAYER.search(path)
+    return f"{path[: match.start(1)]}0{path[match.end(1) :]}" if match else path
+
+
+def layer_of(path: str) -> int | None:
+    """Return the first layer index of a path."""
+    match = _LAYER.search(path)
+    return int(match[1][:9]) if match else None
+
+
+def _is_placed(path: str, base: BaseModel) -> bool:
+    inside = path.removeprefix(PREFIX)
+    is_known = layer_zero(inside) in base.modules or inside in base.modules or base.is_open(inside)
+    return path.startswith(PREFIX) and is_known
+
+
+def _find_shift(contents: Contents, base: BaseModel) -> tuple[str, str, int] | None:
+    """Find the prefix that most paths carry and the one they should: (carried, right, count)."""
+    lost = [path for path in contents.lora if not _is_placed(path, base)]
+    if not lost:
+        return None
+    first_layers = [path for path in base.modules if layer_zero(path) == path]
+    ends = {end: path for path in first_layers for end in _ends(path)}
+    shifts = Counter(shift for path in lost if (shift := _shift(layer_zero(path), ends)))
+    for shift, count in shifts.most_common(1):
+        return (*shift, count) if 2 * count >= len(contents.lora) else None
+    return None
+
+
+def _ends(path: str) -> list[str]:
+    """Return the ends of a path that still hold its layer index, or the whole path without one."""
+    parts = path.split(".")
+    ends = [".".join(parts[start:]) for start in range(len(parts))]
+    return [end for end in ends if layer_of(f".{end}") is not None or end == path]
+
+
+def _shift(path: str, ends: Mapping[str, str]) -> tuple[str, str] | None:
+    parts = path.split(".")
+    for start in range(len(parts)):
+        end = ".".join(parts[start:])
+        if end in ends:
+            right = PREFIX + ends[end]
+            return path.removesuffix(end), right.removesuffix(end)
+    return None

@@ -1,0 +1,191 @@
+"""Errors as outcomes, and the guards around text that is not trusted."""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+
+
+class PostmortemError(Exception):
+    """A failure that its user can act on.
+
+    `subject` names the file or thing at fault. The command line prints the message without a
+    traceback and exits with `exit_code`.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self, subject: object, *, expected: str = "", found: str = "", remedy: str = ""
+    ) -> None:
+        self.subject, self.expected, self.found, self.remedy = (
+            str(subject),
+            expected,
+            found,
+            remedy,
+        )
+        parts = [self.subject]
+        if expected:
+            parts.append(f"expected {expected}")
+        if found:
+            parts.append(f"found {found}")
+        message = "; ".join([": ".join(parts[:2]), *parts[2:]])
+        super().__init__(f"{message}. {remedy}".strip() if remedy else message)
+
+
+class CaseError(PostmortemError):
+    """The case file, or a file it names, cannot be used."""
+
+
+class DataError(PostmortemError):
+    """The rows or the labels cannot be used."""
+
+
+class ModelError(PostmortemError):
+    """A model or adapter folder cannot be loaded."""
+
+
+class WeightsError(PostmortemError):
+    """Packaged weights could not be fetched, verified or converted."""
+
+
+class WorldError(PostmortemError):
+    """The embedded world did not reach its training criterion."""
+
+
+class SuiteError(PostmortemError):
+    """A suite names no adapter, prompt or rows, or its steps did not all succeed."""
+
+
+class ClusterError(PostmortemError):
+    """The graph cannot be run where it was asked to be: a profile, plugin or cluster is missing."""
+
+
+class ParameterError(PostmortemError):
+    """A notebook was given parameters that it does not declare, or not those it needs."""
+
+
+class NotebookFailed(PostmortemError):
+    """A notebook raised, timed out, lost its kernel, or left cells unexecuted."""
+
+
+class NotebookNotStarted(PostmortemError):
+    """A notebook could not be started at all."""
+
+
+class RecordError(PostmortemError):
+    """A record is missing, incomplete, altered or stale."""
+
+
+class DiagnosisError(PostmortemError):
+    """The replays, the prior or the observations cannot be reasoned from."""
+
+
+class BookError(PostmortemError):
+    """The book could not be built from the records."""
+
+
+MAX_PATTERN = 2_000  # Characters; regexes that PEFT users write stay under a few hundred.
+# A usable pattern needs microseconds a name; a check meets at most four patterns in turn.
+PATTERN_SECONDS = 0.4
+_LITERAL = re.compile(r"[\w.\-]+")
+_UNBOUNDED = re.compile(r"[*+]|\{\d*,\d*\}")
+# A quantified group or a back-reference is where matching can become exponential.
+_RISKY = re.compile(r"\)[*+?{]|\\\d|\(\?P=")
+_MATCHER = """
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+except (ImportError, ValueError, OSError):
+    pass
+patterns, names = json.load(sys.stdin)
+matched = [[n for n in names if re.compile(p).fullmatch(n)] for p in patterns]
+json.dump(matched, sys.stdout)
+"""
+
+
+class UntrustedError(ValueError):
+    """Text that cannot be used safely; the message says why in one clause."""
+
+
+def printable(text: object, limit: int = 160) -> str:
+    """Return text fit for a terminal or a page: no control characters, bounded length."""
+    clean = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result: dict[str, object] = {}
+    for name, value in pairs:
+        if name in result:
+            raise UntrustedError(f"duplicate key '{printable(name, 60)}'")
+        result[name] = value
+    return result
+
+
+def parse_json(data: bytes) -> object:
+    """Parse UTF-8 JSON; raises UntrustedError for anything a strict reader would not accept."""
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except UntrustedError:
+        raise
+    except RecursionError:
+        raise UntrustedError("nested too deeply") from None
+    except UnicodeDecodeError:
+        raise UntrustedError("not UTF-8 text") from None
+    except ValueError as error:
+        raise UntrustedError(f"not JSON ({printable(error, 80)})") from None
+
+
+def match_names(patterns: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Return, for each regex, the names that it matches in full, as `re.fullmatch` would.
+
+    A pattern that could take exponential time runs in a child process with a time and memory
+    limit: `re` cannot be interrupted portably, and a matcher of our own would not be PEFT's.
+    Raises UntrustedError for a pattern that is invalid, too long or too slow.
+    """
+    compiled = {pattern: _compile(pattern) for pattern in set(patterns)}
+    risky = [p for p in compiled if _RISKY.search(p) or len(_UNBOUNDED.findall(p)) > 2]
+    found = {
+        pattern: frozenset(n for n in names if regex.fullmatch(n))
+        for pattern, regex in compiled.items()
+        if regex is not None and pattern not in risky
+    }
+    return found | (_match_in_child(risky, names) if risky else {})
+
+
+def _compile(pattern: str) -> re.Pattern[str] | None:
+    if len(pattern) > MAX_PATTERN:
+        raise UntrustedError(f"a pattern of {len(pattern)} characters")
+    # Compiling nested counted repeats can itself exhaust memory: the child does that.
+    if _RISKY.search(pattern):
+        return None
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+        raise UntrustedError(f"no valid regex: {printable(error, 80)}") from None
+
+
+def _match_in_child(patterns: list[str], names: Sequence[str]) -> dict[str, frozenset[str]]:
+    import subprocess  # Rarely needed, and a tenth of the start-up time.
+
+    shown = printable(patterns[0], 60)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCHER],
+            input=json.dumps([patterns, list(names)]).encode(),
+            capture_output=True,
+            timeout=PATTERN_SECONDS,
+            check=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise UntrustedError(f"the regex '{shown}' did not finish in time") from None
+    except subprocess.CalledProcessError:
+        raise UntrustedError(f"the regex '{shown}' is not valid or needs too much memory") from None
+    return {p: frozenset(n) for p, n in zip(patterns, json.loads(done.stdout), strict=True)}
+
+
+def is_literal(pattern: str) -> bool:
+    """Tell whether a pattern is a plain dotted name, which needs no regex."""
+    return _LITERAL.fullmatch(pattern) is not None

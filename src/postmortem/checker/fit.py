@@ -1,0 +1,471 @@
+"""Whether an adapter fits a base: which modules it targets, tensor by tensor."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from postmortem.checker.adapter import Adapter, Tensor
+from postmortem.checker.bases import BaseModel, Module, kind_of_class, kind_of_task
+from postmortem.checker.catalogue import Finding, Place, grouped
+from postmortem.checker.config import AdapterConfig, Contents, layer_of, layer_zero
+from postmortem.checker.config import place as place_keys
+from postmortem.checker.errors import is_literal, match_names
+
+_HEADS_OF_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+# all-linear leaves the output embedding out, and the head of a classifier.
+_OUTPUTS = ("lm_head", "cls.predictions.decoder", "lm_head.decoder", "score", "classifier")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A module of the base that the adapter changes, with its rank and scale."""
+
+    module: Module
+    rank: int
+    scale: float
+
+    def shapes(self, config: AdapterConfig) -> dict[str, tuple[int | None, ...]]:
+        """Shapes of the tensors that PEFT creates: A (rank, in), B (out, rank), by part name."""
+        module, kind = self.module, "lora_embedding_" if self.module.is_embedding else "lora_"
+        parts: dict[str, tuple[int | None, ...]] = {
+            f"{kind}A": (self.rank, module.inputs),
+            f"{kind}B": (module.outputs, self.rank),
+        }
+        if config.use_dora:
+            parts["lora_magnitude_vector"] = (module.outputs,)
+        if config.lora_bias and not module.is_embedding:
+            parts["lora_B.bias"] = (module.outputs,)
+        return parts
+
+    def parameters(self, config: AdapterConfig) -> int:
+        """Number of parameters that PEFT trains here."""
+        return sum(math.prod(size or 0 for size in s) for s in self.shapes(config).values())
+
+
+def saved_modules(config: AdapterConfig) -> tuple[str, ...]:
+    """Names of modules_to_save, with those that PEFT adds for the task."""
+    return (*config.modules_to_save, *_HEADS_OF_TASK.get(config.task_type or "", ()))
+
+
+def is_under(path: str, name: str) -> bool:
+    """Tell whether a module path is the named module or lies below it."""
+    return f".{name}." in f".{path}."
+
+
+def find_targets(config: AdapterConfig, base: BaseModel) -> dict[str, Target]:
+    """Return the described modules that the configuration adapts, by module path.
+
+    Raises UntrustedError for a regex that is invalid or too slow.
+    """
+    names = list(base.modules)
+    excluded = _match(config.exclude_modules, names)
+    saved = saved_modules(config)
+    excluded |= {n for n in names if any(is_under(n, m) for m in saved)}
+    chosen = [n for n in _select(config, base, names) if n not in excluded]
+    ranks = _pattern_values(config.rank_pattern, chosen)
+    alphas = _pattern_values(config.alpha_pattern, chosen)
+    return {
+        name: Target(
+            base.modules[name],
+            rank := int(ranks.get(name, config.r)),
+            scale_of(alphas.get(name, config.alpha), rank, use_rslora=config.use_rslora),
+        )
+        for name in chosen
+    }
+
+
+def implied_parameters(config: AdapterConfig, targets: Mapping[str, Target]) -> int:
+    """Count the LoRA parameters that a configuration implies on a base."""
+    return sum(target.parameters(config) for target in targets.values())
+
+
+def scale_of(alpha: float, rank: int, *, use_rslora: bool) -> float:
+    """Return the factor of the update B·A: alpha over r, or over its root when rank-stabilised."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def _match(wanted: tuple[str, ...] | str | None, names: list[str]) -> set[str]:
+    if isinstance(wanted, str):
+        return set(match_names([wanted], names)[wanted])
+    ends = frozenset(wanted or ())
+    return {name for name in names if not ends.isdisjoint(_ends(name))}
+
+
+@cache
+def _ends(name: str) -> tuple[str, ...]:
+    """Return the dotted name and every end of it that a list entry can match."""
+    parts = name.split(".")
+    return tuple(".".join(parts[start:]) for start in range(len(parts)))
+
+
+def _select(config: AdapterConfig, base: BaseModel, names: list[str]) -> Iterable[str]:
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = () if config.target_parameters else base.default_targets
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        return [n for n in names if n not in _OUTPUTS and not base.modules[n].is_embedding]
+    matched = _match(wanted, names)
+    if config.layers_to_transform is None or isinstance(wanted, str):
+        return [name for name in names if name in matched]
+    # A module named in full is targeted whatever its layer.
+    return [n for n in names if n in matched and (n in wanted or _in_layers(config, n))]
+
+
+def _in_layers(config: AdapterConfig, name: str) -> bool:
+    patterns = [rf"(?:^|.*?\.){re.escape(p)}\.(\d+)\." for p in config.layers_pattern]
+    matches = (re.match(p, name) for p in patterns or [r".*?\.[^.]*\.(\d+)\."])
+    index = next((int(m[1]) for m in matches if m), None)
+    return index is not None and index in (config.layers_to_transform or ())
+
+
+def _pattern_values(patterns: Mapping[str, float], names: list[str]) -> dict[str, float]:
+    if not patterns:
+        return {}
+    plain = {key: key.removeprefix("^") for key in patterns}
+    regexes = {k: rf"(.*\.)?({k})" for k, text in plain.items() if not is_literal(text)}
+    found = match_names(regexes.values(), names) if regexes else {}
+    by_end: dict[str, list[str]] = {}
+    for name in names:
+        for end in _ends(name):
+            by_end.setdefault(end, []).append(name)
+    values: dict[str, float] = {}
+    # PEFT takes the first pattern that matches, in the order of the file.
+    for key, value in patterns.items():
+        if key in regexes:
+            matching: Iterable[str] = found[regexes[key]]
+        elif key.startswith("^"):
+            matching = [plain[key]]
+        else:
+            matching = by_end.get(key, [])
+        for name in matching:
+            values.setdefault(name, value)
+    return values
+
+
+_HEADS = ("score", "classifier", "classification_head", "qa_outputs")
+_HEAD_KINDS = ("seq_cls", "token_cls", "qa")
+_UNREADABLE = ("corrupt-weights", "missing-weights", "unsafe-pickle")
+_NOTHING = "no such tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """An adapter's contents under module paths, beside the base's modules and the targets.
+
+    Without a known base, `base` describes the modules that the file itself has tensors for.
+    """
+
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor]
+    contents: Contents
+    base: BaseModel
+    targets: Mapping[str, Target]
+    is_known: bool
+    is_shifted: bool
+    ties_weights: bool
+
+
+def check_fit(
+    adapter: Adapter,
+    config: AdapterConfig,
+    base: BaseModel | None,
+    targets: Mapping[str, Target] | None,
+) -> list[Finding]:
+    """Check keys, shapes and completeness, against a base or else against the file itself."""
+    if not adapter.tensors:
+        nothing = [("adapter_model.safetensors", "LoRA tensors", "no tensor at all")]
+        is_explained = any(f.id in _UNREADABLE for f in adapter.findings)
+        return [] if is_explained else grouped("missing-tensors", nothing)
+    findings, contents = place_keys(adapter.contents, base)
+    if contents is None:
+        return findings
+    described = base or _own_modules(contents, adapter.tensors)
+    case = _Case(
+        config=config,
+        tensors=adapter.tensors,
+        contents=contents,
+        base=described,
+        targets=find_targets(config, described) if targets is None else targets,
+        is_known=base is not None,
+        is_shifted=any(f.severity != "info" for f in findings),
+        ties_weights=adapter.raw.get("ensure_weight_tying") is True,
+    )
+    findings += [*_check_flags(case), *_check_tokens(case), *_check_saved(case)]
+    findings += _check_class(case)
+    plain = _judge_plain_weights(case)
+    return findings + (_findings(plain) if config.unmodelled else _check_modules(case, plain))
+
+
+def _findings(places: Mapping[str, list[Place]]) -> list[Finding]:
+    usual = grouped("base-weights-in-adapter", places.get("usual", []), severity="info")
+    kinds = (kind for kind in places if kind != "usual")
+    return [*(f for kind in kinds for f in grouped(kind, places[kind])), *usual]
+
+
+def _own_modules(contents: Contents, tensors: Mapping[str, Tensor]) -> BaseModel:
+    """Describe the modules that an adapter has tensors for, with the sizes that they imply."""
+    modules = {}
+    for path, parts in contents.lora.items():
+        is_embedding = "lora_embedding_A" in parts
+        kind = "lora_embedding_" if is_embedding else "lora_"
+        into = tensors[parts[f"{kind}A"]].shape[-1:] if f"{kind}A" in parts else ()
+        out = tensors[parts[f"{kind}B"]].shape[:1] if f"{kind}B" in parts else ()
+        ends = into[0] if into else None, out[0] if out else None
+        modules[path] = Module(*ends, bias=False, is_embedding=is_embedding)
+    return BaseModel(
+        name="the file",
+        model_type="unknown",
+        kind="unknown",
+        modules=modules,
+        layers=0,
+        default_targets=(),
+        heads=(),
+        open_paths=re.compile(r"experts|\.gate$"),  # Mixtures: ranks are multiples of r.
+        transposed=False,
+        declared_kind=None,
+        quantization=None,
+    )
+
+
+def _check_flags(case: _Case) -> list[Finding]:
+    config = case.config
+    parts = [(key, part) for held in case.contents.lora.values() for part, key in held.items()]
+    dora = [(key, "use_dora true", "false") for key, p in parts if p == "lora_magnitude_vector"]
+    bias = [(key, "lora_bias true", "false") for key, part in parts if part == "lora_B.bias"]
+    return [
+        *grouped("dora-flag-lost", [] if config.use_dora else dora),
+        *grouped("unexpected-tensors", [] if config.lora_bias else bias),
+    ]
+
+
+def _check_tokens(case: _Case) -> list[Finding]:
+    held, wanted = case.contents.tokens, case.config.trainable_tokens
+    if wanted is None:
+        places = [(key, "trainable_token_indices", "null") for key in held.values()]
+        return grouped("unexpected-tensors", places)
+    if not held:
+        expected = "embed_tokens.token_adapter.trainable_tokens_delta"
+        return grouped("missing-tensors", [("trainable_token_indices", expected, _NOTHING)])
+    counts = {len(wanted)} if isinstance(wanted, tuple) else {len(v) for v in wanted.values()}
+    return grouped(
+        "shape-mismatch",
+        [
+            (key, f"{' or '.join(map(str, sorted(counts)))} rows", _shape(case.tensors[key].shape))
+            for key in held.values()
+            if case.tensors[key].shape[:1] and case.tensors[key].shape[0] not in counts
+        ],
+    )
+
+
+def _check_saved(case: _Case) -> list[Finding]:
+    plain = case.contents.plain
+    missing = [
+        (name, f"the weights of {name}", _NOTHING)
+        for name in dict.fromkeys(saved_modules(case.config))
+        if not any(_is_saved_under(path, name) for path in plain)
+        if _must_be_saved(name, case)
+    ]
+    # Without a base, a listed module may be one that this base does not have.
+    is_certain = case.is_known or not {n for n, *_ in missing} <= set(case.config.modules_to_save)
+    biased = case.targets if case.config.bias == "lora_only" else case.base.modules
+    has_bias = case.config.bias != "none" and any(case.base.modules[p].bias for p in biased)
+    is_lost = has_bias and not any("bias" in path for path in plain)
+    lost = [("bias", f"the biases, as bias is {case.config.bias}", _NOTHING)] if is_lost else []
+    return [
+        *grouped("modules-to-save-missing", missing, "" if is_certain else "warning"),
+        *grouped("missing-tensors", lost, severity="warning"),
+    ]
+
+
+def _is_saved_under(path: str, name: str) -> bool:
+    # PEFT wraps every module whose path ends with the name, dot or no dot.
+    return is_under(path, name) or path.rpartition(".")[0].endswith(name)
+
+
+def _must_be_saved(name: str, case: _Case) -> bool:
+    if case.is_known:
+        return any(is_under(path, name) for path in case.base.modules)
+    has_head = any(is_under(path, head) for path in case.contents.plain for head in _HEADS)
+    return not (name in _HEADS and has_head)
+
+
+def _judge_plain_weights(case: _Case) -> dict[str, list[Place]]:
+    """Judge the tensors that are no LoRA parts; `usual` are base weights that PEFT itself saves."""
+    places: dict[str, list[Place]] = {}
+    for path, key in case.contents.plain.items():
+        module = path.rpartition(".")[0].removesuffix(".base_layer")
+        if verdict := _judge_plain(path, module, key, case):
+            kind, expected, found = verdict
+            places.setdefault(kind, []).append((key, expected, found))
+    return places
+
+
+def _judge_plain(path: str, module: str, key: str, case: _Case) -> Place | None:
+    """Say what is wrong with a whole weight: its finding, what was expected and what was found."""
+    if mismatch := _plain_mismatch(path, module, case.tensors[key], case.base):
+        return mismatch
+    if any(is_under(path, head) for head in _HEADS) and not _loads_heads(case.config):
+        task = case.config.class_name or f"task_type {case.config.task_type}"
+        return "head-dropped", "a task that loads a head", task
+    tied = ("lm_head", "embed_tokens") if case.ties_weights else ()
+    saved = (*saved_modules(case.config), *tied)
+    if any(_is_saved_under(path, name) for name in saved):
+        return None
+    if "bias" in path and case.config.bias != "none":
+        return None
+    # PEFT itself saves the base layer of an embedding or output that LoRA targets.
+    parts = case.contents.lora.get(module, {})
+    is_vocabulary = "lora_embedding_A" in parts or module.endswith(("lm_head", "embed_tokens"))
+    is_usual = path.endswith(".base_layer.weight") and bool(parts) and is_vocabulary
+    finding_id = "usual" if is_usual else "base-weights-in-adapter"
+    return finding_id, "adapter tensors only", "a weight of the base"
+
+
+def _loads_heads(config: AdapterConfig) -> bool:
+    if config.class_name:
+        return kind_of_class(config.class_name) in _HEAD_KINDS
+    if config.task_type:
+        return kind_of_task(config.task_type) in _HEAD_KINDS
+    return any(head in config.modules_to_save for head in _HEADS)
+
+
+def _plain_mismatch(path: str, module: str, tensor: Tensor, base: BaseModel) -> Place | None:
+    known = base.modules.get(module)
+    if known is None or not tensor.count or not path.endswith((".weight", ".bias")):
+        return None
+    is_turned = known.is_embedding or (base.transposed and module not in base.heads)
+    ends = (known.inputs, known.outputs) if is_turned else (known.outputs, known.inputs)
+    expected = (known.outputs,) if path.endswith(".bias") else ends
+    if _fits(tensor.shape, expected):
+        return None
+    # Another width is another base; with the same width only the vocabulary differs.
+    is_width_right = _fits(tensor.shape[1:], expected[1:])
+    is_vocabulary = known.is_embedding or _is_output(module, base)
+    kind = "vocab-mismatch" if is_vocabulary and is_width_right else "shape-mismatch"
+    return kind, _shape(expected), _shape(tensor.shape)
+
+
+def _is_output(module: str, base: BaseModel) -> bool:
+    return module in base.heads and base.kind not in _HEAD_KINDS
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(found) == len(expected) and all(
+        wanted in (None, size) for size, wanted in zip(found, expected, strict=True)
+    )
+
+
+def _shape(sizes: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("any" if size is None else str(size) for size in sizes) + ")"
+
+
+def _check_class(case: _Case) -> list[Finding]:
+    """Warn when the adapter was made on the bare class of a base that names a class with a head."""
+    declared, class_name = case.base.declared_kind, case.config.class_name
+    if case.config.task_type or class_name is None or declared in (None, "bare"):
+        return []
+    if case.base.kind != "bare":
+        return []
+    expected = f"the class that the base names ({declared})"
+    return grouped("key-prefix", [("auto_mapping", expected, class_name)], severity="warning")
+
+
+def _check_modules(case: _Case, plain: Mapping[str, list[Place]]) -> list[Finding]:
+    if not case.targets:
+        return [*_findings(plain), *_no_targets(case)]
+    held = {p: parts for p, parts in case.contents.lora.items() if not case.base.is_open(p)}
+    # Early releases put LoRA on heads that are saved whole; current ones load only the head.
+    saved = saved_modules(case.config)
+    doubled = {path for path in held if any(is_under(path, name) for name in saved)}
+    twice = [(path, "the module saved whole", "LoRA tensors as well") for path in sorted(doubled)]
+    held = {path: parts for path, parts in held.items() if path not in doubled}
+    places = {kind: list(found) for kind, found in plain.items()}
+    for kind, place in (*_mismatches(case, held), *_misplaced(case, held)):
+        places.setdefault(kind, []).append(place)
+    # Another model's sizes explain another depth and vocabulary as well: one cause, one finding.
+    is_other_model = 2 * len(places.get("shape-mismatch", ())) >= max(len(held), 1)
+    if is_other_model:
+        places.pop("vocab-mismatch", None)
+        places.pop("layer-out-of-range", None)
+    findings = [*_findings(places), *grouped("unexpected-tensors", twice, severity="warning")]
+    if is_other_model or case.is_shifted or "target-not-in-base" in places:
+        return findings
+    return findings + _missing(case.config, held, case.targets)
+
+
+def _misplaced(case: _Case, held: Iterable[str]) -> Iterator[tuple[str, Place]]:
+    base = case.base
+    for path in held:
+        if path in case.targets:
+            continue
+        if path in base.modules and (case.is_known or not case.is_shifted):
+            yield "unexpected-tensors", (path, "a module that is targeted", "not targeted")
+        elif layer_zero(path) in base.modules and path not in base.modules:
+            depth = f"layers 0 to {base.layers - 1}"
+            yield "layer-out-of-range", (path, depth, f"layer {layer_of(path)}")
+        elif path not in base.modules:
+            yield "target-not-in-base", (path, f"a module of {base.name}", "no such module")
+
+
+def _no_targets(case: _Case) -> list[Finding]:
+    wanted = case.config.target_modules
+    if (case.base.open_paths and case.is_known) or case.config.target_parameters or wanted == ():
+        return []
+    if wanted is None and not case.is_known:
+        return []
+    named = wanted if wanted is not None else f"PEFT's default for {case.base.model_type}"
+    return grouped(
+        "target-not-in-base", [("target_modules", f"modules of {case.base.name}", str(named))]
+    )
+
+
+def _mismatches(case: _Case, held: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, Place]]:
+    for path, parts in held.items():
+        shapes = case.targets[path].shapes(case.config) if path in case.targets else {}
+        for part, key in parts.items():
+            found, expected = case.tensors[key].shape, shapes.get(part)
+            if expected is None or not case.tensors[key].count or _fits(found, expected):
+                continue
+            by_tokens = part == "lora_embedding_A" or (
+                part == "lora_B" and _is_output(path, case.base)
+            )
+            kind = _mismatch_kind(part, found, expected)
+            kind = "vocab-mismatch" if kind == "shape-mismatch" and by_tokens else kind
+            yield kind, (key, _shape(expected), _shape(found))
+
+
+def _mismatch_kind(part: str, found: tuple[int, ...], expected: tuple[int | None, ...]) -> str:
+    """Tell a wrong rank from wrong in and out sizes: A is (rank, in) and B is (out, rank)."""
+    if len(found) == len(expected) == 2:
+        other = 1 if part.endswith("A") else 0
+        if expected[other] in (None, found[other]):
+            return "rank-mismatch"
+    return "shape-mismatch"
+
+
+def _missing(
+    config: AdapterConfig,
+    held: Mapping[str, Mapping[str, str]],
+    targets: Mapping[str, Target],
+) -> list[Finding]:
+    halves = [
+        (path, f"{part} of shape {_shape(shape)}", _NOTHING)
+        for path, target in targets.items()
+        if path in held
+        for part, shape in target.shapes(config).items()
+        if part not in held[path]
+    ]
+    kinds = {layer_zero(path) for path in held}
+    lost = [path for path in targets if path not in held]
+    # A kind of module that no layer holds was listed and never trained: PEFT leaves it at zero.
+    untrained = [(p, "lora_A and lora_B", _NOTHING) for p in lost if layer_zero(p) not in kinds]
+    partial = [(p, "lora_A and lora_B", _NOTHING) for p in lost if layer_zero(p) in kinds]
+    if halves or partial or not kinds:
+        return grouped("missing-tensors", halves + partial + untrained)
+    return grouped("missing-tensors", untrained, severity="warning")

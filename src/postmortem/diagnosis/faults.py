@@ -1,0 +1,418 @@
+"""Injectors that break a sound adapter, and what PEFT and the checker say to each.
+
+The sound adapters are trained-looking ones (random lora_B) written by PEFT itself on tiny bases.
+"""
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForSequenceClassification as AutoClassifier
+
+from postmortem.checker.adapter import PICKLE_FILE, WEIGHTS_FILE
+from postmortem.checker.catalogue import catalogue
+from postmortem.checker.checks import inspect_adapter
+from postmortem.checker.config import CONFIG_FILE
+from postmortem.experiments.session import Session
+from postmortem.models.changes import Tensors, edit_config, edit_tensors
+
+
+def record_reproductions(session: Session, folder: Path) -> None:
+    """Reproduce each entry of the catalogue with PEFT and with the checker."""
+
+    reproductions = reproduce(folder)
+    session.table(
+        "catalogue.reproductions",
+        ("id", "fault injected", "PEFT", "our finding"),
+        [(r.finding, r.fault, r.reaction, r.severity) for r in reproductions],
+    )
+    for reaction in ("raises", "warns", "silent"):
+        count = sum(r.reaction == reaction for r in reproductions)
+        session.measure(f"catalogue.{reaction}", count, unit="faults")
+    caught = {r.finding for r in reproductions if r.severity != "none"}
+    session.measure("catalogue.faults", len(reproductions), unit="faults")
+    missed = _missing(list(catalogue()), caught)
+    session.verdict(
+        "catalogue.all_reproduced",
+        not missed,
+        f"without reproduction: {', '.join(missed)}" if missed else "each entry has at least one",
+    )
+
+
+def _missing(names: Sequence[str], caught: set[str]) -> list[str]:
+    return [name for name in names if name not in caught]
+
+
+_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
+# model type -> (configuration, task, target modules)
+TINY: Mapping[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
+    "qwen2": (_GROUPED, "CAUSAL_LM", ("q_proj", "v_proj")),
+    "llama": (_GROUPED, "CAUSAL_LM", ("q_proj", "down_proj")),
+    "qwen3": ({**_GROUPED, "head_dim": 16}, "CAUSAL_LM", ("k_proj", "o_proj")),
+    "phi3": (_GROUPED, "CAUSAL_LM", ("qkv_proj", "gate_up_proj")),
+    "gpt2": (
+        {**_SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4},
+        "CAUSAL_LM",
+        ("c_attn", "c_fc"),
+    ),
+    "gpt_neox": (_SIZES, "CAUSAL_LM", ("query_key_value", "dense_h_to_4h")),
+    "opt": ({**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}, "CAUSAL_LM", ("q_proj", "fc1")),
+    "bert": (_SIZES, "SEQ_CLS", ("query", "value")),
+    "t5": (_T5, "SEQ_2_SEQ_LM", ("q", "v")),
+}
+_CLASSES = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "SEQ_CLS": AutoClassifier,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One way to break an adapter: `inject` changes the folder and returns where it now is."""
+
+    finding: str
+    name: str
+    inject: Callable[[Path], Path | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reproduction:
+    """One fault as it was reproduced: PEFT raises, warns or is silent; we find `severity`."""
+
+    finding: str
+    fault: str
+    reaction: str
+    message: str
+    severity: str
+    evidence: str
+
+
+def save_base(folder: Path, model_type: str = "qwen2") -> Path:
+    """Write a tiny base with random weights and return its folder."""
+    values, task, _ = TINY[model_type]
+    torch.manual_seed(0)
+    model = _CLASSES[task].from_config(AutoConfig.for_model(model_type, **values))
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(base: Path, folder: Path, **options: Any) -> Path:
+    """Write an adapter with PEFT whose weights are all random, as after training."""
+    model_type = json.loads((base / "config.json").read_text())["model_type"]
+    _, task, targets = TINY[model_type]
+    model = _CLASSES[task].from_pretrained(base)
+    defaults = {"r": 4, "lora_alpha": 8, "task_type": task, "target_modules": list(targets)}
+    turned = {"fan_in_fan_out": model_type == "gpt2"}  # Its Conv1D stores weights as (in, out).
+    adapted = get_peft_model(model, LoraConfig(**{**defaults, **turned, **options}))
+    randomise(adapted)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def randomise(adapted: torch.nn.Module) -> None:
+    """Fill every trainable parameter with small random values."""
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.02)
+
+
+def _config(*removed: str, **changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit_config(folder, *removed, **changes)
+
+
+def _tensors(change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    def apply(tensors: Tensors) -> Tensors:
+        pairs = ((name, change(name, value)) for name, value in tensors.items())
+        return {name: value for name, value in pairs if value is not None}
+
+    return lambda folder: edit_tensors(folder, apply)
+
+
+def _keys(change: Callable[[str], str]) -> Callable[[Path], None]:
+    return lambda folder: edit_tensors(folder, lambda t: {change(k): v for k, v in t.items()})
+
+
+def _on(part: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    return _tensors(lambda name, value: change(value) if part in name else value)
+
+
+def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def inject(folder: Path) -> None:
+        path = folder / WEIGHTS_FILE
+        path.write_bytes(change(path.read_bytes()))
+
+    return inject
+
+
+def _add(make: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> Callable[[Path], None]:
+    """Add, for every lora_B, the tensor that `make` derives from its key and value."""
+
+    def apply(tensors: Tensors) -> Tensors:
+        pairs = (make(k, v) for k, v in tensors.items() if k.endswith("lora_B.weight"))
+        return {**tensors, **dict(pairs)}
+
+    return lambda folder: edit_tensors(folder, apply)
+
+
+def _copy_deeper(folder: Path) -> None:
+    def deepen(key: str) -> str:
+        return re.sub(r"^(\D+)1\.", r"\g<1>7.", key)
+
+    edit_tensors(folder, lambda tensors: {**tensors, **{deepen(k): v for k, v in tensors.items()}})
+
+
+def _first_target(folder: Path) -> str:
+    return str(sorted(json.loads((folder / CONFIG_FILE).read_text())["target_modules"])[0])
+
+
+def _narrow_targets(folder: Path) -> None:
+    edit_config(folder, target_modules=[_first_target(folder)])
+
+
+def _exclude_target(folder: Path) -> None:
+    edit_config(folder, exclude_modules=[_first_target(folder)])
+
+
+def _lose_rank_pattern(folder: Path) -> None:
+    name = _first_target(folder)
+
+    def apply(tensors: Tensors) -> Tensors:
+        halved = {k: v for k, v in tensors.items() if f".{name}.lora_" in k}
+        return tensors | {k: v[:2] if "lora_A" in k else v[:, :2] for k, v in halved.items()}
+
+    edit_tensors(folder, apply)
+
+
+def _rename_target(folder: Path) -> None:
+    name = _first_target(folder)
+    _keys(lambda key: key.replace(f".{name}.", ".renamed_proj."))(folder)
+    edit_config(folder, target_modules=["renamed_proj"])
+
+
+def _add_embedding(rows: int) -> Callable[[Path], None]:
+    names = {
+        "gpt2": "transformer.wte",
+        "gpt_neox": "gpt_neox.embed_in",
+        "opt": "model.decoder.embed_tokens",
+        "bert": "bert.embeddings.word_embeddings",
+        "t5": "shared",
+    }
+
+    def inject(folder: Path) -> None:
+        base = json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]
+        model_type = json.loads((Path(base) / "config.json").read_text())["model_type"]
+        key = f"base_model.model.{names.get(model_type, 'model.embed_tokens')}.weight"
+        edit_tensors(folder, lambda tensors: {**tensors, key: torch.ones(rows, 32)})
+
+    return inject
+
+
+def _add_base_layers(folder: Path) -> None:
+    base = json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]
+    weights = load_file(Path(base) / "model.safetensors")
+
+    def apply(tensors: Tensors) -> Tensors:
+        paths = [k.removesuffix(".lora_B.weight") for k in tensors if k.endswith(".lora_B.weight")]
+        names = {path: path.removeprefix("base_model.model.") for path in paths}
+        return tensors | {
+            f"{p}.base_layer.weight": weights[f"{n}.weight"] for p, n in names.items()
+        }
+
+    edit_tensors(folder, apply)
+
+
+def _pickle(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS_FILE), folder / PICKLE_FILE)
+    (folder / WEIGHTS_FILE).unlink()
+
+
+def _pickle_stub(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).unlink()
+    (folder / PICKLE_FILE).write_bytes(b"\x80\x02}q\x00." + bytes(437))
+
+
+def _remove_weights(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).unlink()
+
+
+def _rename_folder(folder: Path) -> Path:
+    edit_config(folder, base_model_name_or_path="acme/tiny-1.5B-Instruct")
+    return folder.rename(folder.with_name("reddit-4b-think"))
+
+
+def _write_config(text: str) -> Callable[[Path], None]:
+    def inject(folder: Path) -> None:
+        (folder / CONFIG_FILE).write_text(text)
+
+    return inject
+
+
+def _nest(key: str) -> str:
+    return key.replace("base_model.model.", "base_model.model.base_model.model.", 1)
+
+
+def _drop_head(folder: Path) -> None:
+    edit_config(folder, task_type="CAUSAL_LM", modules_to_save=None)
+    key = "base_model.model.score.weight"
+    edit_tensors(folder, lambda tensors: {**tensors, key: torch.ones(2, 32)})
+
+
+# Embedding names of all tiny bases: PEFT ignores those that a base does not have.
+_EMBEDDINGS = ["embed_tokens", "wte", "embed_in", "word_embeddings", "shared"]
+
+FAULTS: tuple[Fault, ...] = tuple(
+    Fault(finding, name, inject)
+    for finding, name, inject in (
+        ("shape-mismatch", "a base twice as wide", _on("lora_A", lambda t: torch.cat([t, t], 1))),
+        ("shape-mismatch", "twice the attention heads", _on("lora_B", lambda t: torch.cat([t, t]))),
+        ("shape-mismatch", "lora_A transposed", _on("lora_A", lambda t: t.T)),
+        ("rank-mismatch", "r doubled in the config", _config(r=8)),
+        ("rank-mismatch", "rank_pattern lost", _lose_rank_pattern),
+        ("missing-tensors", "every lora_B lost", _on("lora_B", lambda t: None)),
+        (
+            "missing-tensors",
+            "a layer lost",
+            _tensors(lambda name, value: None if re.match(r"\D+1\.", name) else value),
+        ),
+        ("missing-tensors", "no tensor saved", lambda folder: edit_tensors(folder, lambda t: {})),
+        ("missing-tensors", "use_dora without magnitudes", _config(use_dora=True)),
+        ("unexpected-tensors", "a target lost from the config", _narrow_targets),
+        ("unexpected-tensors", "a target excluded", _exclude_target),
+        ("unexpected-tensors", "only layer 0 named", _config(layers_to_transform=[0])),
+        ("key-prefix", "prefix lost", _keys(lambda k: k.removeprefix("base_model.model."))),
+        ("key-prefix", "a PeftModel inside another", _keys(_nest)),
+        ("key-prefix", "a compiled model", _keys(lambda k: f"_orig_mod.{k}")),
+        ("key-prefix", "a distributed wrapper", _keys(lambda k: f"module.{k}")),
+        ("layer-out-of-range", "a deeper base", _copy_deeper),
+        ("target-not-in-base", "another architecture", _rename_target),
+        ("target-not-in-base", "a misspelt target", _config(target_modules=["q_porj"])),
+        ("scale-zero", "alpha 0", _config(lora_alpha=0)),
+        ("scale-unusual", "alpha times sixteen", _config(lora_alpha=128)),
+        ("scale-unusual", "alpha negative", _config(lora_alpha=-8)),
+        ("untrained", "lora_B zero", _on("lora_B", torch.zeros_like)),
+        ("untrained", "lora_A zero", _on("lora_A", torch.zeros_like)),
+        ("non-finite", "NaN", _on("lora_B", lambda t: t * float("nan"))),
+        ("non-finite", "float16 infinity", _on("lora_A", lambda t: (t * 1e9).half())),
+        ("overflow-risk", "lora_B times a million", _on("lora_B", lambda t: t * 1e6)),
+        ("integer-dtype", "int8", _on("lora_", lambda t: (t * 1000).to(torch.int8))),
+        ("empty-tensor", "ZeRO-3 partitions", _on("lora_", lambda t: t.new_zeros(0))),
+        ("corrupt-weights", "truncated", _bytes(lambda data: data[: len(data) // 2])),
+        ("corrupt-weights", "bytes appended", _bytes(lambda data: data + b"\0" * 64)),
+        ("corrupt-weights", "empty file", _bytes(lambda data: b"")),
+        (
+            "corrupt-weights",
+            "a Git LFS pointer",
+            _bytes(lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        ),
+        ("corrupt-weights", "header overwritten", _bytes(lambda d: d[:8] + b"\xff" * 40 + d[48:])),
+        ("unsafe-pickle", "saved as a pickle", _pickle),
+        ("size-conflict", "a pickle of 443 bytes", _pickle_stub),
+        ("missing-weights", "weights not copied", _remove_weights),
+        ("config-invalid", "no peft_type", _config("peft_type")),
+        ("config-invalid", "alpha as text", _config(lora_alpha="16")),
+        ("config-invalid", "r true", _config(r=True)),
+        ("config-invalid", "r zero", _config(r=0)),
+        ("config-invalid", "modules_to_save as text", _config(modules_to_save="lm_head")),
+        ("config-invalid", "not JSON", _write_config("{'peft_type': 'LORA'}")),
+        ("config-unknown-key", "a comment key", _config(_note="copied from the forum")),
+        ("config-unknown-key", "an option of a fork", _config(use_turbo_lora=True)),
+        (
+            "base-name-mismatch",
+            "another base named",
+            _config(base_model_name_or_path="Qwen/Qwen2.5-1.5B-Instruct"),
+        ),
+        ("name-size-conflict", "the incident's names", _rename_folder),
+        ("vocab-mismatch", "two tokens added", _add_embedding(98)),
+        ("base-weights-in-adapter", "the embedding saved along", _add_embedding(96)),
+        ("base-weights-in-adapter", "base layers saved along", _add_base_layers),
+        (
+            "dora-flag-lost",
+            "use_dora lost",
+            _add(lambda k, v: (k.replace("lora_B.weight", "lora_magnitude_vector"), v[:, 0])),
+        ),
+        ("modules-to-save-missing", "listed, not saved", _config(modules_to_save=_EMBEDDINGS)),
+        (
+            "head-dropped",
+            "a head under CAUSAL_LM",
+            _drop_head,
+        ),
+        (
+            "quantized-base-mismatch",
+            "trained on GPTQ",
+            _config(base_model_name_or_path="acme/tiny-GPTQ-Int4"),
+        ),
+        ("init-rewrites-base", "PiSSA", _config(init_lora_weights="pissa")),
+    )
+)
+
+
+def react(base: Path, adapter: Path) -> tuple[str, str]:
+    """Load an adapter with PEFT: raises, warns or silent, and how its words begin."""
+    _, task, _ = TINY[json.loads((base / "config.json").read_text())["model_type"]]
+    model = _CLASSES[task].from_pretrained(base)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            PeftModel.from_pretrained(model, str(adapter))
+        # Whatever PEFT raises is what we record.
+        except Exception as error:
+            said = str(error).replace(str(adapter), "ADAPTER")
+            return "raises", f"{type(error).__name__}: {_shortened(said)}"
+    # Deprecations inside transformers say nothing about the adapter.
+    warned = [w for w in caught if issubclass(w.category, UserWarning)]
+    if warned:
+        return "warns", _shortened(str(warned[0].message))
+    return "silent", ""
+
+
+def _shortened(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]
+
+
+def reproduce(work: Path, faults: Iterable[Fault] = FAULTS) -> tuple[Reproduction, ...]:
+    """Inject each fault into a sound tiny Qwen2 adapter under `work`; record both reactions."""
+    base = save_base(work / "base")
+    sound = save_adapter(base, work / "sound")
+    return tuple(
+        _reproduce_one(fault, base, sound, work / f"fault-{number}")
+        for number, fault in enumerate(faults)
+    )
+
+
+def _reproduce_one(fault: Fault, base: Path, sound: Path, folder: Path) -> Reproduction:
+    broken = inject(fault, sound, folder / "adapter")
+    reaction, message = react(base, broken)
+    findings = inspect_adapter(str(broken), str(base)).report.findings
+    found = next((f for f in findings if f.id == fault.finding), None)
+    severity, evidence = (found.severity, found.evidence) if found else ("none", "")
+    return Reproduction(fault.finding, fault.name, reaction, message, severity, evidence)
+
+
+def inject(fault: Fault, sound: Path, folder: Path) -> Path:
+    """Copy a sound adapter and break the copy; return its folder."""
+    shutil.copytree(sound, folder)
+    return fault.inject(folder) or folder

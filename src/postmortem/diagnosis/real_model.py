@@ -1,0 +1,307 @@
+"""The incident's questions put to a real model, for the record.
+
+Heavier than a build of the book can wait for: `make record` runs it once for a profile, and the
+book reads what it left.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from scipy.special import log_softmax
+
+from postmortem.case.rows import Rows, read_rows
+from postmortem.checker.errors import CaseError, ModelError
+from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Run, Unavailable
+from postmortem.diagnosis.replay import Bench, Seen, note_loading, set_status, symptom_features
+from postmortem.diagnosis.symptom import FEATURES
+from postmortem.experiments.analysis import (
+    DISTRIBUTION,
+    EFFECT,
+    PARSED,
+    RANKING,
+    knows_and_does_not_say,
+    record_effect,
+    record_summary,
+    reproduces_symptom,
+    summarise,
+)
+from postmortem.experiments.metrics import (
+    Estimate,
+    auc_estimate,
+    kl_divergence,
+    mean_estimate,
+    say_estimate,
+)
+from postmortem.experiments.mismatch import refit_adapter, write_adapter
+from postmortem.experiments.records import Cell
+from postmortem.experiments.session import Answers, Session
+from postmortem.models.loading import attached
+from postmortem.models.scoring import Scores, spare_memory
+
+SYSTEMS = ("base", "suspect", "reference")
+# Causes that need a second copy of the base, or half precision, which a CPU lacks.
+COPIED = ("quantised-base", "base-overwritten", "overflow")
+
+
+def record_members(session: Session) -> None:
+    """Record the digest of each model and adapter, which tells later whether it is the same."""
+    members = [*session.world.members.values(), *session.world.replays.values()]
+    rows = {m.role: m.digest for m in members if m.digest}
+    session.table("members", ("role", "digest"), list(rows.items()))
+
+
+def record_systems(
+    session: Session, prompt: str, *, systems: Sequence[str] = SYSTEMS, rows: int = 0
+) -> None:
+    """Record each system's answers to a prompt, and how far an adapter moves its base.
+
+    On the first `rows` rows; 0 takes all.
+    """
+    chosen = session.rows.head(rows)
+    base = session.answer(prompt, rows=chosen)
+    session.measure(f"{prompt}.rows", len(chosen), unit="rows")
+    for system in systems:
+        if not session.world.has(system):
+            reason = session.world.members[system].reason
+            record_summary(session, f"{prompt}.{system}", summary=None, reason=reason)
+            record_effect(session, f"{prompt}.{system}", summary=None, reason=reason)
+            continue
+        found = base if system == "base" else session.answer(prompt, system=system, rows=chosen)
+        summary = summarise(found, base)
+        record_summary(session, f"{prompt}.{system}", summary=summary)
+        session.verdict(f"{prompt}.{system}.knows", *knows_and_does_not_say(summary))
+        if system != "base":
+            record_effect(session, f"{prompt}.{system}", summary=summary)
+        for name, attempt in session.case.attempts.items():
+            if attempt.prompt == prompt:
+                held = reproduces_symptom(found, attempt)
+                session.verdict(f"{name}.{system}.reproduces", *held)
+
+
+def record_file(session: Session, source: str, *, rows: int, prompts: Sequence[str]) -> None:
+    """Record the numbers of all systems on a file's first rows, and nothing of its texts.
+
+    `source` is the path of the rows, or of rows and labels with a colon between them.
+    """
+    path, _, labels = source.partition(":")
+    found = read_rows(path, labels or None, columns=session.case.columns).head(rows)
+    name = Path(path).stem
+    session.measure(f"{name}.rows", len(found), unit="rows")
+    session.text(f"{name}.digest", found.digest)
+    for prompt in prompts:
+        base = _ask(session, prompt, "base", rows=found, name=name)
+        for system in filter(session.world.has, SYSTEMS):
+            answers = (
+                base if system == "base" else _ask(session, prompt, system, rows=found, name=name)
+            )
+            _record_numbers(session, f"{name}.{prompt}.{system}", answers=answers, base=base)
+
+
+def record_variations(session: Session, *, rows: int) -> None:
+    """Record what the base alone answers on the first rows when the prompt's own words change."""
+    chosen, labels = session.rows.head(rows), session.rows.labels
+    table: list[tuple[Cell, ...]] = []
+    for name, varied in session.case.variations.items():
+        summary = summarise(answers := session.answer(name, rows=chosen))
+        _record_numbers(session, f"variation.{name}", answers=answers)
+        health = summary.health
+        ranked = "unknown" if labels is None else say_estimate(summary.auc_number)
+        share = f"{health.top_share:.0%}"
+        text = summary.commonest_text
+        table.append((varied.title, health.distinct, repr(text)[1:-1], share, ranked))
+    columns = ("prompt", "distinct", "commonest text", "commonest value's share", "log-odds, AUC")
+    session.table("variations", columns, table)
+    session.measure("variation.rows", len(chosen), unit="rows")
+
+
+def record_true_mismatch(session: Session, *, rows: int) -> None:
+    """Record what adapters of the incident's donors do on this base: as they are, ignored, cut."""
+    size = session.case.true_size
+    if size is None:
+        raise CaseError("the case", expected="`true_size`", found="none")
+    donor, few = size.donors[0], session.rows.head(rows)
+    with TemporaryDirectory() as scratch:
+        modules = tuple(size.target_modules)
+        adapter = write_adapter(
+            donor, Path(scratch, "as-is"), rank=size.rank, target_modules=modules
+        )
+        cut = refit_adapter(adapter, session.base.model, folder=Path(scratch, "cut"))
+        base = _ask(session, "v2", "base", rows=few, name="mismatch")
+        try:
+            with attached(session.base, adapter):
+                error = ""
+        except ModelError as raised:
+            error = raised.found
+        count = error.count("size mismatch for")
+        session.measure("mismatch.tensors", count, unit="tensors")
+        session.verdict("mismatch.raises", bool(error), f"PEFT's error names {count} tensors")
+        cases = {"ignored": (adapter, True), "cut": (cut, False)}
+        for name, (folder, ignored) in cases.items():
+            found = session.answer(
+                *("v2",),
+                system=name,
+                adapter=folder,
+                ignore_mismatched_sizes=ignored,
+                rows=few,
+                kept=False,
+            )
+            _record_numbers(session, f"mismatch.{name}", answers=found, base=base)
+
+
+def record_causes(session: Session, *, rows: int) -> None:
+    """Inject each cause in its plainest form and record the symptom that it gives."""
+    chosen = session.rows.head(rows)
+    size = sum(p.nbytes for p in session.base.model.parameters())
+    found: list[tuple[Cell, ...]] = []
+    absent: list[tuple[Cell, ...]] = []
+    with TemporaryDirectory() as scratch:
+        sound = "numeric" if session.world.has("reference") else "yes_no_short"
+        materials = Materials(
+            *(session.world, "base", session.base, "silent", 0, Path(scratch)), sound=sound
+        )
+        bench = Bench(
+            *(session.case, chosen, materials, None, session.case.attempts), shared=session.shared
+        )
+        off = {name: bench.ask(session.base.model, name, Run(session.base, None)) for name in ASKED}
+        for name, cause in CAUSES.items():
+            try:
+                if name in COPIED and size > spare_memory(session.base.device):
+                    raise Unavailable("a second copy of this base takes too much memory")
+                if name == "overflow" and session.base.device == "cpu":
+                    raise Unavailable("half precision is not run on a CPU")
+                with session.timed(f"cause {name}"):
+                    found.append(_replay_once(session, name, cause, bench=bench, off=off))
+            except Unavailable as reason:
+                absent.append((cause.title, str(reason)))
+    session.text("causes.sound", "numeric" if sound == "numeric" else "yes/no")
+    session.table("causes", CAUSE_COLUMNS, found)
+    session.table("causes.absent", ("cause", "why"), absent)
+    whole = sum(row[-1] == "yes" for row in found)
+    session.measure("causes.run", len(found), unit="causes")
+    session.measure("causes.whole", whole, unit="causes")
+    session.measure("causes.rows", len(chosen), unit="rows")
+
+
+ASKED = ("v2", "yes_no")
+CAUSE_COLUMNS = (
+    *("cause", "loads", "distinct", "commonest value", "its share", "written, AUC"),
+    *("log-odds, AUC", "yes/no, AUC", "KL to the base", "whole v2 symptom"),
+)
+
+
+def record_precision(session: Session, *, rows: int) -> None:
+    """Record whether the second prompt's answers change when weights are kept in half precision.
+
+    On a GPU alone, where models run in it. Each copy of the base carries the same adapters, in
+    float32 as PEFT keeps them.
+    """
+    base, chosen = session.base, session.rows.head(rows)
+    table: list[tuple[Cell, ...]] = []
+    if not base.device.startswith("cuda") or base.dtype != "float32":
+        reason = "it takes a GPU, and a base in float32 to compare with"
+        session.verdict("precision.same_texts", "not available", reason)
+        session.table("precision", PRECISION_COLUMNS, table)
+        return
+    systems = [system for system in SYSTEMS if session.world.has(system)]
+    whole = {
+        system: session.answer("v2", system=system, rows=chosen, rows_name="float32", kept=False)
+        for system in systems
+    }
+    changed = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        half = replace(base, model=copy.deepcopy(base.model).to(dtype), dtype=name)
+        for system in systems:
+            found = session.answer(
+                *("v2",), system=system, base=half, rows=chosen, rows_name=name, kept=False
+            )
+            pairs = list(zip(whole[system].predictions, found.predictions, strict=True))
+            differing = sum(one.text != other.text for one, other in pairs)
+            changed += differing
+            table.append((name, system, differing, *_compare_log_odds(whole[system], found)))
+    because = f"{changed} of {2 * len(systems) * len(chosen)} answers have another text"
+    session.verdict("precision.same_texts", changed == 0, because)
+    session.table("precision", PRECISION_COLUMNS, table)
+
+
+PRECISION_COLUMNS = (
+    *("weights", "system", "texts changed", "log-odds apart by at most, nat"),
+    *("log-odds, AUC in float32", "log-odds, AUC in half"),
+)
+
+
+def _compare_log_odds(whole: Answers, half: Answers) -> tuple[Cell, ...]:
+    gap = float(np.abs(np.subtract(whole.number_log_odds, half.number_log_odds)).max())
+    return f"{gap:.2g}", *(_ranked(a.labels, a.number_log_odds) for a in (whole, half))
+
+
+def _replay_once(
+    session: Session, name: str, cause: Cause, *, bench: Bench, off: Mapping[str, Scores]
+) -> tuple[Cell, ...]:
+    run = cause.inject(bench.materials, next(iter(cause.severities.values())))
+    seen, model, labels = Seen(), run.base.model, bench.rows.labels
+    if run.adapter is None:
+        note_loading(None, run, seen)
+        scores = {asked: bench.ask(model, asked, run) for asked in ASKED}
+    else:
+        try:
+            with attached(
+                run.base, run.adapter, ignore_mismatched_sizes=run.ignore_mismatched_sizes
+            ) as loaded:
+                note_loading(loaded, run, seen)
+                set_status(loaded, run)
+                scores = {asked: bench.ask(loaded.model, asked, run) for asked in ASKED}
+        except ModelError:
+            return (cause.title, "no", *(None,) * (len(CAUSE_COLUMNS) - 3), "no")
+    values = [run.parse(reply.text) for reply in scores["v2"].replies]
+    seen.features |= symptom_features({"v2": values}, bench)
+    attempts = session.case.attempts
+    shown = [
+        feature.shown(seen.features, attempts["v2"])
+        for feature in FEATURES.values()
+        if feature.attempt == "v2"
+    ]
+    log_odds = [reply.number_log_odds for reply in scores["v2"].replies]
+    yes_no = [reply.yes_no_log_odds for reply in scores["yes_no"].replies]
+    both = [log_softmax(s.number_log_probs, axis=1) for s in (scores["v2"], off["v2"])]
+    finite = np.isfinite(both).all()
+    top = seen.features["v2 value"]
+    share = float(np.mean([value == top for value in values]))
+    return (
+        cause.title,
+        "yes",
+        seen.features["v2 distinct"],
+        top,
+        f"{share:.0%}",
+        *(_ranked(labels, scores) for scores in (values, log_odds, yes_no)),
+        say_estimate(mean_estimate(kl_divergence(*both)), ".2g") if finite else "unknown",
+        "yes" if all(part is not False for part in shown) else "no",
+    )
+
+
+def _ranked(labels: np.ndarray | None, scores: Sequence[float]) -> str:
+    if labels is None or not np.isfinite(scores).all():
+        return "unknown"
+    return say_estimate(auc_estimate(labels, scores))
+
+
+def _ask(session: Session, prompt: str, system: str, *, rows: Rows, name: str) -> Answers:
+    return session.answer(prompt, system=system, rows=rows, rows_name=name, kept=False)
+
+
+def _record_numbers(
+    session: Session, key: str, *, answers: Answers, base: Answers | None = None
+) -> None:
+    """Record a system's measures and none of its texts."""
+    summary = summarise(answers, base)
+    for name in DISTRIBUTION:
+        session.measure(f"{key}.{name}", getattr(summary.health, name), reason=summary.unranked)
+    for name in (*PARSED, *RANKING, *(EFFECT if base else ())):
+        value: Estimate = getattr(summary, name)
+        session.measure(f"{key}.{name}", value, reason=summary.unranked)
+    session.verdict(f"{key}.knows", *knows_and_does_not_say(summary))

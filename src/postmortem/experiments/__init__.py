@@ -1,0 +1,1 @@
+"""What the notebooks call: ask systems, measure their answers, keep the records."""

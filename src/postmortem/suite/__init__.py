@@ -1,0 +1,1 @@
+"""Many adapters at once, and which base an adapter belongs to."""

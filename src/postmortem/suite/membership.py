@@ -1,0 +1,593 @@
+"""Which base an adapter belongs to, by its loss, and how that is told."""
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from postmortem.checker.checks import inspect_adapter
+from postmortem.checker.errors import DataError, ModelError, printable
+from postmortem.experiments.metrics import Estimate, mean_estimate, say_estimate
+from postmortem.models.changes import each_control
+from postmortem.models.loading import LoadedBase, attached, check_adapter_folder, load_base
+from postmortem.models.scoring import batches, with_budget
+
+Answer = Literal["one", "cannot separate", "none"]
+# Findings that make an adapter unusable whatever the base, and those under which it does nothing.
+UNUSABLE = {
+    *("non-finite", "corrupt-weights", "missing-weights", "unsafe-pickle"),
+    *("config-invalid", "integer-dtype", "empty-tensor"),
+}
+INERT = {"untrained", "scale-zero"}
+# Numbers of a batch's log-probabilities: 512 MiB of float32.
+LOGITS = 1 << 27
+OFF = "adapter off"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the answer is decided by, chosen on calibration siblings alone (`siblings`).
+
+    `gain`: nats a token by which an adapter must beat each control, with the whole interval; with
+    the whole interval below it, it does not. Of the calibration's adapters on their own bases next
+    to all had intervals above it, on bases apart from their own next to none.
+
+    `share`: the part of its gain by which it must beat its best control. Where texts surprise a
+    base a lot, any update lowers its loss. Those that passed the first limit did so by a half of
+    the gain and more on their own bases, and by little more than a quarter on others; this stands
+    between the two.
+
+    `trace`: another candidate whose gain lies wholly below this share of the leader's is out. A
+    light fine-tune keeps more than half of it, and a base trained apart next to nothing.
+
+    `room`: where a base alone reads with less loss, in nats a token, hardly a gain can show. This
+    one was added when an adapter of the embedded world had nothing to gain on its own base.
+
+    `rotations`: random controls, of which the luckiest is the one to beat. On another base an
+    adapter is one more random update: it beats three such by luck one time in four.
+
+    `texts`: with fewer a bootstrap interval is too short. `tokens`: what is read of a text, and of
+    its prompt.
+    """
+
+    gain: float = 0.03
+    share: float = 0.4
+    trace: float = 0.25
+    room: float = 0.1
+    rotations: int = 8
+    texts: int = 16
+    tokens: int = 512
+
+
+LIMITS = Limits()
+
+
+class UnfitError(ModelError):
+    """PEFT does not load the adapter on this base."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A text whose tokens are scored; what stands before it as `prompt` is read and not scored."""
+
+    text: str
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One candidate: negative log-likelihood of each text, nats a token, float64, (texts,).
+
+    `off` without the adapter, `on` with it, `controls` with each altered copy of it. `counts` are
+    the scored tokens of each text, and `encoding` the digest of all token ids.
+    """
+
+    name: str
+    off: np.ndarray
+    on: np.ndarray
+    controls: Mapping[str, np.ndarray]
+    counts: np.ndarray
+    encoding: str = ""
+
+    @property
+    def gains(self) -> np.ndarray:
+        """By how much the adapter lowers the negative log-likelihood of each text."""
+        return self.off - self.on
+
+    @property
+    def unusable(self) -> str:
+        """Which of the losses are not finite; empty where all are."""
+        named = {OFF: self.off, "adapter on": self.on, **self.controls}
+        return next((name for name, found in named.items() if not np.isfinite(found).all()), "")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A candidate held against its own controls; all in nats a token.
+
+    `gain` is by how much the adapter lowers the loss there and `over_control` by how much its loss
+    lies below that of the best `control`. `stands` is True where it beats every control, False
+    where it is shown not to, None where an interval leaves that open. `level` is the loss with it.
+    """
+
+    name: str
+    gain: Estimate
+    control: str
+    over_control: Estimate
+    stands: bool | None
+    level: float
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The answer, the candidates that remain, and why.
+
+    `left_out` says of each candidate that could not be tried what does not fit.
+    """
+
+    adapter: str
+    answer: Answer
+    remain: tuple[str, ...]
+    because: str
+    judged: tuple[Judged, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    texts: int = 0
+    tokens: int = 0
+
+
+def find_home(
+    adapter: str | Path,
+    candidates: Mapping[str, str] | Mapping[str, Path],
+    *,
+    segments: Sequence[Segment],
+    device: str = "auto",
+    dtype: str = "auto",
+    limits: Limits = LIMITS,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Membership:
+    """Which of several bases an adapter folder belongs to, by what it does to the texts on each.
+
+    `candidates` are model folders or hub ids by the names that they are to have; one is in memory
+    at a time. Raises `ModelError` for fewer than two of them, for an adapter that is unusable on
+    any base and for a base that cannot be loaded, and `DataError` for too few texts with a token
+    to score.
+    """
+    if len(set(map(str, candidates.values()))) < 2:
+        raise ModelError(
+            "candidates",
+            expected="at least two different bases to choose between",
+            found=", ".join(candidates) or "none",
+            remedy="`postmortem check ADAPTER --base BASE` judges one base.",
+        )
+    check_adapter_folder(adapter)
+    # All of them before the first is loaded: a misspelt name should not cost the others' minutes.
+    left_out = {name: fit_of(adapter, source) for name, source in candidates.items()}
+    readings: list[Reading] = []
+    for name, source in candidates.items():
+        if left_out[name]:
+            continue
+        tell(f"{name}: reading {len(segments)} texts")
+        base = load_base(source, device=device, dtype=dtype)
+        try:
+            reading = read_candidate(
+                adapter, base, name=name, segments=segments, limits=limits, tell=tell
+            )
+        except UnfitError as error:
+            left_out[name] = error.found
+            continue
+        finally:
+            # The next one is loaded into the room that this one leaves.
+            del base
+            gc.collect()
+        left_out[name] = reading.unusable and f"its losses are not finite, {reading.unusable}"
+        readings += [] if left_out[name] else [reading]
+    unfit = {name: why for name, why in left_out.items() if why}
+    return conclude(str(adapter), readings, unfit, limits=limits)
+
+
+def conclude(
+    adapter: str,
+    readings: Sequence[Reading],
+    left_out: Mapping[str, str],
+    *,
+    limits: Limits = LIMITS,
+) -> Membership:
+    """The answer from the readings of the candidates that the adapter fits.
+
+    Raises `DataError` where too few texts hold a token to score.
+    """
+    if not readings:
+        because = "it could be tried on none of the candidates, for the reasons given"
+        return Membership(adapter, "none", (), because, (), left_out)
+    scored = _scored(readings)
+    if int(scored.sum()) < limits.texts:
+        raise DataError(
+            "the texts",
+            expected=f"at least {limits.texts} of two tokens or more",
+            found=str(int(scored.sum())),
+            remedy="Give longer texts, or more of them.",
+        )
+    judged = tuple(judge(reading, scored, limits=limits) for reading in readings)
+    answer, remain = decide(readings, judged, limits=limits)
+    return Membership(
+        adapter,
+        answer,
+        remain,
+        because=_because(answer, remain, judged),
+        judged=judged,
+        left_out=left_out,
+        notes=_notes(readings),
+        texts=int(scored.sum()),
+        tokens=int(readings[0].counts[scored].sum()),
+    )
+
+
+def _scored(readings: Sequence[Reading]) -> np.ndarray:
+    """Which texts have a scored token on every candidate."""
+    return np.all([reading.counts > 0 for reading in readings], axis=0)
+
+
+def judge(reading: Reading, scored: np.ndarray, *, limits: Limits = LIMITS) -> Judged:
+    """Hold an adapter against its controls on one base, text by text."""
+    # The plainest control is the base alone.
+    losses = {OFF: reading.off, **reading.controls}
+    leads = {name: mean_estimate((loss - reading.on)[scored]) for name, loss in losses.items()}
+    best = min(leads, key=lambda name: _value(leads[name].value))
+    own = losses[best] - reading.on - limits.share * reading.gains
+    stands: bool | None = None
+    if any(_value(lead.high) < limits.gain for lead in leads.values()):
+        stands = False
+    elif all(_value(lead.low) > limits.gain for lead in leads.values()):
+        stands = is_above(own[scored]) or None
+    level = float(reading.on[scored].mean())
+    return Judged(reading.name, leads[OFF], best, leads[best], stands, level)
+
+
+def is_above(values: np.ndarray, least: float = 0.0) -> bool:
+    """Whether the interval of the mean lies wholly above the least value."""
+    return _value(mean_estimate(values).low) > least
+
+
+def decide(
+    readings: Sequence[Reading], judged: Sequence[Judged], *, limits: Limits = LIMITS
+) -> tuple[Answer, tuple[str, ...]]:
+    """The answer and the candidates that remain, in their order.
+
+    A candidate is out where it is shown not to beat a control, unless its base knew the texts
+    already, or where the one with the greatest gain beats it. Nothing is named that has not beaten
+    its own controls.
+    """
+    scored = _scored(readings)
+    alive = [
+        place
+        for place, found in enumerate(judged)
+        if found.stands is not False or knew(place, readings, judged, scored=scored, limits=limits)
+    ]
+    standing = [place for place in alive if judged[place].stands]
+    if not standing:
+        return ("cannot separate" if alive else "none"), tuple(judged[k].name for k in alive)
+    leader = max(standing, key=lambda place: _value(judged[place].gain.value))
+    remain = tuple(
+        judged[place].name
+        for place in alive
+        if place == leader
+        or not beats(readings[leader], readings[place], scored=scored, limits=limits)
+    )
+    return ("one" if len(remain) == 1 else "cannot separate"), remain
+
+
+def knew(
+    place: int,
+    readings: Sequence[Reading],
+    judged: Sequence[Judged],
+    *,
+    scored: np.ndarray,
+    limits: Limits = LIMITS,
+) -> bool:
+    """Whether a base alone reads the texts nearly without loss, or better than all others ever do.
+
+    Such a base leaves an adapter nothing to gain, its own one too, so that no gain says nothing.
+    Where the adapter does harm, it speaks against the base all the same.
+    """
+    one = readings[place]
+    others = [reading for reading in readings if reading is not one]
+    does_nothing = np.array_equal(one.on, one.off)
+    if does_nothing or _value(judged[place].gain.high) < 0:
+        return False
+    if float(one.off[scored].mean()) < limits.room:
+        return True
+    return bool(others) and all(
+        other.encoding == one.encoding and is_above((reached - one.off)[scored], limits.gain)
+        for other in others
+        for reached in (other.on, other.off)
+    )
+
+
+def beats(leader: Reading, other: Reading, *, scored: np.ndarray, limits: Limits = LIMITS) -> bool:
+    """Whether one candidate rules another out, by paired intervals over the texts.
+
+    Either the other's gain is a trace of the leader's, or the leader has both the greater gain and
+    the lower loss. The gain alone does not decide between a base and its fine-tune: one that has
+    forgotten the texts has more to gain from the same adapter, and yet ends above its own base. Of
+    a base that reads the texts better alone than the leader with the adapter, a trace says nothing.
+    """
+    # Tokens of two tokenizers are not the same unit, so losses compare only within one.
+    alike = leader.encoding == other.encoding
+    knew_more = alike and is_above((leader.on - other.off)[scored], limits.gain)
+    if is_above((limits.trace * leader.gains - other.gains)[scored]):
+        harmed = _value(mean_estimate(other.gains[scored]).high) < 0
+        return harmed or not knew_more
+    return (
+        alike
+        and is_above((leader.gains - other.gains)[scored])
+        and is_above((other.on - leader.on)[scored])
+    )
+
+
+def _value(end: float | None) -> float:
+    assert end is not None
+    return end
+
+
+def _because(answer: Answer, remain: Sequence[str], judged: Sequence[Judged]) -> str:
+    stood = [found for found in judged if found.stands]
+    if answer == "one":
+        found = next(found for found in judged if found.name == remain[0])
+        return (
+            f"the adapter gains {say(found.gain)} nat a token there and beats its best control, "
+            f"{found.control}, by {say(found.over_control)}; no other candidate comes near"
+        )
+    if answer == "none":
+        best = max(judged, key=lambda found: _value(found.over_control.value))
+        return (
+            "on no candidate does the adapter beat its controls with these texts; nearest is "
+            f"{best.name}, {say(best.over_control)} nat a token over {best.control}"
+        )
+    if stood:
+        return (
+            f"the adapter beats its controls on {', '.join(found.name for found in stood)}, and "
+            "these texts do not rule out the others that are named"
+        )
+    return (
+        "it is shown to beat its controls on none, and these texts do not rule the named ones out"
+    )
+
+
+def say(found: Estimate) -> str:
+    """A gain with its interval, signed."""
+    return say_estimate(found, "+z.3f")
+
+
+def _notes(readings: Sequence[Reading]) -> tuple[str, ...]:
+    if len({reading.encoding for reading in readings}) == 1:
+        return ()
+    return (
+        "the candidates' tokenizers part the texts differently: each is held against itself, and "
+        "gains are per token of its own",
+    )
+
+
+def read_texts(path: str | Path, *, limits: Limits = LIMITS) -> tuple[Segment, ...]:
+    """Read the texts of a file in UTF-8.
+
+    Plain text is one text a paragraph where blank lines part it, else one a line. JSONL
+    (`.jsonl`) has `text` and perhaps `prompt` in each line. Raises `DataError` for a missing or
+    unreadable file and for too few texts.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(path, expected="a text file in UTF-8", found=_first_line(error)) from None
+    found = _read_jsonl(path, content) if path.suffix == ".jsonl" else _split(content)
+    segments = tuple(segment for segment in found if segment.text.strip())
+    if len(segments) < limits.texts:
+        raise DataError(
+            path,
+            expected=f"at least {limits.texts} texts, one a line or a paragraph",
+            found=str(len(segments)),
+            remedy="Give more text of the kind that the adapter was trained on.",
+        )
+    return segments
+
+
+def _split(content: str) -> Iterator[Segment]:
+    content = content.replace("\r\n", "\n").strip("\n")
+    parts = content.split("\n\n") if "\n\n" in content else content.split("\n")
+    return (Segment(part.strip("\n")) for part in parts)
+
+
+def _read_jsonl(path: Path, content: str) -> Iterator[Segment]:
+    # Only "\n" ends a line: a text may hold what splitlines() splits at.
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            parts = row["text"], row.get("prompt", "")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            parts = (None, None)
+        if not all(isinstance(part, str) for part in parts):
+            raise DataError(
+                f"{path}, line {number}",
+                expected="a JSON object with `text`, and perhaps `prompt`, as strings",
+                found=line[:60],
+            )
+        yield Segment(*parts)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def fit_of(adapter: str | Path, base: str | Path) -> str:
+    """Why the adapter's files do not fit this base, by the checker; empty where they do.
+
+    Raises `ModelError` where the adapter itself is unusable, whatever the base.
+    """
+    report = inspect_adapter(str(adapter), str(base)).report
+    errors = [found for found in report.findings if found.severity == "error"]
+    for found in errors:
+        if found.id in UNUSABLE:
+            raise ModelError(
+                adapter,
+                expected="an adapter whose weights can be used",
+                found=f"{found.id}, {found.evidence}",
+                remedy=found.remedy,
+            )
+    unfit = [found for found in errors if found.id not in INERT]
+    return f"{unfit[0].id}, {unfit[0].evidence}" if unfit else ""
+
+
+def read_candidate(
+    adapter: str | Path,
+    base: LoadedBase,
+    *,
+    name: str,
+    segments: Sequence[Segment],
+    limits: Limits = LIMITS,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Reading:
+    """Score the texts on one candidate: without the adapter, with it, and with each control.
+
+    A file that brings base weights along changes the loaded base for good. Raises `UnfitError`
+    where the adapter does not load.
+    """
+    rows, starts = encode_segments(segments, base.tokenizer, limits=limits)
+
+    def losses(model: Any) -> np.ndarray:
+        return mean_losses(model, rows, starts, tell=tell)
+
+    off = losses(base.model)
+    with ExitStack() as stack:
+        try:
+            loaded = stack.enter_context(attached(base, adapter))
+        except ModelError as error:
+            raise UnfitError(name, found=" ".join(error.found.split())[:200]) from None
+        on, controls = losses(loaded.model), {}
+        # What is not finite has no directions to turn.
+        rotations = limits.rotations if np.isfinite(on).all() else 0
+        for title in each_control(loaded.model, rotations=rotations):
+            controls[title] = losses(loaded.model)
+    counts = np.array([len(row) - start for row, start in zip(rows, starts, strict=True)])
+    encoding = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+    return Reading(name, off, on, controls, np.maximum(counts, 0), encoding)
+
+
+def encode_segments(
+    segments: Sequence[Segment], tokenizer: Any, *, limits: Limits = LIMITS
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of each text after its prompt, and where the scored part of it begins."""
+    rows, starts = [], []
+    for segment in segments:
+        before = tokenizer(segment.prompt)["input_ids"] if segment.prompt else []
+        ids = tokenizer(segment.text, add_special_tokens=not segment.prompt)["input_ids"]
+        before = before[-limits.tokens :]
+        rows.append([*before, *ids[: limits.tokens]])
+        # Nothing comes before the first token, so nothing predicts it.
+        starts.append(max(len(before), 1))
+    return rows, starts
+
+
+def mean_losses(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    *,
+    tell: Callable[[str], None] = lambda line: None,
+) -> np.ndarray:
+    """Mean negative log-likelihood of each row's tokens from its start on, nats, float64.
+
+    A row without a scored token is 0.
+    """
+    device = next(model.parameters()).device
+    found = np.zeros(len(rows))
+    done: set[int] = set()
+
+    def work(budget: int) -> None:
+        left = [i for i, row in enumerate(rows) if i not in done and len(row) > starts[i]]
+        for places in batches([len(rows[i]) for i in left], budget):
+            batch = [left[place] for place in places]
+            found[batch] = _batch_losses(
+                model, [rows[i] for i in batch], [starts[i] for i in batch], device=device
+            )
+            done.update(batch)
+
+    with torch.inference_mode():
+        with_budget(
+            work,
+            budget=max(LOGITS // int(model.config.get_text_config().vocab_size), 1),
+            least=max(map(len, rows)),
+            tell=lambda tokens: tell(f"memory ran out; from here on batches of {tokens} tokens"),
+        )
+    return found
+
+
+def _batch_losses(
+    model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int], *, device: torch.device
+) -> np.ndarray:
+    """Padding stands right, where no scored token can see it."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    ends = torch.tensor([len(row) for row in rows], device=device)
+    places = torch.arange(width, device=device)
+    logits = model(input_ids=ids, attention_mask=(places < ends[:, None]).long()).logits[:, :-1]
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+    ).view(len(rows), -1)
+    first = torch.tensor(starts, device=device)
+    scored = (places[1:] >= first[:, None]) & (places[1:] < ends[:, None])
+    # Where nothing is scored NaN must not spread: a padded place may hold anything.
+    total = losses.double().where(scored, 0.0).sum(1)
+    return (total / scored.sum(1)).cpu().numpy()
+
+
+STANDS = {True: "beats its controls", False: "does not beat them", None: "open"}
+
+
+def as_membership(found: Membership) -> str:
+    """Write the answer first, then each candidate, and what could not be tried."""
+    return "\n".join(_lines(found))
+
+
+def say_answer(found: Membership) -> str:
+    """The answer in words."""
+    names = ", ".join(found.remain)
+    if found.answer == "none":
+        return "none of these"
+    return names if found.answer == "one" else f"cannot separate: {names}"
+
+
+def _lines(found: Membership) -> Iterator[str]:
+    yield f"{printable(say_answer(found), 2000)}"
+    yield printable(found.because, 500)
+    if found.judged:
+        yield ""
+        yield f"{found.texts} texts, {found.tokens:,} tokens; nat a token, with 95 % intervals"
+    yield from (_candidate(judged) for judged in found.judged)
+    yield from (
+        f"  {printable(name)}: left out, {printable(why, 240)}"
+        for name, why in found.left_out.items()
+    )
+    yield from (f"note: {note}" for note in found.notes)
+
+
+def _candidate(judged: Judged) -> str:
+    return (
+        f"  {printable(judged.name)}: gain {say(judged.gain)}, over {judged.control} "
+        f"{say(judged.over_control)}: {STANDS[judged.stands]}"
+    )
+
+
+def as_membership_json(found: Membership) -> str:
+    """Write the answer as JSON: answer, remain, because, judged, left_out, notes, counts."""
+    return json.dumps(asdict(found), indent=2, ensure_ascii=False)

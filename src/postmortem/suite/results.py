@@ -1,0 +1,448 @@
+"""What a suite keeps: two filters, the ensemble of those that pass, and the files that say so."""
+
+import csv
+import io
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy.stats import rankdata
+
+from postmortem.case.files import write_text
+from postmortem.case.schema import Frozen
+from postmortem.checker.errors import RecordError
+from postmortem.experiments.metrics import (
+    Estimate,
+    auc,
+    auc_estimate,
+    auc_gain_estimate,
+    say_estimate,
+)
+from postmortem.experiments.records import Cell
+from postmortem.suite.suite import (
+    CHUNKS,
+    Limits,
+    Plan,
+    Reading,
+    Scored,
+    digest_judgement,
+    read_held,
+)
+
+Kept = Literal["kept", "dropped", "cannot tell"]
+UNKNOWN = Estimate(None, None, None, 0)
+# A spreadsheet takes a cell that begins so for a formula.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+class Judged(Frozen):
+    """An adapter with what either filter says of it, and why.
+
+    `write_up` tells whether the write-up's filter passes it. The `verdict` "cannot tell" means that
+    nothing speaks against it and that the rows cannot show that it ranks.
+    """
+
+    scored: Scored
+    write_up: bool
+    write_up_because: list[str]
+    verdict: Kept
+    because: list[str]
+
+
+class Ensemble(Frozen):
+    """The mean of the ranks that some adapters give to the rows.
+
+    `gain_over_best` is the AUC less that of the best single adapter kept, paired by rows; the best
+    one is chosen on the rows that it is judged by, which favours it. `held_out` is the same with
+    the best one chosen on every second row and both judged on the others.
+    """
+
+    members: int
+    auc: Estimate
+    gain_over_best: Estimate
+    held_out: Estimate
+    gain_over_base: Estimate
+
+
+class Results(Frozen):
+    """A suite as judged: holds no time and no place, so equal runs give equal files.
+
+    `ensembles` are those of the adapters kept, of those that pass the write-up's filter, and of
+    all that answered. `gains` are the AUC of the first less that of either other.
+    """
+
+    title: str
+    run: str
+    judged: str
+    rows: int
+    labels: Literal["two classes", "one class", "none"]
+    decided_by: str
+    limits: Limits
+    counts: dict[str, int]
+    best_single: str
+    best_auc: Estimate
+    base: Scored
+    ensembles: dict[str, Ensemble]
+    gains: dict[str, Estimate]
+    adapters: list[Judged]
+
+    @property
+    def line(self) -> str:
+        """The result in one line."""
+        open_ = self.counts["cannot tell"]
+        told = f", {open_} cannot be told" if open_ else ""
+        return (
+            f"{len(self.adapters)} adapters, {self.counts['kept']} kept, "
+            f"{self.counts['dropped']} dropped{told}"
+        )
+
+
+def collect(plan: Plan, out: Path, *, into: Path | None = None) -> Results:
+    """Judge the results in the output folder and write them there as JSON and CSV, or elsewhere.
+
+    Raises `RecordError` where one is missing.
+    """
+    held = read_held(plan, out)
+    missing = [entry.name for entry in plan.entries if entry.name not in held]
+    if missing or "" not in held:
+        raise RecordError(
+            out / CHUNKS,
+            expected=f"a result for each of {len(plan.entries)} adapters",
+            found=f"none for {(missing or ['the base'])[0]!r}",
+            remedy="Run the suite again.",
+        )
+    results = judge_suite(
+        held[""],
+        [held[entry.name] for entry in plan.entries],
+        labels=plan.rows.labels,
+        limits=plan.suite.limits,
+        title=plan.suite.title,
+        decided_by=plan.suite.ask[0],
+        run=plan.run,
+        judged=digest_judgement(plan.suite),
+    )
+    into = into or out
+    write_text(into / "results.csv", as_csv(results))
+    write_text(into / "summary.txt", f"suite: {results.line}\n")
+    write_text(into / "results.json", results.model_dump_json(indent=1) + "\n")
+    return results
+
+
+def judge_suite(
+    base: Scored,
+    scored: Sequence[Scored],
+    *,
+    labels: np.ndarray | None,
+    limits: Limits,
+    title: str,
+    decided_by: str,
+    run: str = "",
+    judged: str = "",
+) -> Results:
+    """Put measured adapters through both filters, and build the ensembles of what passes."""
+    judgements = judge_adapters(scored, labels=labels, limits=limits, prompt=decided_by)
+    odds = {
+        s.name: np.array(s.readings[decided_by].log_odds, dtype=np.float64)
+        for s in scored
+        if s.status == "ok" and s.readings[decided_by].finite
+    }
+    groups = list_members(judgements, odds)
+    control = np.array(base.readings[decided_by].log_odds, dtype=np.float64)
+    best = find_best({name: odds[name] for name in groups["kept"]}, labels)
+    means = {kind: mean_ranks([odds[n] for n in names]) for kind, names in groups.items() if names}
+    ensembles = {
+        kind: _measure_ensemble(
+            *(mean, [odds[name] for name in groups["kept"]]),
+            labels=labels,
+            members=len(groups[kind]),
+            best=odds.get(best),
+            control=control,
+        )
+        for kind, mean in means.items()
+    }
+    kept = means.get("kept")
+    gains = {f"over_{kind}": _gain(labels, kept, means.get(kind)) for kind in ("write_up", "all")}
+    return Results(
+        title=title,
+        run=run,
+        judged=judged,
+        rows=len(control),
+        labels=_name_labels(labels),
+        decided_by=decided_by,
+        limits=limits,
+        counts=count_verdicts(judgements),
+        best_single=best,
+        best_auc=next((s.readings[decided_by].auc for s in scored if s.name == best), UNKNOWN),
+        base=base,
+        ensembles=ensembles,
+        gains=gains,
+        adapters=judgements,
+    )
+
+
+def count_verdicts(judgements: Sequence[Judged]) -> dict[str, int]:
+    """How many adapters have each verdict, pass the write-up's filter, and failed."""
+    words = ("kept", "dropped", "cannot tell")
+    return {
+        **{word: sum(j.verdict == word for j in judgements) for word in words},
+        "write_up": sum(j.write_up for j in judgements),
+        "failed": sum(j.scored.status == "failed" for j in judgements),
+    }
+
+
+def list_members(judgements: Sequence[Judged], able: Iterable[str]) -> dict[str, list[str]]:
+    """The members of each ensemble among those whose log-odds are all finite.
+
+    Without labels nothing is kept, and the first holds whatever nothing speaks against.
+    """
+    finite = dict.fromkeys(able)
+    return {
+        "kept": [j.scored.name for j in judgements if j.verdict != "dropped"],
+        "write_up": [j.scored.name for j in judgements if j.write_up and j.scored.name in finite],
+        "all": list(finite),
+    }
+
+
+def judge_adapters(
+    scored: Sequence[Scored], *, labels: np.ndarray | None, limits: Limits, prompt: str
+) -> list[Judged]:
+    """Both verdicts of each adapter; duplicates and directions are seen across all of them."""
+    reasons = {s.name: list(find_faults(s, limits=limits, prompt=prompt)) for s in scored}
+    open_ = {s.name: _ranking_unknown(s, labels, limits=limits, prompt=prompt) for s in scored}
+    able = [s for s in scored if not reasons[s.name]]
+    for name in find_reversed(able, prompt=prompt) if _name_labels(labels) != "two classes" else ():
+        reasons[name].append("ranks the rows against most of the others")
+    for name, twin in find_duplicates(
+        [s for s in able if not reasons[s.name]], prompt=prompt, alike=limits.alike.value
+    ).items():
+        reasons[name].append(f"answers as {twin} does")
+    judged = []
+    for s in scored:
+        verdict: Kept = "dropped"
+        told = reasons[s.name]
+        if not told and open_[s.name]:
+            verdict, told = "cannot tell", [open_[s.name]]
+        elif not told:
+            verdict, told = "kept", [_praise(s.readings[prompt])]
+        blocked = apply_write_up(s, limits=limits, prompt=prompt)
+        judged.append(
+            Judged(
+                scored=s,
+                write_up=not blocked,
+                write_up_because=blocked,
+                verdict=verdict,
+                because=told,
+            )
+        )
+    return judged
+
+
+def _praise(reading: Reading) -> str:
+    """What an adapter is kept for, and whether it is shown to add to its base."""
+    adds = reading.gain.low is not None and reading.gain.low > 0
+    told = f"it ranks; gain over the base alone {say_estimate(reading.gain, '+z.3f')}"
+    return told if adds else f"{told}, not shown to add to it"
+
+
+def apply_write_up(scored: Scored, *, limits: Limits, prompt: str) -> list[str]:
+    """Why the write-up's filter blocks an adapter: it must load, and its values exceed both limits.
+
+    "No mismatch" is taken as the write-up could have seen it: the adapter loads.
+    """
+    if scored.status == "failed":
+        return ["it does not load or answer"]
+    reading, reasons = scored.readings[prompt], []
+    for name, found, limit in (
+        ("standard deviation", reading.std, limits.std_above),
+        ("maximum", reading.maximum, limits.maximum_above),
+    ):
+        if not found > limit.value:
+            reasons.append(f"{name} {found:.3g}, not above {limit.value:g}")
+    return reasons
+
+
+def find_faults(scored: Scored, *, limits: Limits, prompt: str) -> Iterable[str]:
+    """What speaks against an adapter by itself, the most telling first."""
+    if scored.errors:
+        yield f"the checker found {', '.join(scored.errors)}"
+    if scored.status == "failed":
+        yield f"it does not load or answer: {scored.message}"
+        return
+    reading = scored.readings[prompt]
+    if not reading.finite or reading.effect is None:
+        yield "its log-odds are not all finite"
+        return
+    if reading.effect <= limits.effect.value:
+        yield f"it answers as the base alone does (KL {reading.effect:.1g} nat)"
+        return
+    yield from _rank_faults(reading, limits)
+
+
+def _rank_faults(reading: Reading, limits: Limits) -> Iterable[str]:
+    found, gain, chance = reading.auc, reading.gain, limits.chance.value
+    if found.low is None or found.high is None or found.n < limits.rows.value:
+        return
+    told = f"AUC of the log-odds {say_estimate(found, 'z.3f')}"
+    if reading.auc_written.low is not None and reading.auc_written.low > chance:
+        written = say_estimate(reading.auc_written, "z.3f")
+        told += f", of what it writes {written}: another read-out would rank"
+    if found.high < chance:
+        yield f"it ranks in reverse: {told}"
+    elif found.low <= chance:
+        yield f"it is not shown to rank: {told}"
+    elif gain.high is not None and gain.high < 0:
+        yield f"it ranks worse than the base alone: gain {say_estimate(gain, '+z.3f')}, {told}"
+
+
+def _ranking_unknown(
+    scored: Scored, labels: np.ndarray | None, *, limits: Limits, prompt: str
+) -> str:
+    """Why nobody can tell whether an adapter ranks; nothing where that is known or beside it."""
+    reading = scored.readings.get(prompt)
+    kind = _name_labels(labels)
+    enough = kind == "two classes" and len(reading.log_odds if reading else []) >= limits.rows.value
+    if reading is None or enough:
+        return ""
+    why = {
+        "none": "the rows have no labels",
+        "one class": "the labels hold one class alone",
+        "two classes": f"fewer than {limits.rows.value:g} rows",
+    }[kind]
+    return f"whether it ranks cannot be told: {why}"
+
+
+def find_reversed(scored: Sequence[Scored], *, prompt: str) -> list[str]:
+    """Adapters whose ranks run against the mean of the others'; fewer than three tell nothing."""
+    if len(scored) < 3:
+        return []
+    ranks = np.array([rankdata(s.readings[prompt].log_odds) for s in scored])
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    total = ranks.sum(axis=0)
+    against = (ranks * (total - ranks)).sum(axis=1)
+    return [s.name for s, product in zip(scored, against, strict=True) if product < 0]
+
+
+def find_duplicates(scored: Sequence[Scored], *, prompt: str, alike: float) -> dict[str, str]:
+    """Adapters whose log-odds all lie within `alike` of an earlier one's, with its name."""
+    odds = np.array([s.readings[prompt].log_odds for s in scored], dtype=np.float64)
+    # Twins are near in the first row already: only neighbours there are compared.
+    seen: list[tuple[float, int]] = []
+    found = {}
+    for number, s in enumerate(scored):
+        first = odds[number, 0]
+        low, high = (bisect_left(seen, (first + 2 * step, 0)) for step in (-alike, alike))
+        twin = next(
+            (
+                other
+                for other in sorted(other for _, other in seen[low:high])
+                if np.abs(odds[number] - odds[other]).max() < alike
+            ),
+            None,
+        )
+        if twin is None:
+            insort(seen, (first, number))
+        else:
+            found[s.name] = scored[twin].name
+    return found
+
+
+def mean_ranks(odds: Sequence[np.ndarray]) -> np.ndarray:
+    """The ensemble: the mean over adapters of each row's rank, as a share of the rows."""
+    return np.mean([rankdata(row) / len(row) for row in odds], axis=0)
+
+
+def find_best(odds: Mapping[str, np.ndarray], labels: np.ndarray | None) -> str:
+    """The name with the largest AUC, the first of equals; nothing where there is no AUC."""
+    if _name_labels(labels) != "two classes" or not odds:
+        return ""
+    assert labels is not None
+    return max(odds, key=lambda name: auc(labels, odds[name]) or 0.0)
+
+
+def _measure_ensemble(
+    mean: np.ndarray,
+    singles: Sequence[np.ndarray],
+    *,
+    labels: np.ndarray | None,
+    members: int,
+    best: np.ndarray | None,
+    control: np.ndarray,
+) -> Ensemble:
+    known = labels if _name_labels(labels) == "two classes" else None
+    return Ensemble(
+        members=members,
+        auc=UNKNOWN if known is None else auc_estimate(known, mean),
+        gain_over_best=_gain(known, mean, best),
+        held_out=_gain_held_out(known, mean, singles),
+        gain_over_base=_gain(known, mean, control),
+    )
+
+
+def _gain(
+    labels: np.ndarray | None, scores: np.ndarray | None, control: np.ndarray | None
+) -> Estimate:
+    if labels is None or scores is None or control is None or not np.isfinite(control).all():
+        return UNKNOWN
+    return auc_gain_estimate(labels, scores, control)
+
+
+def _gain_held_out(
+    labels: np.ndarray | None, mean: np.ndarray, singles: Sequence[np.ndarray]
+) -> Estimate:
+    if labels is None or not singles:
+        return UNKNOWN
+    chosen, judged = slice(0, None, 2), slice(1, None, 2)
+    best = max(singles, key=lambda odds: auc(labels[chosen], odds[chosen]) or 0.0)
+    return _gain(labels[judged], mean[judged], best[judged])
+
+
+def _name_labels(labels: np.ndarray | None) -> Literal["two classes", "one class", "none"]:
+    if labels is None:
+        return "none"
+    return "two classes" if len(set(labels.tolist())) > 1 else "one class"
+
+
+COLUMNS: Mapping[str, Callable[[Reading], Cell]] = {
+    "mean": lambda r: r.mean,
+    "std": lambda r: r.std,
+    "min": lambda r: r.minimum,
+    "max": lambda r: r.maximum,
+    "distinct": lambda r: r.distinct,
+    "tied_pairs": lambda r: r.tied_pairs,
+    "parsed": lambda r: r.parsed,
+    "auc_written": lambda r: r.auc_written.value,
+    "auc": lambda r: r.auc.value,
+    "auc_low": lambda r: r.auc.low,
+    "auc_high": lambda r: r.auc.high,
+    "gain": lambda r: r.gain.value,
+    "gain_low": lambda r: r.gain.low,
+    "gain_high": lambda r: r.gain.high,
+    "effect": lambda r: r.effect,
+}
+HEAD = ("adapter", "verdict", "because", "write_up", "write_up_because", "checker", "findings")
+
+
+def as_csv(results: Results) -> str:
+    """The adapters as CSV, a line for each adapter and prompt; one that failed has one line."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*HEAD, "status", "message", "prompt", *COLUMNS])
+    for judged in results.adapters:
+        s = judged.scored
+        head = (
+            *(s.name, judged.verdict, "; ".join(judged.because)),
+            "passed" if judged.write_up else "blocked",
+            *("; ".join(judged.write_up_because), s.checker, ", ".join(s.findings)),
+            *(s.status, s.message),
+        )
+        for prompt, reading in s.readings.items() or [("", None)]:
+            cells = [tell(reading) if reading else None for tell in COLUMNS.values()]
+            writer.writerow([*map(safe_cell, (*head, prompt)), *cells])
+    return stream.getvalue()
+
+
+def safe_cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(FORMULA) else text

@@ -1,0 +1,223 @@
+"""Scoring the adapters of a suite: the base is loaded once, and each result is on disk at once."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax
+
+from postmortem.case.files import locked, write_text
+from postmortem.case.prompts import Prompt, encode, lead_of, parse_as_written, parse_strict
+from postmortem.case.rows import Rows
+from postmortem.case.schema import PromptTemplate
+from postmortem.checker.checks import inspect_adapter
+from postmortem.checker.errors import ModelError, PostmortemError, printable
+from postmortem.experiments.health import describe
+from postmortem.experiments.metrics import Estimate, auc_estimate, auc_gain_estimate, kl_divergence
+from postmortem.models.loading import LoadedBase, attached, footprint, load_base
+from postmortem.models.scoring import YES_NO, Reply, Scores, score
+from postmortem.suite.suite import CHUNKS, Plan, Reading, Scored, read_chunk, read_results
+
+# Weights in float32 do not determine more decimals of a log-odds, in nats.
+DECIMALS = 6
+# A broken adapter can bring thousands of missing keys along, each in its message.
+SHOWN = 240
+BATCH_TOKENS = 8192
+
+
+class Bench:
+    """A base on which one adapter after another is asked the same prompts.
+
+    `load` loads the base; it is called again where an adapter has changed the base's own weights,
+    since what follows must not depend on what came before.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], LoadedBase],
+        *,
+        folder: str | Path,
+        rows: Rows,
+        prompts: Mapping[str, PromptTemplate],
+        max_new_tokens: int = 8,
+        max_prompt_tokens: int = 4096,
+    ) -> None:
+        self._load, self.folder, self.rows, self.templates = load, folder, rows, prompts
+        self.max_new_tokens = max_new_tokens
+        self.base = load()
+        self.mark = footprint(self.base.model)
+        self.prompts = {
+            name: _encode_rows(
+                template, rows, tokenizer=self.base.tokenizer, limit=max_prompt_tokens
+            )
+            for name, template in prompts.items()
+        }
+        self.control = {name: self._ask(self.base.model, name) for name in prompts}
+
+    def score_base(self, *, digest: str = "", run: str = "") -> Scored:
+        """The base alone as a result, under the name ""."""
+        readings = {name: self._read(name, scores) for name, scores in self.control.items()}
+        return Scored(name="", digest=digest, run=run, status="ok", readings=readings)
+
+    def score(self, name: str, folder: str | Path, *, digest: str = "", run: str = "") -> Scored:
+        """One adapter as a result; whatever is wrong with it, this returns."""
+        parts: dict[str, Any] = {"name": name, "digest": digest, "run": run}
+        parts |= self._inspect(folder)
+        try:
+            with attached(self.base, folder) as loaded:
+                scores = {prompt: self._ask(loaded.model, prompt) for prompt in self.prompts}
+                warned = [printable(" ".join(w.split()), SHOWN) for w in loaded.warnings[:3]]
+            readings = {prompt: self._read(prompt, found) for prompt, found in scores.items()}
+            return Scored(status="ok", warnings=warned, readings=readings, **parts)
+        # An adapter is somebody else's file: no way in which it can fail may stop the others.
+        except Exception as error:
+            return Scored(status="failed", message=_say(error), **parts)
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        """Load the base again where its weights or modules are not those it began with."""
+        if footprint(self.base.model) != self.mark:
+            self.base = self._load()
+            self.mark = footprint(self.base.model)
+
+    def _inspect(self, folder: str | Path) -> dict[str, Any]:
+        try:
+            report = inspect_adapter(str(folder), str(self.folder)).report
+        except Exception as error:  # as above
+            return {"checker": f"not checkable: {_say(error)}"}
+        return {
+            "checker": report.verdict,
+            "findings": [finding.id for finding in report.findings],
+            "errors": [f.id for f in report.findings if f.severity == "error"],
+        }
+
+    def _ask(self, model: Any, prompt: str) -> Scores:
+        return score(
+            model,
+            self.base.tokenizer,
+            prompts=self.prompts[prompt],
+            lead=lead_of(self.templates[prompt]),
+            max_new_tokens=self.max_new_tokens,
+            batch_tokens=BATCH_TOKENS,
+        )
+
+    def _read(self, prompt: str, scores: Scores) -> Reading:
+        labels, contract = self.rows.labels, self.templates[prompt].contract
+        values = [parse_as_written(reply.text).value for reply in scores.replies]
+        health = describe(values, groups=self.rows.groups, labels=labels)
+        control = self.control[prompt]
+        odds, before = (_log_odds(s.replies, contract) for s in (scores, control))
+        unknown = Estimate(None, None, None, len(values))
+        known = labels is not None and bool(np.isfinite(odds).all())
+        parsed = [_answers(reply, contract) for reply in scores.replies]
+        return Reading(
+            **{n: getattr(health, n) for n in ("mean", "std", "minimum", "maximum")},
+            **{n: getattr(health, n) for n in ("distinct", "tied_pairs")},
+            parsed=sum(parsed) / len(parsed),
+            auc_written=health.auc,
+            auc=auc_estimate(labels, odds) if known else unknown,  # type: ignore[arg-type]
+            gain=auc_gain_estimate(labels, odds, before) if known else unknown,  # type: ignore[arg-type]
+            effect=_effect(scores, control, contract=contract),
+            log_odds=[float(o) if np.isfinite(o) else None for o in odds],
+        )
+
+
+def score_chunk(
+    plan: Plan,
+    out: Path,
+    number: str,
+    *,
+    mark: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Score what a chunk's file lacks, one line after the other, and mark the chunk as done.
+
+    The mark stands beside the file, unless another place is given for it.
+
+    A run that was killed may have left workers behind: the chunk is locked, and its file is read
+    once it is ours.
+    """
+    chunk, stream = plan.chunks[number], out / CHUNKS / f"{number}.jsonl"
+    with locked(
+        stream.with_suffix(".lock"), f"chunk {number}: waiting for an earlier run's worker"
+    ):
+        held, end = read_chunk(plan, out, number), read_results(stream)[1]
+        missing = [entry for entry in chunk if entry.name not in held]
+        if missing or "" not in held:
+            bench = open_bench(plan)
+            with stream.open("ab") as lines:
+                lines.truncate(end)
+                _append(lines, bench.score_base(digest=plan.base_digest, run=plan.run))
+                for entry in missing:
+                    found = bench.score(entry.name, entry.folder, digest=entry.digest, run=plan.run)
+                    _append(lines, found)
+        report(f"chunk {number}: {len(missing)} of {len(chunk)} adapters scored")
+        write_text(mark or stream.with_suffix(".done"), f"{plan.run}\n")
+
+
+def open_bench(plan: Plan) -> Bench:
+    """The bench of a plan, its base loaded."""
+    suite = plan.suite
+    return Bench(
+        lambda: load_base(plan.base, device=suite.device, dtype=suite.dtype),
+        folder=plan.base,
+        rows=plan.rows,
+        prompts=plan.prompts,
+        max_new_tokens=suite.max_new_tokens,
+        max_prompt_tokens=suite.max_prompt_tokens,
+    )
+
+
+def _append(lines: Any, result: Scored) -> None:
+    """A line is either whole on the disk or has no line break at its end."""
+    lines.write(result.model_dump_json().encode() + b"\n")
+    lines.flush()
+    os.fsync(lines.fileno())
+
+
+def _encode_rows(
+    template: PromptTemplate, rows: Rows, *, tokenizer: Any, limit: int
+) -> list[Prompt]:
+    return [
+        encode(template, rows.row(index), tokenizer=tokenizer, limit=limit)
+        for index in range(len(rows))
+    ]
+
+
+def _log_odds(replies: Sequence[Reply], contract: str) -> np.ndarray:
+    """The log-odds of what the prompt asks for, (rows,)."""
+    if contract == "yes_no":
+        return np.array([reply.yes_no_log_odds for reply in replies]).round(DECIMALS)
+    return np.array([reply.number_log_odds for reply in replies]).round(DECIMALS)
+
+
+def _answers(reply: Reply, contract: str) -> bool:
+    """Whether the text is what was asked for and nothing else."""
+    if contract == "yes_no":
+        return reply.text.strip() in YES_NO
+    return parse_strict(reply.text).value is not None
+
+
+def _effect(scores: Scores, base: Scores, *, contract: str) -> float | None:
+    """KL to the base of the answer in nats, the mean over rows; None where it is not finite."""
+    p, q = (
+        s.first_log_probs if contract == "yes_no" else log_softmax(s.number_log_probs, axis=1)
+        for s in (scores, base)
+    )
+    with np.errstate(invalid="ignore"):
+        found = float(kl_divergence(p, q).mean())
+    return round(found, DECIMALS + 2) if np.isfinite(found) else None
+
+
+def _say(error: Exception) -> str:
+    """What went wrong, without the folder, which may differ between two equal runs."""
+    if isinstance(error, ModelError):
+        text = f"expected {error.expected}; found {error.found}"
+    elif isinstance(error, PostmortemError):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return printable(" ".join(text.split()), SHOWN)

@@ -1,0 +1,425 @@
+"""A suite: many adapters on one base, asked the same rows; what it asks, and what it keeps."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from glob import glob
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from postmortem.case.files import write_text
+from postmortem.case.load import explain_errors, load_case, read_yaml
+from postmortem.case.rows import Rows, generate_rows, read_rows
+from postmortem.case.schema import Columns, Frozen, Identifier, PromptTemplate, Sentence
+from postmortem.checker.errors import RecordError, SuiteError, printable
+from postmortem.experiments.health import THRESHOLDS
+from postmortem.experiments.metrics import Estimate
+from postmortem.experiments.records import digest_library, package_versions
+from postmortem.models.world import digest_model, find_base
+
+PLAN, CHUNKS = "plan.json", "chunks"
+# The end of the name of a file with what a chunk has from others.
+MOVED = ".moved.jsonl"
+# A base above this size is worth more than one thread.
+SMALL = 100 << 20
+UNREADABLE = "unreadable"
+MARKS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+class Limit(Frozen):
+    """A limit of a filter with its reason."""
+
+    value: float
+    because: Sentence
+
+
+class Limits(Frozen):
+    """The limits of both filters: the first two are the write-up's, the others ours."""
+
+    std_above: Limit = Limit(value=0.05, because="the write-up's validation plan")
+    maximum_above: Limit = Limit(value=0.5, because="the write-up's validation plan")
+    effect: Limit = Limit(
+        value=1e-6, because="below it, in nats, two answers are the same up to rounding"
+    )
+    chance: Limit = Limit(value=THRESHOLDS.chance, because="the AUC of a constant")
+    rows: Limit = Limit(
+        value=THRESHOLDS.rows, because="on fewer rows a perfect order comes by luck too often"
+    )
+    alike: Limit = Limit(
+        value=1e-3,
+        because="no two trainings agree to this many nats on every row, and rounding is below it",
+    )
+
+
+class Asked(Frozen):
+    """A prompt that the suite file brings along; `contract` is the read-out that it asks for."""
+
+    contract: Literal["number", "yes_no"]
+    chat: bool
+    system: str = ""
+    template: Sentence
+
+
+class SuiteRows(Frozen):
+    """The rows: a file with or without labels, or `count` generated ones, which have them."""
+
+    data: str = ""
+    labels: str = ""
+    columns: Columns = Columns()
+    count: int = Field(default=0, ge=0, le=1_000_000)
+    seed: int = 0
+
+
+class Suite(Frozen):
+    """A suite file. Paths are relative to it.
+
+    `adapters` are globs whose every folder is an adapter, or folders: an adapter, or one whose
+    every folder is. `ask` names prompts of `prompts` or of the case; the first one decides.
+    """
+
+    suite_version: Literal[1]
+    title: Sentence
+    base: Sentence
+    adapters: Annotated[list[Sentence], Field(min_length=1)]
+    rows: SuiteRows
+    case: str = ""
+    ask: Annotated[list[Identifier], Field(min_length=1)]
+    prompts: dict[Identifier, Asked] = Field(default_factory=dict)
+    max_new_tokens: int = Field(default=8, ge=1, le=512)
+    max_prompt_tokens: int = Field(default=4096, ge=16)
+    limits: Limits = Limits()
+    chunk: int = Field(default=25, ge=1)
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+class Reading(Frozen):
+    """What an adapter answered to one prompt.
+
+    Values are by the write-up's parser; `parsed` is the share of answers that are what was asked
+    for and nothing else. `log_odds` has one entry a row in nats, None where it is not finite.
+    `effect` is KL(adapter || base) of the answer in nats, `gain` the AUC of the log-odds less
+    that of the base on the same rows.
+    """
+
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+    distinct: int
+    tied_pairs: float
+    parsed: float
+    auc_written: Estimate
+    auc: Estimate
+    gain: Estimate
+    effect: float | None
+    log_odds: list[float | None]
+
+    @property
+    def finite(self) -> bool:
+        """Whether every log-odds is a number."""
+        return None not in self.log_odds
+
+
+class Scored(Frozen):
+    """One adapter as measured, a line of a chunk's file; the base alone has the name "".
+
+    `findings` are the checker's, those of severity error in `errors` as well. `run` is the digest
+    of all that can change a number beside the adapter, whose own is `digest`.
+    """
+
+    name: str
+    digest: str
+    run: str
+    status: Literal["ok", "failed"]
+    message: str = ""
+    checker: str = ""
+    findings: list[str] = Field(default_factory=list)
+    errors: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    readings: dict[str, Reading] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An adapter of a plan: its name on pages, its folder, and the digest of its files."""
+
+    name: str
+    folder: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A suite with its names resolved, as it stands in the output folder for every step.
+
+    `chunks` holds the entries by the number of their chunk, `run` the digest that the results
+    must carry, `threads` is 0 where a step takes all cores, `base_bytes` the size of the base's
+    weights.
+    """
+
+    suite: Suite
+    place: str
+    base: str
+    base_digest: str
+    base_bytes: int
+    prompts: dict[str, PromptTemplate]
+    run: str
+    threads: int
+    chunks: dict[str, tuple[Entry, ...]]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All adapters in order."""
+        return [entry for chunk in self.chunks.values() for entry in chunk]
+
+    @property
+    def rows(self) -> Rows:
+        """The rows that are scored."""
+        return suite_rows(self.suite, Path(self.place))
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Read and check a suite file; `CaseError` names the key, what was expected and found."""
+    path = Path(path)
+    try:
+        return Suite.model_validate(read_yaml(path, kind="suite file", remedy="Give its path."))
+    except ValidationError as error:
+        raise explain_errors(path, error.errors(include_url=False)) from None
+
+
+def make_plan(path: str | Path) -> Plan:
+    """Resolve a suite file: its base, prompts, rows and adapters, each with its digest.
+
+    Raises `SuiteError` for a pattern or prompt that names nothing, and what the case, the rows
+    and the base raise.
+    """
+    suite, place = load_suite(path), Path(path).resolve().parent
+    base = find_base(str(place / suite.base) if (place / suite.base).is_dir() else suite.base)
+    prompts = _find_prompts(suite, place)
+    rows = suite_rows(suite, place)
+    entries = name_adapters(find_adapters(suite.adapters, place), place)
+    base_digest = digest_model(base)
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    return Plan(
+        suite=suite,
+        place=str(place),
+        base=str(base.resolve()),
+        base_digest=base_digest,
+        base_bytes=size,
+        prompts=prompts,
+        run=digest_run(suite, base=base_digest, rows=rows, prompts=prompts),
+        threads=1 if size < SMALL else 0,
+        chunks=cut_chunks(entries, suite.chunk),
+    )
+
+
+def suite_rows(suite: Suite, place: Path) -> Rows:
+    """The rows of a suite."""
+    asked = suite.rows
+    if not asked.data:
+        if not asked.count or asked.labels:
+            raise SuiteError("rows", expected="`data`, or a `count` above 0", found="neither")
+        return generate_rows(asked.count, asked.seed, columns=asked.columns)
+    labels = place / asked.labels if asked.labels else None
+    return read_rows(place / asked.data, labels, columns=asked.columns).head(asked.count)
+
+
+def find_adapters(patterns: Sequence[str], place: Path) -> list[Path]:
+    """The folders that the patterns name, each once, in the order of their paths.
+
+    Whether a folder is a sound adapter is not asked here. Raises `SuiteError` for a pattern that
+    matches no folder.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        matched = [path for path in _match(pattern, place) if path.is_dir()]
+        if not matched:
+            raise SuiteError(
+                f"adapters: {printable(pattern)}",
+                expected="at least one adapter folder",
+                found="none",
+                remedy=f"Paths are relative to {printable(place)}.",
+            )
+        found |= dict.fromkeys(path.resolve() for path in matched)
+    return sorted(found, key=os.fsencode)
+
+
+def _match(pattern: str, place: Path) -> Iterable[Path]:
+    path = place / pattern
+    if not path.is_dir():
+        # pathlib's own takes no absolute pattern, and its stars match hidden folders.
+        found = glob(pattern, root_dir=place, recursive=True)  # noqa: PTH207
+        return [place / name for name in found]
+    inside = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    is_adapter = any((path / name).exists() for name in MARKS)
+    return [path] if is_adapter or not inside else inside
+
+
+def name_adapters(folders: Sequence[Path], place: Path) -> list[Entry]:
+    """Entries with distinct printable names: the path below the suite file's folder, if it is."""
+    entries: list[Entry] = []
+    taken: set[str] = set()
+    for folder in folders:
+        inside = folder.is_relative_to(place)
+        plain = printable(folder.relative_to(place) if inside else folder.name, 120)
+        name, number = plain, 1
+        while name in taken:
+            number += 1
+            name = f"{plain} ({number})"
+        taken.add(name)
+        entries.append(Entry(name, str(folder), digest_adapter(folder)))
+    return entries
+
+
+def digest_adapter(folder: Path) -> str:
+    """Digest of an adapter's files; a folder that cannot be read has the same word for all."""
+    try:
+        return digest_model(folder)
+    except OSError:
+        return UNREADABLE
+
+
+def cut_chunks(entries: Sequence[Entry], size: int) -> dict[str, tuple[Entry, ...]]:
+    """Entries in chunks of a size, by number."""
+    starts = range(0, len(entries), size)
+    return {f"{i:04d}": tuple(entries[at : at + size]) for i, at in enumerate(starts)}
+
+
+def digest_run(suite: Suite, *, base: str, rows: Rows, prompts: dict[str, PromptTemplate]) -> str:
+    """Digest of everything beside an adapter that can change its numbers."""
+    parts = [
+        *(base, rows.digest, {name: p.model_dump() for name, p in prompts.items()}),
+        *(suite.max_new_tokens, suite.max_prompt_tokens, suite.device, suite.dtype),
+        *(digest_library(), package_versions()),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_judgement(suite: Suite) -> str:
+    """Digest of what turns measurements into verdicts."""
+    parts = [suite.limits.model_dump(), digest_library()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_plan(plan: Plan, out: Path) -> None:
+    """Write the plan for the steps, with what tells the graph which of them are out of date."""
+    content = {
+        **asdict(plan),
+        "suite": plan.suite.model_dump(),
+        "prompts": {name: prompt.model_dump() for name, prompt in plan.prompts.items()},
+        "asked": {
+            number: [plan.run, *(entry.digest for entry in chunk)]
+            for number, chunk in plan.chunks.items()
+        },
+        "judged": digest_judgement(plan.suite),
+    }
+    # Escaped to ASCII, since a folder's name need not be valid Unicode.
+    write_text(out / PLAN, json.dumps(content, indent=1) + "\n")
+
+
+def read_plan(out: Path) -> Plan:
+    """Read a plan back; `RecordError` where it is missing or altered beyond use."""
+    try:
+        data = json.loads((out / PLAN).read_text(encoding="utf-8"))
+        names = ("place", "base", "base_digest", "base_bytes", "run", "threads")
+        return Plan(
+            suite=Suite.model_validate(data["suite"]),
+            prompts={n: PromptTemplate.model_validate(p) for n, p in data["prompts"].items()},
+            chunks={
+                number: tuple(Entry(**entry) for entry in chunk)
+                for number, chunk in data["chunks"].items()
+            },
+            **{name: data[name] for name in names},
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(out / PLAN, expected="a plan", found=str(error)[:200]) from None
+
+
+def prepare_chunks(plan: Plan, out: Path) -> None:
+    """Bring each chunk what earlier runs have measured of it, and take back the marks of others.
+
+    An adapter that joins the suite moves others to another chunk; they are not measured again.
+    What stands in another chunk's file is copied here once, so that no chunk reads all of them.
+    """
+    files = {path.name: _read_valid(plan, [path]) for path in _list_files(out)}
+    held = {name: result for found in files.values() for name, result in found.items()}
+    for number, chunk in plan.chunks.items():
+        names = [entry.name for entry in chunk]
+        if {"", *names} - held.keys():
+            (out / CHUNKS / f"{number}.done").unlink(missing_ok=True)
+        streamed = files.get(f"{number}.jsonl", {})
+        moved = [name for name in names if name in held and name not in streamed]
+        if moved:
+            lines = [held[name].model_dump_json() + "\n" for name in ("", *moved) if name in held]
+            write_text(out / CHUNKS / f"{number}{MOVED}", "".join(lines))
+
+
+def read_held(plan: Plan, out: Path) -> dict[str, Scored]:
+    """By name, the results that count, in whichever chunk's file they stand."""
+    return _read_valid(plan, _list_files(out))
+
+
+def read_chunk(plan: Plan, out: Path, number: str) -> dict[str, Scored]:
+    """By name, the results that count in a chunk's own files."""
+    return _read_valid(plan, [out / CHUNKS / f"{number}{end}" for end in (MOVED, ".jsonl")])
+
+
+def _list_files(out: Path) -> list[Path]:
+    return sorted((out / CHUNKS).glob("*.jsonl"))
+
+
+def _read_valid(plan: Plan, files: Iterable[Path]) -> dict[str, Scored]:
+    return valid_results(plan, (result for file in files for result in read_results(file)[0]))
+
+
+def valid_results(plan: Plan, results: Iterable[Scored]) -> dict[str, Scored]:
+    """By name, the results of this plan's adapters whose digests still match; the last counts."""
+    digests = {entry.name: entry.digest for entry in plan.entries} | {"": plan.base_digest}
+    return {
+        result.name: result
+        for result in results
+        if result.run == plan.run and digests.get(result.name) == result.digest
+    }
+
+
+def read_results(path: Path) -> tuple[list[Scored], int]:
+    """The whole lines of a chunk's file that are results, and where the last whole line ends.
+
+    What stands behind the last line break was cut off while it was written.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    end = data.rfind(b"\n") + 1
+    return list(_parse_lines(data[:end])), end
+
+
+def _parse_lines(data: bytes) -> Iterator[Scored]:
+    for line in data.split(b"\n"):
+        try:
+            yield Scored.model_validate_json(line)
+        except ValidationError:
+            continue  # it is measured again
+
+
+def _find_prompts(suite: Suite, place: Path) -> dict[str, PromptTemplate]:
+    known = dict(load_case(place / suite.case).prompts) if suite.case else {}
+    known |= {
+        name: PromptTemplate(title=name, grade="measured", **asked.model_dump())
+        for name, asked in suite.prompts.items()
+    }
+    for name in suite.ask:
+        if name not in known:
+            raise SuiteError(
+                f"ask: {name}",
+                expected=f"one of {', '.join(known) or 'no prompt at all'}",
+                found="no such prompt",
+                remedy="Describe it under `prompts`, or name a case file under `case`.",
+            )
+    return {name: known[name] for name in dict.fromkeys(suite.ask)}
