@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 from postmortem.checker.bases import kind_of_class
-from postmortem.diagnosis.faults import randomise
+from tools.faults import randomise
 
 TASKS = {
     "causal": "CAUSAL_LM",

@@ -3,7 +3,8 @@ import torch
 
 from postmortem.case.prompts import Prompt, encode
 from postmortem.case.rows import generate_rows
-from postmortem.experiments.bench import (
+from postmortem.models.loading import load_base
+from tools.bench import (
     INCIDENT,
     NUMERIC,
     Timings,
@@ -13,7 +14,6 @@ from postmortem.experiments.bench import (
     reading_flops,
     ways_of,
 )
-from postmortem.models.loading import load_base
 
 
 @pytest.fixture(scope="module")

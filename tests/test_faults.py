@@ -5,7 +5,7 @@ import pytest
 
 from postmortem.checker.catalogue import catalogue
 from postmortem.checker.checks import inspect_adapter
-from postmortem.diagnosis.faults import (
+from tools.faults import (
     FAULTS,
     TINY,
     Fault,

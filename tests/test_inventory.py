@@ -7,8 +7,6 @@ from postmortem.checker.adapter import WEIGHTS_FILE
 from postmortem.checker.catalogue import catalogue
 from postmortem.checker.config import CONFIG_FILE
 from postmortem.checker.errors import ModelError
-from postmortem.diagnosis import faults
-from postmortem.diagnosis.faults import Reproduction, record_reproductions
 from postmortem.experiments.files import (
     _size_agrees,
     record_dating,
@@ -22,6 +20,8 @@ from postmortem.experiments.mismatch import write_adapter
 from postmortem.experiments.records import Measure, Table, Text, Verdict
 from postmortem.experiments.session import open_session
 from postmortem.models.world import write_world
+from tools import faults
+from tools.faults import Reproduction, record_reproductions
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ import torch
 
 from postmortem.case.rows import generate_rows
 from postmortem.checker.errors import CaseError
-from postmortem.diagnosis.real_model import (
+from postmortem.experiments.records import Prediction, Table, Text, Verdict
+from postmortem.experiments.session import open_recording
+from tools.real_model import (
     record_causes,
     record_file,
     record_members,
@@ -15,8 +17,6 @@ from postmortem.diagnosis.real_model import (
     record_true_mismatch,
     record_variations,
 )
-from postmortem.experiments.records import Prediction, Table, Text, Verdict
-from postmortem.experiments.session import open_recording
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Derive src/postmortem/checker/peft_fields.csv from released PEFT wheels, reading source and running none.
+"""Derive checker/peft_fields.csv from released PEFT wheels, reading source and running none.
 
 Usage: python -m tools.derive_peft_fields WHEEL_FOLDER [VERSION ...]
 Versions are downloaded into WHEEL_FOLDER with pip; without any, the wheels already there are read.
