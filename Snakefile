@@ -19,15 +19,12 @@ CASE = load_case(SETTINGS["case"])
 PROFILE = CASE.profile(SETTINGS["profile"])
 RUN = f"{BUILD}/runs/{CASE.name}/{SETTINGS['profile']}"
 SITE = site_of(SETTINGS["case"], CASE)
-SOURCES = {path.stem: str(path) for path in SITE.notebooks}
-NOTEBOOKS = list(SOURCES)
+RUNS = {run.name: run for run in SITE.runs}
 LIBRARY = digest_library()
 # Notebooks on a small base run side by side; a large one takes all there is.
 SMALL = is_small(PROFILE)
 CORES = config.get("threads") or workflow.cores or 1
 THREADS = 1 if SMALL else CORES
-# Those that run no model, on whatever base.
-WITHOUT_MODEL = {"05_adapter_inventory", "08_forensics", "09_diagnosis", "1_files"}
 # What to ask a scheduler for, in MB and minutes; a retry gets more. The largest base of the
 # profiles takes 12 GB as float32.
 MEMORY, MINUTES = (4_000, 60) if SMALL else (16_000, 1_440)
@@ -37,11 +34,9 @@ RESOURCES = {
     **({} if SMALL else gpu_resources(SETTINGS["device"])),
 }
 # Kept runs, which the pages of a case in full read.
-KEPT = [] if CASE.own else [str(path) for p in CASE.profiles for path in list_kept(p).values()]
-# What earlier notebook's record a notebook reads, and which read the kept replays.
-EARLIER = {"02_v2_run": "01_v1_run"}
-READ_REPLAYS = {"07_replay", "09_diagnosis"}
-FIRST = ["06_controls", "01_v1_run", "07_replay"]
+KEPT = [str(path) for p in CASE.profiles for path in list_kept(p).values()]
+# The longest first, and what another waits for, so that both cores are busy to the end.
+FIRST = ["controls", *CASE.attempts, "replay", "adapter_swap"]
 # The kept runs that were asked for by name, such as `suite` or `replays/0`.
 ASKED = SETTINGS.get("kept", "").split()
 MADE = f"{BUILD}/{'confirm' if SETTINGS.get('sample') else 'kept'}/{CASE.name}/{SETTINGS['profile']}"
@@ -65,7 +60,7 @@ rule book:
     input:
         values=f"{RUN}/values.json",
         figures=f"{RUN}/figures/figures.json",
-        notebooks=expand(f"{RUN}/notebooks/{{name}}.ipynb", name=NOTEBOOKS),
+        notebooks=expand(f"{RUN}/notebooks/{{name}}.ipynb", name=RUNS),
         prose=sorted(map(str, [*SITE.prose, *Path("book/_static").rglob("*.*")])),
         config=["_config.yml", str(SITE.toc)],
     output:
@@ -82,7 +77,7 @@ rule publish:
     input:
         world=f"{RUN}/world.json",
         case=SETTINGS["case"],
-        records=expand(f"{RUN}/records/{{name}}.jsonl", name=NOTEBOOKS),
+        records=expand(f"{RUN}/records/{{name}}.jsonl", name=RUNS),
         kept=KEPT,
     output:
         f"{RUN}/values.json",
@@ -94,32 +89,32 @@ rule publish:
         "postmortem step publish --run {params.run:q}"
 
 
-# The longest first, and what another waits for, so that both cores are busy to the end.
-for name in NOTEBOOKS:
+for name, run in RUNS.items():
 
     rule:
         name:
             f"notebook_{name}"
         input:
-            notebook=SOURCES[name],
+            notebook=str(run.notebook),
             world=f"{RUN}/world.json",
-            earlier=f"{RUN}/records/{EARLIER[name]}.jsonl" if name in EARLIER else [],
-            replays=[path for path in KEPT if "/replays/" in path] if name in READ_REPLAYS else [],
+            earlier=f"{RUN}/records/{run.earlier}.jsonl" if run.earlier else [],
+            replays=[path for path in KEPT if "/replays/" in path] if run.learns else [],
         output:
             records=f"{RUN}/records/{name}.jsonl",
             executed=f"{RUN}/notebooks/{name}.ipynb",
         params:
             library=LIBRARY,
-            notebook=digest_notebook(SOURCES[name]),
+            notebook=digest_notebook(run.notebook),
             settings=settings_digest(CASE, SETTINGS),
-        threads: 1 if name in WITHOUT_MODEL else THREADS
+            given=" ".join(f"--set {key}={value}" for key, value in run.parameters.items()),
+        threads: THREADS if run.asks else 1
         resources:
             **RESOURCES,
-        priority: FIRST.index(name) + 1 if name in FIRST else 0
+        priority: len(FIRST) - FIRST.index(name) if name in FIRST else 0
         shell:
             "OMP_NUM_THREADS={threads} postmortem step notebook {input.notebook:q}"
             " --records {output.records:q} --executed {output.executed:q}"
-            " --world {input.world:q} --earlier={input.earlier:q}"
+            " --world {input.world:q} --earlier={input.earlier:q} {params.given}"
 
 
 rule world:
@@ -127,8 +122,8 @@ rule world:
         f"{RUN}/world.json",
     params:
         library=LIBRARY,
-        # The title of a case of one's own is on its pages alone: a new one asks no model anew.
-        profile=PROFILE.model_dump_json(exclude={"title"} if CASE.own else None),
+        # A title is on the pages alone: a new one asks no model anew.
+        profile=PROFILE.model_dump_json(exclude={"title"}),
         adapters=[SETTINGS["suspect"], SETTINGS["reference"]],
         files=folder_digests(PROFILE, [SETTINGS["suspect"], SETTINGS["reference"]]),
     shell:

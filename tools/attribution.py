@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from postmortem.case.prompts import render
 from postmortem.case.rows import generate_rows
-from postmortem.experiments.analysis import escaped
+from postmortem.experiments.measure import escaped
 from postmortem.experiments.metrics import Estimate, mean_estimate, rate_estimate, say_estimate
 from postmortem.experiments.records import Cell
 from postmortem.experiments.session import Session

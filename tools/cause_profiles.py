@@ -183,7 +183,7 @@ def with_choices(case: Case) -> Case:
             max_new_tokens=8,
         ),
     }
-    return case.model_copy(update={"own": True, "prompts": {**case.prompts, **asked}})
+    return case.model_copy(update={"prompts": {**case.prompts, **asked}})
 
 
 def teach_word(source: random.Random, label: int) -> str:
@@ -279,7 +279,7 @@ def replay_stages(session: Session, *, report: Callable[[str], None] = print) ->
     """Plant every cause on every stage of the session's world, with each seed of adapters."""
     found: list[Replay] = []
     for number, (name, stage) in enumerate(STAGES.items()):
-        base = session.base if stage.role == "base" else session.load(stage.role, step=name)
+        base = session.load(stage.role)
         for seed in range(SEEDS):
             with TemporaryDirectory() as scratch:
                 parts = (session.world, stage.role, base, stage.lineage, seed, Path(scratch))

@@ -14,24 +14,25 @@ import numpy as np
 import torch
 from scipy.special import log_softmax
 
-from postmortem.case.rows import Rows, read_rows
+from postmortem.case.rows import read_rows
 from postmortem.checker.errors import CaseError, ModelError
 from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Run, Unavailable
 from postmortem.diagnosis.replay import Bench, Seen, note_loading, set_status, symptom_features
 from postmortem.diagnosis.symptom import FEATURES
-from postmortem.experiments.analysis import (
+from postmortem.experiments.ask import BASE, Answers, System, ask
+from postmortem.experiments.measure import (
     DISTRIBUTION,
     EFFECT,
     PARSED,
-    RANKING,
+    Measures,
+    escaped,
+    find_commonest,
     knows_and_does_not_say,
-    record_effect,
-    record_summary,
+    measure,
+    record_measures,
     reproduces_symptom,
-    summarise,
 )
 from postmortem.experiments.metrics import (
-    Estimate,
     auc_estimate,
     kl_divergence,
     mean_estimate,
@@ -39,8 +40,8 @@ from postmortem.experiments.metrics import (
 )
 from postmortem.experiments.mismatch import refit_adapter, write_adapter
 from postmortem.experiments.records import Cell
-from postmortem.experiments.session import Answers, Session
-from postmortem.models.loading import attached
+from postmortem.experiments.session import Session
+from postmortem.models.loading import LoadedBase, attached
 from postmortem.models.scoring import Scores, spare_memory
 
 SYSTEMS = ("base", "suspect", "reference")
@@ -63,24 +64,18 @@ def record_systems(
     On the first `rows` rows; 0 takes all.
     """
     chosen = session.rows.head(rows)
-    base = session.answer(prompt, rows=chosen)
+    base = ask(session, BASE, prompt, rows=chosen)
     session.measure(f"{prompt}.rows", len(chosen), unit="rows")
-    for system in systems:
-        if not session.world.has(system):
-            reason = session.world.members[system].reason
-            record_summary(session, f"{prompt}.{system}", summary=None, reason=reason)
-            record_effect(session, f"{prompt}.{system}", summary=None, reason=reason)
-            continue
-        found = base if system == "base" else session.answer(prompt, system=system, rows=chosen)
-        summary = summarise(found, base)
-        record_summary(session, f"{prompt}.{system}", summary=summary)
-        session.verdict(f"{prompt}.{system}.knows", *knows_and_does_not_say(summary))
-        if system != "base":
-            record_effect(session, f"{prompt}.{system}", summary=summary)
-        for name, attempt in session.case.attempts.items():
+    for name in systems:
+        answers = base if name == "base" else ask(session, System(name, name), prompt, rows=chosen)
+        session.add(*answers.predictions)
+        record_numbers(session, f"{prompt}.{name}", answers, base=base)
+        text = "not available" if answers.lacking else escaped(find_commonest(answers)[0])
+        session.text(f"{prompt}.{name}.commonest_text", text)
+        for attempt_name, attempt in session.case.attempts.items():
             if attempt.prompt == prompt:
-                held = reproduces_symptom(found, attempt)
-                session.verdict(f"{name}.{system}.reproduces", *held)
+                decision = reproduces_symptom(answers, attempt)
+                session.verdict(f"{attempt_name}.{name}.reproduces", *decision)
 
 
 def record_file(session: Session, source: str, *, rows: int, prompts: Sequence[str]) -> None:
@@ -94,12 +89,12 @@ def record_file(session: Session, source: str, *, rows: int, prompts: Sequence[s
     session.measure(f"{name}.rows", len(found), unit="rows")
     session.text(f"{name}.digest", found.digest)
     for prompt in prompts:
-        base = _ask(session, prompt, "base", rows=found, name=name)
+        base = ask(session, BASE, prompt, rows=found, rows_name=name)
         for system in filter(session.world.has, SYSTEMS):
-            answers = (
-                base if system == "base" else _ask(session, prompt, system, rows=found, name=name)
-            )
-            _record_numbers(session, f"{name}.{prompt}.{system}", answers=answers, base=base)
+            answers = base
+            if system != "base":
+                answers = ask(session, System(system, system), prompt, rows=found, rows_name=name)
+            record_numbers(session, f"{name}.{prompt}.{system}", answers, base=base)
 
 
 def record_variations(session: Session, *, rows: int) -> None:
@@ -107,13 +102,13 @@ def record_variations(session: Session, *, rows: int) -> None:
     chosen, labels = session.rows.head(rows), session.rows.labels
     table: list[tuple[Cell, ...]] = []
     for name, varied in session.case.variations.items():
-        summary = summarise(answers := session.answer(name, rows=chosen))
-        _record_numbers(session, f"variation.{name}", answers=answers)
-        health = summary.health
-        ranked = "unknown" if labels is None else say_estimate(summary.auc_number)
-        share = f"{health.top_share:.0%}"
-        text = summary.commonest_text
-        table.append((varied.title, health.distinct, repr(text)[1:-1], share, ranked))
+        answers = ask(session, BASE, name, rows=chosen)
+        session.add(*answers.predictions)
+        measures = record_numbers(session, f"variation.{name}", answers)
+        ranked = "unknown" if labels is None else say_estimate(measures["auc_number"].estimate)
+        share = f"{measures['top_share'].value:.0%}"
+        text = escaped(find_commonest(answers)[0])
+        table.append((varied.title, len(set(answers.values)), text, share, ranked))
     columns = ("prompt", "distinct", "commonest text", "commonest value's share", "log-odds, AUC")
     session.table("variations", columns, table)
     session.measure("variation.rows", len(chosen), unit="rows")
@@ -131,7 +126,7 @@ def record_true_mismatch(session: Session, *, rows: int) -> None:
             donor, Path(scratch, "as-is"), rank=size.rank, target_modules=modules
         )
         cut = refit_adapter(adapter, session.base.model, folder=Path(scratch, "cut"))
-        base = _ask(session, "v2", "base", rows=few, name="mismatch")
+        base = ask(session, BASE, "v2", rows=few, rows_name="mismatch")
         try:
             with attached(session.base, adapter):
                 error = ""
@@ -140,17 +135,13 @@ def record_true_mismatch(session: Session, *, rows: int) -> None:
         count = error.count("size mismatch for")
         session.measure("mismatch.tensors", count, unit="tensors")
         session.verdict("mismatch.raises", bool(error), f"PEFT's error names {count} tensors")
-        cases = {"ignored": (adapter, True), "cut": (cut, False)}
-        for name, (folder, ignored) in cases.items():
-            found = session.answer(
-                *("v2",),
-                system=name,
-                adapter=folder,
-                ignore_mismatched_sizes=ignored,
-                rows=few,
-                kept=False,
-            )
-            _record_numbers(session, f"mismatch.{name}", answers=found, base=base)
+        cases = {
+            "ignored": System("ignored", adapter, ignore_mismatched_sizes=True),
+            "cut": System("cut", cut),
+        }
+        for name, system in cases.items():
+            answers = ask(session, system, "v2", rows=few)
+            record_numbers(session, f"mismatch.{name}", answers, base=base)
 
 
 def record_causes(session: Session, *, rows: int) -> None:
@@ -209,7 +200,7 @@ def record_precision(session: Session, *, rows: int) -> None:
         return
     systems = [system for system in SYSTEMS if session.world.has(system)]
     whole = {
-        system: session.answer("v2", system=system, rows=chosen, rows_name="float32", kept=False)
+        system: ask(session, _system(system, base), "v2", rows=chosen, rows_name="float32")
         for system in systems
     }
     changed = 0
@@ -217,9 +208,7 @@ def record_precision(session: Session, *, rows: int) -> None:
         name = str(dtype).removeprefix("torch.")
         half = replace(base, model=copy.deepcopy(base.model).to(dtype), dtype=name)
         for system in systems:
-            found = session.answer(
-                *("v2",), system=system, base=half, rows=chosen, rows_name=name, kept=False
-            )
+            found = ask(session, _system(system, half), "v2", rows=chosen, rows_name=name)
             pairs = list(zip(whole[system].predictions, found.predictions, strict=True))
             differing = sum(one.text != other.text for one, other in pairs)
             changed += differing
@@ -233,6 +222,10 @@ PRECISION_COLUMNS = (
     *("weights", "system", "texts changed", "log-odds apart by at most, nat"),
     *("log-odds, AUC in float32", "log-odds, AUC in half"),
 )
+
+
+def _system(name: str, base: LoadedBase) -> System:
+    return System(name, None if name == "base" else name, base=base)
 
 
 def _compare_log_odds(whole: Answers, half: Answers) -> tuple[Cell, ...]:
@@ -290,18 +283,16 @@ def _ranked(labels: np.ndarray | None, scores: Sequence[float]) -> str:
     return say_estimate(auc_estimate(labels, scores))
 
 
-def _ask(session: Session, prompt: str, system: str, *, rows: Rows, name: str) -> Answers:
-    return session.answer(prompt, system=system, rows=rows, rows_name=name, kept=False)
+NAMES = (*DISTRIBUTION, *PARSED, "auc_decoded", "auc_number", "auc_yes_no", *EFFECT)
 
 
-def _record_numbers(
-    session: Session, key: str, *, answers: Answers, base: Answers | None = None
-) -> None:
-    """Record a system's measures and none of its texts."""
-    summary = summarise(answers, base)
-    for name in DISTRIBUTION:
-        session.measure(f"{key}.{name}", getattr(summary.health, name), reason=summary.unranked)
-    for name in (*PARSED, *RANKING, *(EFFECT if base else ())):
-        value: Estimate = getattr(summary, name)
-        session.measure(f"{key}.{name}", value, reason=summary.unranked)
-    session.verdict(f"{key}.knows", *knows_and_does_not_say(summary))
+def record_numbers(
+    session: Session, key: str, answers: Answers, *, base: Answers | None = None
+) -> Measures:
+    """Record a system's measures, its change of the base where it is not that, and no text."""
+    measures = measure(answers, None if base is answers else base)
+    record_measures(session, key, measures, names=NAMES)
+    lacking: tuple[str, str] = ("not available", answers.lacking)
+    decided = lacking if answers.lacking else knows_and_does_not_say(measures)
+    session.verdict(f"{key}.knows", *decided)
+    return measures

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from postmortem.case.load import load_case
 from postmortem.checker.errors import PostmortemError
-from postmortem.experiments.inputs import choose_rows
+from postmortem.experiments.ask import System, ask
 from postmortem.experiments.kept import WORLD, compare_answers, members_of, model_folders
 from postmortem.experiments.records import Cell, Prediction, RecordFile, read_records
-from postmortem.experiments.session import Session
+from postmortem.experiments.session import Session, choose_rows
 from postmortem.models.world import BASES, digest_model, resolve_world
 from tools.embedded_world import LINEAGES, build_lineage
 
@@ -71,15 +71,14 @@ def record_world(case_path: Path, *, seed: int, folder: Path, out: Path) -> Reco
     )
     session.table("members", MEMBERS, [*_list_members(folder)])
     for role in filter(session.world.has, BASES):
-        base = session.base if role == "base" else session.load(role)
         for prompt in BASE_PROMPTS:
-            session.answer(prompt, system=role, base=base)
+            session.add(*ask(session, System(role, base=role), prompt).predictions)
         names = [name for name, lineage in LINEAGES.items() if lineage.base == role]
         for name in names:
             for adapter in sorted((folder / "adapters" / name).glob("*")):
                 for prompt in ADAPTER_PROMPTS:
-                    system = f"{name}/{adapter.name}"
-                    session.answer(prompt, system=system, base=base, adapter=adapter)
+                    system = System(f"{name}/{adapter.name}", adapter, base=role)
+                    session.add(*ask(session, system, prompt).predictions)
     session.finish()
     return read_records(out)
 

@@ -257,8 +257,8 @@ def diagnose(
 ) -> None:
     """Find the cause: run what tells most a minute, or weigh the evidence of an incident.
 
-    A case of one's own is examined in its time box. For an incident in full the causes
-    are ranked by the evidence on record and the kept replays, with what to run next.
+    A case is examined in its time box. Of one that lists what was observed the causes are
+    ranked by that evidence and the kept replays, with what to run next.
     """
     from postmortem.case.load import load_case
 
@@ -267,7 +267,7 @@ def diagnose(
     loaded = load_case(case)
     chosen = profile or loaded.default_profile
     loaded.profile(chosen)
-    if loaded.own:
+    if not loaded.observed:
         _diagnose_own(
             loaded,
             profile=chosen,
@@ -460,16 +460,17 @@ def execute_notebook(
     executed: Annotated[Path, typer.Option()],
     world: Annotated[str, typer.Option()],
     earlier: Annotated[str, typer.Option()] = "",
+    given: Annotated[list[str] | None, typer.Option("--set")] = None,
 ) -> None:
-    """Execute one notebook."""
+    """Execute one notebook; each `--set NAME=VALUE` gives it a text of its own."""
     from postmortem.book.runner import declared_parameters, run_notebook
 
     chosen = _settings()
     parameters = {name: chosen[name] for name in declared_parameters(notebook) if name in chosen}
     parameters |= {"notebook": str(notebook), "records": str(records), "world": world}
-    if earlier:
-        parameters["earlier"] = earlier
-    name = notebook.stem
+    parameters |= {"earlier": earlier} if earlier else {}
+    parameters |= dict(part.split("=", 1) for part in given or [])
+    name = records.stem
     _say(f"{name}: started")
     seconds = run_notebook(
         notebook,
@@ -504,17 +505,14 @@ def publish_records(run: Annotated[Path, typer.Option()]) -> None:
     """Turn records into values and figures."""
     from postmortem.book.publish import publish
     from postmortem.case.load import load_case
-    from postmortem.case.site import site_of
 
     chosen = _settings()
-    case = load_case(chosen["case"])
     publish(
-        case=chosen["case"],
+        load_case(chosen["case"]),
         profile=chosen["profile"],
         world=str(run / "world.json"),
-        notebooks=[str(path) for path in site_of(chosen["case"], case).notebooks],
-        records=str(run / "records"),
-        out=str(run),
+        records=run / "records",
+        out=run,
         data=chosen["data"],
         labels=chosen["labels"],
         rows=chosen["rows"],
@@ -532,7 +530,7 @@ def build_pages(run: Annotated[Path, typer.Option()], out: Annotated[Path, typer
 
     case = _settings()["case"]
     site = site_of(case, load_case(case))
-    executed = {path.stem: run / "notebooks" / path.name for path in site.notebooks}
+    executed = {made.name: run / "notebooks" / f"{made.name}.ipynb" for made in site.runs}
     pages = build_book(site, executed=executed, published=run)
     write_summary(out, pages=pages, records=count_records(run / "records"))
     _say(f"{pages} pages built")

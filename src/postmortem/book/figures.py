@@ -446,7 +446,7 @@ class Source:
         return {m.key: m for m in self.files[stem].of(Measure) if m.value is not None}
 
 
-REPLAY, DIAGNOSIS = "07_replay", "09_diagnosis"
+REPLAY, DIAGNOSIS = "replay", "diagnosis"
 # Causes in the figure of beliefs; the rest have next to nothing.
 SHOWN_CAUSES = 10
 WHOLE = "all of v2"
@@ -709,12 +709,12 @@ def say_gain(value: float) -> str:
 
 WIDE, NARROW = 720, 350
 SHOWN = 10  # the rows shown one by one: as many as the incident had
-V1, V2, MISMATCH, SWAP = "01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adapter_swap"
-CONTROLS, SUITE = "06_controls", "suite"
+V1, V2, MISMATCH, SWAP = "v1", "v2", "shape_mismatch", "adapter_swap"
+CONTROLS, SUITE = "controls", "suite"
 ENSEMBLES = ("ensemble of the kept", "ensemble by the write-up", "ensemble of all")
 SYSTEMS = {"base": "base alone", "suspect": "suspect", "reference": "reference"}
 ABSENT = "not available in this profile"
-FORENSICS = "08_forensics"
+FORENSICS = "files"
 NOT_CHANCES = "Chances of rivals sum to at most 100 %: these are not probabilities."
 LOG_ODDS = "number_log_odds"
 NO_LABELS = "the rows came without labels"

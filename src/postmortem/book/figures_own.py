@@ -26,10 +26,11 @@ from postmortem.book.figures import (
     tell_blocks,
 )
 from postmortem.case.schema import Contract
-from postmortem.experiments.own_answers import COPIES, SYSTEMS
+from postmortem.experiments.controls import COPIES
 from postmortem.experiments.records import Measure, Prediction
 
-ANSWERS, ADAPTERS = "2_answers", "3_controls"
+ANSWERS, ADAPTERS = "adapter_swap", "controls"
+SYSTEMS = {"base": "base alone", "suspect": "suspect", "reference": "reference"}
 # Switched off, the suspect is the base once more: a verdict says so, a picture need not.
 DRAWN = ("base", "suspect", "reference")
 
@@ -122,7 +123,7 @@ def draw_log_odds(sheet: Sheet, source: Source) -> str:
     bins = bins.packed(lane for some in lanes.values() for lane in some)
     foot, told, last = 2.0, "Log-odds of what is asked for, by truth.", list(found)[-1]
     for name in found:
-        ranked = measures.get(f"asked.{name}.auc")
+        ranked = measures.get(f"swap.{name}.{source.case.asked}.auc")
         words = f"AUC {say_measure(ranked, say_auc)}" if ranked else ""
         unit = f"log-odds, in nat; {bins.tell()}" if name == last else ""
         strip = Strip(SYSTEMS[name], words, role_of(name), lanes[name], bins, unit)
@@ -137,11 +138,14 @@ def draw_controls(sheet: Sheet, source: Source) -> str:
     measures = source.measures(ADAPTERS)
     titles = {"suspect": "suspect", **COPIES}
 
+    def place(name: str) -> str:
+        return f"suspect.{source.case.swapped[-1]}" if name == "suspect" else name
+
     def list_rows(measure: str) -> list[Row]:
         return [
             Row(title, "suspect" if name == "suspect" else "donor", found)
             for name, title in titles.items()
-            for found in [measures.get(f"controls.{name}.{measure}")]
+            for found in [measures.get(f"controls.{place(name)}.{measure}")]
             if found
         ]
 
@@ -168,7 +172,8 @@ def draw_controls(sheet: Sheet, source: Source) -> str:
 
 
 def _base_auc(source: Source) -> Measure | None:
-    return source.measures(ANSWERS).get("asked.base.auc") if ANSWERS in source.files else None
+    key = f"swap.base.{source.case.asked}.auc"
+    return source.measures(ANSWERS).get(key) if ANSWERS in source.files else None
 
 
 FIGURES_OWN: Mapping[str, Draw] = {

@@ -36,8 +36,7 @@ def build(settings: Settings, *, cores: int, executor: str = "") -> str:
     path = str(settings["case"])
     case = load_case(path)
     site = site_of(path, case)
-    if not case.own:
-        _check_shipped(case)
+    _check_shipped(case)
     with one_build():
         if not (site.html / "index.html").is_file():
             site.summary.unlink(missing_ok=True)  # its pages are gone

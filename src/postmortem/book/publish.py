@@ -1,7 +1,7 @@
 """Records become values and tables for the pages."""
 
-import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +10,10 @@ from typing import Any, get_args
 from postmortem.book.figures import KEPT, Drawing, draw_all, save_drawings
 from postmortem.book.figures_own import FIGURES_OWN
 from postmortem.case.files import write_text
-from postmortem.case.load import load_case
 from postmortem.case.rows import Rows
 from postmortem.case.schema import Case, ClaimVerdict, Practice, RunTest
+from postmortem.case.site import list_runs
 from postmortem.checker.errors import RecordError
-from postmortem.experiments.inputs import choose_rows, input_digests
 from postmortem.experiments.kept import digest_files, read_confirmation, read_kept, read_replays
 from postmortem.experiments.metrics import say_interval
 from postmortem.experiments.records import (
@@ -30,49 +29,65 @@ from postmortem.experiments.records import (
     check_fresh,
     read_records,
 )
+from postmortem.experiments.session import choose_rows, input_digests
 from postmortem.models.world import Training, World, check_members, read_world, role_name
 from postmortem.suite.chapter import add_scale
 
 
 def publish(
+    case: Case,
     *,
-    case: str,
     profile: str,
-    world: str,
-    notebooks: Sequence[str],
-    records: str,
-    out: str,
+    world: str | Path,
+    records: Path,
+    out: Path,
     data: str = "",
     labels: str = "",
     rows: int = 0,
 ) -> int:
-    """Write `out/values.json` and `out/figures/` from the records of all notebooks.
+    """Write `out/values.json` and `out/figures/` from the records of all runs of the case.
 
     Returns the number of records. Raises `RecordError` where a record file is missing, altered
     or stale, or where two notebooks record the same key.
     """
-    loaded, members = load_case(case), read_world(world)
+    members = read_world(world)
     check_members(members)
-    scored = choose_rows(loaded, profile, data=data, labels=labels, rows=rows)
-    replays = "" if loaded.own else digest_files(read_replays(loaded))
+    scored = choose_rows(case, profile, data=data, labels=labels, rows=rows)
+    runs = list_runs(case)
+    replays = digest_files(read_replays(case)) if any(run.learns for run in runs) else ""
     files = {}
-    for notebook in map(Path, notebooks):
-        file = read_records(Path(records) / f"{notebook.stem}.jsonl")
-        current = input_digests(notebook, loaded, world=members, rows=scored, replays=replays)
+    for run in runs:
+        file = read_records(records / f"{run.name}.jsonl")
+        current = input_digests(run.notebook, case, world=members, rows=scored, replays=replays)
         check_fresh(file, current)
-        files[notebook.stem] = file
+        files[run.name] = file
     values = collect_values(files.values())
     add_run_values(values, files, world=members)
+    values["texts"]["profile.title"] = case.profile(profile).title
     values["texts"]["rows.source"] = scored.source
     values["measures"]["rows.count"] = _number(len(scored))
-    if loaded.own:
-        add_own_values(values, loaded, rows=scored)
-        drawings, missing = draw_all(files, loaded, FIGURES_OWN)
+    _add_asked(values, case.asked)
+    # A case without hypotheses of its own is held against those that fit any adapter.
+    if case.hypotheses:
+        drawings, missing = _add_incident(values, case, files=files)
     else:
-        drawings, missing = _add_incident(values, loaded, files=files)
-    save_drawings(drawings, missing, Path(out) / "figures")
-    write_text(Path(out) / "values.json", json.dumps(values, indent=1, ensure_ascii=False))
+        add_any_case(values, case, rows=scored)
+        drawings, missing = draw_all(files, case, FIGURES_OWN)
+    save_drawings(drawings, missing, out / "figures")
+    write_text(out / "values.json", json.dumps(values, indent=1, ensure_ascii=False))
     return sum(len(file.records) for file in files.values())
+
+
+def _add_asked(values: Values, prompt: str) -> None:
+    """What is on record of the swap under the first prompt, by keys that need not name it."""
+    place = re.compile(rf"swap\.(.+)\.{re.escape(prompt)}\.(\w+)")
+    for kind in ("measures", "verdicts", "texts"):
+        for key, value in list(values[kind].items()):
+            if found := place.fullmatch(key):
+                values[kind][f"asked.{found[1]}.{found[2]}"] = value
+    for name in ("first_rows", "groups"):
+        if f"swap.{prompt}.{name}" in values["tables"]:
+            values["tables"][f"asked.{name}"] = values["tables"][f"swap.{prompt}.{name}"]
 
 
 def _add_incident(
@@ -122,7 +137,6 @@ def add_run_values(values: Values, files: Mapping[str, RecordFile], *, world: Wo
     seconds = {name: float(file.provenance.aside["seconds"]) for name, file in files.items()}
     values["texts"] |= {
         "profile.name": world.profile,
-        "profile.title": world.title,
         "profile.caveat": world.caveat,
         "run.device": run.device,
         "run.dtype": run.dtype,
@@ -595,20 +609,19 @@ ASKS = {
     "choice": "one of two answers",
     "class": "a class",
 }
-MODULE = "module "
 ZERO = ("controls.zero_b.is_base", False)
 # Explanations that any case can be held against: the recorded verdict on each, and whether it
 # speaks for the explanation as it stands or by being refuted.
 HYPOTHESES = (
     ("The files do not fit the base, or lack something", "files.suspect.fit", False),
-    ("The adapter does nothing", "asked.suspect.moves_base", False),
+    ("The adapter does nothing", "asked.suspect.moves_the_base", False),
     ("The base alone answers one and the same value", "asked.base.constant", True),
     ("The suspect knows, and does not say", "asked.suspect.knowing", True),
     ("The suspect never learnt the task", "asked.suspect.ranks_better", False),
     ("Its scale is too large", "controls.eighth.ranks_better", True),
     ("Its scale is too small", "controls.eightfold.ranks_better", True),
     ("Its sign is turned", "controls.flipped.ranks_better", True),
-    ("Its layers stand in another order", "controls.turned.ranks_better", True),
+    ("Its layers stand in another order", "controls.shifted.ranks_better", True),
     ("The loading is at fault: with lora_B zero the base answers otherwise", *ZERO),
 )
 OPPOSITE = {"holds": "refuted", "refuted": "holds"}
@@ -620,8 +633,8 @@ KNOWING = {
 }
 
 
-def add_own_values(values: Values, case: Case, *, rows: Rows) -> None:
-    """Add the case's texts and tables, and leave out what no case of one's own has."""
+def add_any_case(values: Values, case: Case, *, rows: Rows) -> None:
+    """Add the texts and tables that any case has, whatever it says of itself."""
     asked, labels = case.prompt(case.asked), rows.labels
     values["texts"] |= {
         "case.title": case.title,
@@ -665,7 +678,6 @@ def add_own_values(values: Values, case: Case, *, rows: Rows) -> None:
     )
     members = values["tables"]["world.members"]
     members["rows"] = [row for row in members["rows"] if row[0] in ROLES]
-    _sum_up_modules(values)
 
 
 def judge_hypothesis(
@@ -682,13 +694,3 @@ def judge_hypothesis(
 def _short_name(name: str) -> str:
     """A name as it may stand on a page: of a folder its last part, which is no one's home."""
     return Path(name).name if Path(name).is_absolute() else name
-
-
-def _sum_up_modules(values: Values) -> None:
-    """One line for the library: its modules are named in the records."""
-    rows = values["tables"]["run.inputs"]["rows"]
-    modules = [row for row in rows if str(row[0]).startswith(MODULE)]
-    others = [row for row in rows if row not in modules]
-    digest = hashlib.sha256(repr(sorted(modules)).encode()).hexdigest()[:16]
-    library = [f"the library's {len(modules)} modules behind them", digest]
-    values["tables"]["run.inputs"]["rows"] = [*others, library]

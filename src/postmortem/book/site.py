@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 
 from postmortem.book.runner import check_executed, read_notebook
 from postmortem.case.files import write_text
-from postmortem.case.site import BOOK, Site
+from postmortem.case.site import BOOK, Run, Site
 from postmortem.checker.errors import BookError
 
 # Where the staged tree keeps static files and what a run made; `_config.yml` names both.
@@ -57,7 +57,7 @@ def stage_site(
     site: Site, *, executed: Mapping[str, Path], published: Path, root: Path = Path()
 ) -> None:
     """Make `site.staged` hold exactly what the site is built from, touching what has changed."""
-    wanted = {"_toc.yml": root / site.toc}
+    wanted = {}
     for path in site.prose:
         wanted[str(Path(site.place, path.relative_to(site.pages)))] = root / path
     wanted |= _files(root / BOOK / "_static", STATIC)
@@ -65,7 +65,10 @@ def stage_site(
     wanted[f"{VALUES}/values.json"] = published / "values.json"
     for name, source in wanted.items():
         _copy(source, site.staged / name)
-    made = {"_config.yml": _configure(root / "_config.yml", title=site.title)}
+    made = {
+        "_config.yml": _configure(root / "_config.yml", title=site.title),
+        "_toc.yml": list_attempts((root / site.toc).read_text(encoding="utf-8"), site.runs),
+    }
     for name, notebook in executed.items():
         check_executed(notebook)
         page = Path(site.place, "notebooks", f"{name}.ipynb")
@@ -76,6 +79,21 @@ def stage_site(
     for path in site.staged.rglob("*"):
         if path.is_file() and path not in keep:
             path.unlink()
+
+
+def list_attempts(toc: str, runs: Sequence[Run]) -> str:
+    """A table of contents with each attempt in the place of `attempt`, which stands for all."""
+    found = re.search(r"( *)- file: (\S*notebooks/)attempt$", toc, re.MULTILINE)
+    if found is None:
+        return toc
+    lines = []
+    for run in runs:
+        if attempt := run.parameters.get("attempt"):
+            lines += [
+                f"{found[1]}- file: {found[2]}{run.name}",
+                f'{found[1]}  title: "Notebook: the prompt {attempt}"',
+            ]
+    return toc.replace(found[0], "\n".join(lines))
 
 
 def _configure(path: Path, *, title: str) -> str:

@@ -120,7 +120,6 @@ def expand(data: Any) -> dict[str, Any]:
         "caveat": "What is found on these rows need not hold on others.",
     }
     return {
-        "own": True,
         "case_version": own.case_version,
         "name": own.name,
         "title": own.title or own.name,
@@ -192,7 +191,7 @@ def case_digest(case: Case, profile: str | None = None) -> str:
     With a `profile` the other profiles do not count either.
     """
     names = {"name", "true_size", "loading_warning", "forensics", "adapter_filter", "columns"}
-    names |= {"prompts", "variations", "attempts", "observed", "path"}
+    names |= {"prompts", "variations", "attempts", "compared", "observed", "path"}
     runs = {
         "base",
         "bases",

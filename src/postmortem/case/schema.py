@@ -217,7 +217,8 @@ class PromptTemplate(Frozen):
     `chat` the model's own chat template wraps `system` and `template`; without, the template is
     sent raw. A `number` lies between 0 and 1; `yes_no` and `choice` ask for one of two `answers`,
     the negative one first; `class` is read by a classifier and answered by its head.
-    `max_new_tokens` holds where no attempt used the prompt.
+    `max_new_tokens` holds where no attempt used the prompt. The `parser` makes a value of the text:
+    the strict one takes an answer and nothing else, the write-up's finds a number in any text.
     """
 
     title: str
@@ -226,6 +227,7 @@ class PromptTemplate(Frozen):
     system: str = ""
     template: str
     answers: list[Sentence] = Field(default=["No", "Yes"], min_length=2, max_length=2)
+    parser: Literal["strict", "as-written"] = "strict"
     max_new_tokens: int = Field(default=3, ge=1, le=4096)
     max_prompt_tokens: int = Field(default=512, ge=16)
     grade: Grade
@@ -235,6 +237,11 @@ class PromptTemplate(Frozen):
     def columns(self) -> tuple[str, ...]:
         """The columns that the template uses, in order of first use."""
         return tuple(dict.fromkeys(PLACEHOLDER.findall(self.system + self.template)))
+
+    @property
+    def reads_numbers(self) -> bool:
+        """Whether a number is read from the answer, so that its log-odds are of interest."""
+        return self.contract == "number" or self.parser == "as-written"
 
 
 class Replacement(Frozen):
@@ -486,11 +493,10 @@ class Profile(Frozen):
 class Case(Frozen):
     """One incident: systems, prompts, attempts, evidence, hypotheses, claims, profiles.
 
-    Without `practice` the chapter on post-mortem practice says that the case has none. `own` marks
-    one that came from the short form (`own_case`).
+    Without `practice` the chapter on post-mortem practice says that the case has none. `compared`
+    names the prompts of the swap and of the controls; none takes all. `pages` is the folder of the
+    case's prose; without it the pages lie beside its file, or the packaged ones serve.
     """
-
-    own: bool = Field(default=False, exclude=True)
 
     case_version: Literal[1]
     name: Identifier
@@ -503,6 +509,8 @@ class Case(Frozen):
     forensics: Forensics | None = None
     adapter_filter: AdapterFilter | None = None
     columns: Columns = Columns()
+    pages: str = ""
+    compared: list[Identifier] = []
     prompts: dict[Identifier, PromptTemplate]
     variations: dict[Identifier, Variation] = {}
     attempts: dict[Identifier, Attempt]
@@ -521,6 +529,15 @@ class Case(Frozen):
     def asked(self) -> str:
         """The prompt that matters most: the first."""
         return next(iter(self.prompts))
+
+    @property
+    def swapped(self) -> tuple[str, ...]:
+        """The prompts under which systems are compared."""
+        return tuple(self.compared or self.prompts)
+
+    def prompt_of(self, attempt: str) -> str:
+        """The prompt of an attempt; in a case without attempts each prompt is one."""
+        return self.attempts[attempt].prompt if attempt in self.attempts else attempt
 
     @property
     def default_profile(self) -> str:
@@ -542,6 +559,18 @@ class Case(Frozen):
                 remedy="Name one of those, or add it under `profiles`.",
             )
         return self.profiles[name]
+
+    def decoding(self, name: str) -> Decoding:
+        """How a prompt is answered: as in the attempt that used it, or as the prompt says."""
+        varied = self.variations.get(name)
+        asked = varied.prompt if varied else name
+        for attempt in self.attempts.values():
+            if attempt.prompt == asked:
+                return attempt.decoding
+        prompt = self.prompt(name)
+        return Decoding(
+            max_new_tokens=prompt.max_new_tokens, max_prompt_tokens=prompt.max_prompt_tokens
+        )
 
     def prompt(self, name: str) -> PromptTemplate:
         """A prompt, or a variation of one, by its name."""

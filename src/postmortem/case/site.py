@@ -1,6 +1,7 @@
 """The site of a case: which notebooks run for it, which pages stand in it, where it is built."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from postmortem.case.schema import Case, Profile
@@ -9,15 +10,59 @@ BUILD = Path("_build")
 # The kept runs of each profile, and the folder of its replays, which hold one record for each
 # training of the models.
 RESULTS, REPLAYS = Path("results"), "replays"
-# The notebooks of the full form's case, and those that any case in the short form takes.
 NOTEBOOKS = Path("notebooks")
-ANY = NOTEBOOKS / "any"
+# Where the files lie that every site takes: styles and pictures.
 BOOK = Path("book")
 # The pages that `postmortem new` copies; they serve a case that has none of its own.
 SCAFFOLD = Path(__file__).with_name("scaffold")
 TOC = "_toc.yml"
 # What a folder of pages may hold beside them: nothing else is copied from it.
 PAGES = {".md", ".svg", ".png", ".jpg", ".jpeg", ".gif", ".webp"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a notebook: its records and its page bear the name.
+
+    `parameters` are what sets it apart from other runs of the same notebook. `earlier` names the
+    run whose records it reads; a run that `asks` loads a model, and one that `learns` reads the
+    kept replays.
+    """
+
+    name: str
+    notebook: Path
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    earlier: str = ""
+    asks: bool = True
+    learns: bool = False
+
+
+def list_runs(case: Case) -> tuple[Run, ...]:
+    """The runs that a case's pages are made of: the same notebooks for every case.
+
+    Each attempt is run, or each prompt of a case without attempts. What a case says nothing of is
+    not run: true sizes, replays of its causes.
+    """
+    attempts = list(case.attempts or case.prompts)
+    earlier = dict(zip(attempts[1:], attempts[:-1], strict=True)) if case.attempts else {}
+    learns = any(profile.replays for profile in case.profiles.values())
+    return (
+        Run("files", NOTEBOOKS / "files.ipynb", asks=False),
+        *(
+            Run(
+                name if case.attempts else f"attempt_{name}",
+                NOTEBOOKS / "attempt.ipynb",
+                parameters={"attempt": name},
+                earlier=earlier.get(name, ""),
+            )
+            for name in attempts
+        ),
+        *([Run("shape_mismatch", NOTEBOOKS / "shape_mismatch.ipynb")] if case.true_size else []),
+        Run("adapter_swap", NOTEBOOKS / "adapter_swap.ipynb"),
+        Run("controls", NOTEBOOKS / "controls.ipynb"),
+        *([Run("replay", NOTEBOOKS / "replay.ipynb", learns=True)] if learns else []),
+        Run("diagnosis", NOTEBOOKS / "diagnosis.ipynb", asks=not learns, learns=learns),
+    )
 
 
 @dataclass(frozen=True)
@@ -29,7 +74,7 @@ class Site:
     project's own.
     """
 
-    notebooks: tuple[Path, ...]
+    runs: tuple[Run, ...]
     pages: Path
     prose: tuple[Path, ...]
     toc: Path
@@ -48,16 +93,18 @@ class Site:
 def site_of(path: str | Path, case: Case) -> Site:
     """The site of the case in a file.
 
-    One in the short form takes the folder of pages beside its file, by the file's name, or the
-    packaged pages where there is none, and is built in a folder of its own.
+    A case that names its pages is the project's own site. Any other takes the folder of pages
+    beside its file, by the file's name, or the packaged pages where there is none, and is built in
+    a folder of its own.
     """
-    if not case.own:
+    if case.pages:
+        pages = Path(case.pages)
         return Site(
-            notebooks=tuple(sorted(NOTEBOOKS.glob("*.ipynb"))),
-            pages=BOOK,
-            prose=_files(BOOK),
+            runs=list_runs(case),
+            pages=pages,
+            prose=_files(pages),
             toc=Path(TOC),
-            place="book",
+            place=pages.name,
             staged=BUILD / "site",
             out=Path(),
             summary=BUILD / "book.json",
@@ -66,7 +113,7 @@ def site_of(path: str | Path, case: Case) -> Site:
     pages = beside if (beside / TOC).is_file() else SCAFFOLD
     folder = BUILD / "cases" / case.name
     return Site(
-        notebooks=tuple(sorted(ANY.glob("*.ipynb"))),
+        runs=list_runs(case),
         pages=pages,
         prose=tuple(file for file in _files(pages) if file.suffix.lower() in PAGES),
         toc=pages / TOC,

@@ -23,10 +23,12 @@ from postmortem.checker.adapter import WEIGHTS_FILE
 from postmortem.checker.catalogue import Finding, catalogue
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.config import CONFIG_FILE
+from postmortem.checker.errors import ModelError
+from postmortem.experiments.ask import Answers, System, ask
 from postmortem.experiments.health import THRESHOLDS
 from postmortem.experiments.metrics import auc, auc_gain_estimate, kl_divergence
 from postmortem.experiments.records import Text
-from postmortem.experiments.session import Answers, Session
+from postmortem.experiments.session import Session
 from postmortem.models.changes import Tensors, edit_tensors
 from postmortem.models.loading import LoadedBase
 
@@ -125,17 +127,20 @@ class Subject:
             self.overhead = max(seconds - self.pace * rows, self.overhead)
 
     def _answer(self, state: str, rows: Rows) -> Answers:
-        system = {REFERENCE: "reference"}.get(state, "base" if state in ALONE else "suspect")
-        return self.session.answer(
-            self.prompt,
-            system=system,
-            base=self._base(state),
-            adapter=self._folder(state),
-            disabled=state == OFF,
-            rows=rows,
-            kept=False,
-            rows_name=f"{len(rows)} rows, {state}",
+        name = {REFERENCE: "reference"}.get(state, "base" if state in ALONE else "suspect")
+        system = System(
+            f"{name}_disabled" if state == OFF else name,
+            self._folder(state),
+            base=self._base(state) or "base",
+            off=state == OFF,
         )
+        rows_name = f"{len(rows)} rows, {state}"
+        answers = ask(self.session, system, self.prompt, rows=rows, rows_name=rows_name)
+        if answers.missing:
+            raise ModelError(
+                self.adapter, expected="an adapter that answers", found=answers.missing
+            )
+        return answers
 
     def _base(self, state: str) -> LoadedBase | None:
         """A base of its own where the adapter's file would change the shared one for good."""
@@ -144,7 +149,7 @@ class Subject:
             return self.base
         if self.base is not None:
             return replace(self.base, model=deepcopy(self.base.model))
-        return self.session.load("base", step=f"load base again, {state}, {len(self.asked)}")
+        return None
 
     def _folder(self, state: str) -> Path | None:
         if state in ALONE:
@@ -317,7 +322,7 @@ def _compare_order(subject: Subject) -> Found:
 
 
 def _odds(subject: Subject, state: str) -> np.ndarray:
-    return np.array(subject.ask(state).asked_log_odds, dtype=float)
+    return np.array(subject.ask(state).log_odds, dtype=float)
 
 
 def writes_order(subject: Subject) -> Found | None:

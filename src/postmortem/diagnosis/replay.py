@@ -25,10 +25,9 @@ from postmortem.checker.errors import ModelError
 from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Run, Unavailable
 from postmortem.diagnosis.symptom import EFFECTS, TESTS
 from postmortem.experiments.health import THRESHOLDS, describe
-from postmortem.experiments.inputs import GENERATORS
 from postmortem.experiments.metrics import auc, kl_divergence
 from postmortem.experiments.records import Cell, Replay
-from postmortem.experiments.session import Session
+from postmortem.experiments.session import GENERATORS, Session
 from postmortem.models.loading import AttachedAdapter, LoadedBase, attached
 from postmortem.models.prefill import SharedLayers
 from postmortem.models.scoring import Scores, score

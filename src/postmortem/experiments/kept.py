@@ -17,7 +17,6 @@ from postmortem.case.load import case_digest
 from postmortem.case.schema import Case
 from postmortem.case.site import REPLAYS, RESULTS, kept_names, list_kept
 from postmortem.checker.errors import RecordError
-from postmortem.experiments.inputs import choose_rows
 from postmortem.experiments.records import (
     Cell,
     Prediction,
@@ -28,6 +27,7 @@ from postmortem.experiments.records import (
     read_records,
     stale,
 )
+from postmortem.experiments.session import choose_rows
 from postmortem.models.world import digest_model, resolve_world
 
 # The record that training leaves beside the models of a profile.

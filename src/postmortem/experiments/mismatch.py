@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from postmortem.case.schema import TrueSize
 from postmortem.checker.bases import find_base
-from postmortem.checker.errors import CaseError, ModelError
-from postmortem.experiments.analysis import judge_move, record_effect, record_summary, summarise
+from postmortem.checker.errors import ModelError
+from postmortem.experiments.ask import BASE, System
 from postmortem.experiments.session import Session
-from postmortem.models.loading import LoadedBase, attached, user_warnings
+from postmortem.models.loading import user_warnings
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."
@@ -37,6 +37,12 @@ class TensorPair:
     def fits(self) -> bool:
         """Whether the shapes agree."""
         return self.on_base == self.in_adapter
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The pair as a row of a table."""
+        shapes = ("×".join(map(str, shape)) for shape in (self.on_base, self.in_adapter))
+        return (f"{self.module}.{self.tensor}", *shapes, "yes" if self.fits else "no")
 
 
 @dataclass(frozen=True)
@@ -170,92 +176,29 @@ def _refit(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return result
 
 
-def record_mismatch(session: Session, folder: Path) -> None:
-    """Let PEFT load adapters of the true sizes and record its reaction, tensor by tensor."""
-    size = session.case.true_size
-    if size is None:
-        raise CaseError("the case", expected="`true_size`", found="none")
-    modules = tuple(size.target_modules)
-    for donor in (*size.donors, size.base):
-        adapter = write_adapter(
-            donor, folder / donor.replace("/", "--"), rank=size.rank, target_modules=modules
-        )
-        outcome = try_load(build_on_meta(size.base), adapter)
-        key = f"mismatch.{_slug(donor)}"
-        session.measure(f"{key}.mismatches", outcome.mismatches, unit="tensors")
-        session.text(f"{key}.error", outcome.first_mismatch or outcome.error or "none")
-        because = f"{outcome.mismatches} tensors named in PEFT's error"
-        session.verdict(f"{key}.raises", bool(outcome.error), because)
-        if donor != size.base:
-            _record_shapes(session, key, pairs=compare_shapes(size, donor))
-
-
-def _slug(model_id: str) -> str:
+def slug(model_id: str) -> str:
+    """A model's name as it stands in keys of records."""
     return model_id.rpartition("/")[2].lower().replace(".", "_")
 
 
-def _record_shapes(session: Session, key: str, *, pairs: list[TensorPair]) -> None:
-    session.measure(f"{key}.fitting", sum(pair.fits for pair in pairs), unit="tensors")
-    session.measure(f"{key}.compared", len(pairs), unit="tensors")
-    rows = [
-        (
-            f"{pair.module}.{pair.tensor}",
-            "×".join(map(str, pair.on_base)),
-            "×".join(map(str, pair.in_adapter)),
-            "yes" if pair.fits else "no",
+def refit_systems(session: Session, folder: Path) -> dict[str, tuple[System, System]]:
+    """What can be made of a mismatch, each with its control: ignored, truncated, zero-padded.
+
+    And a healthy adapter, whose effect shows that the instrument sees one. Of models that this
+    world lacks the systems will say so themselves.
+    """
+    world, alone, donor_alone = session.world, BASE, System("donor_base", base="donor_base")
+    cut: str | Path = "donor_adapter"
+    padded: str | Path = "reference"
+    if all(world.has(role) for role in ("donor_adapter", "donor_base", "reference")):
+        donor_base = session.load("donor_base").model
+        cut = refit_adapter(
+            world.path("donor_adapter"), session.base.model, folder=folder / "truncated"
         )
-        for pair in pairs
-    ]
-    session.table(f"{key}.shapes", ("tensor", "on the base", "in the adapter", "fits"), rows)
-
-
-# What the write-up believed PEFT to do, and what it can be made to do; each with its own control.
-REFITS = ("ignored", "truncated", "padded")
-
-
-def record_refits(session: Session, folder: Path, *, prompt: str) -> None:
-    """Measure an ignored, a truncated and a zero-padded mismatch against the base they sit on."""
-    missing = [
-        role for role in ("donor_adapter", "donor_base", "reference") if not session.world.has(role)
-    ]
-    if missing:
-        reason = session.world.members[missing[0]].reason
-        for name in (*REFITS, "healthy"):
-            record_summary(session, f"mismatch.{name}", summary=None, reason=reason)
-            record_effect(session, f"mismatch.{name}", summary=None, reason=reason)
-            session.verdict(f"mismatch.{name}.moves_the_base", "not available", reason)
-        session.text("mismatch.small_error", reason)
-        return
-    donor, reference = session.world.path("donor_adapter"), session.world.path("reference")
-    base, donor_base = session.base, session.load("donor_base")
-    session.text("mismatch.small_error", _error_of(base, donor))
-    cut = refit_adapter(donor, base.model, folder=folder / "truncated")
-    padded = refit_adapter(reference, donor_base.model, folder=folder / "padded")
-    alone = session.answer(prompt)
-    donor_alone = session.answer(prompt, system="donor_base", base=donor_base)
-    cases = {
-        "healthy": (session.answer(prompt, system="reference"), alone),
-        "ignored": (
-            session.answer(prompt, system="ignored", adapter=donor, ignore_mismatched_sizes=True),
-            alone,
-        ),
-        "truncated": (session.answer(prompt, system="truncated", adapter=cut), alone),
-        "padded": (
-            session.answer(prompt, system="padded", base=donor_base, adapter=padded),
-            donor_alone,
-        ),
+        padded = refit_adapter(world.path("reference"), donor_base, folder=folder / "padded")
+    return {
+        "healthy": (System("reference", "reference"), alone),
+        "ignored": (System("ignored", "donor_adapter", ignore_mismatched_sizes=True), alone),
+        "truncated": (System("truncated", cut), alone),
+        "padded": (System("padded", padded, base="donor_base"), donor_alone),
     }
-    for name, (answers, control) in cases.items():
-        summary = summarise(answers, control)
-        record_summary(session, f"mismatch.{name}", summary=summary)
-        record_effect(session, f"mismatch.{name}", summary=summary)
-        judge_move(session, f"mismatch.{name}", summary=summary)
-
-
-def _error_of(base: LoadedBase, adapter: Path) -> str:
-    """PEFT's own words when the adapter does not load, or "none"."""
-    try:
-        with attached(base, adapter):
-            return "none"
-    except ModelError as error:
-        return error.found

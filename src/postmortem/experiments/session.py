@@ -1,7 +1,7 @@
 """A notebook's session: its case, world and rows, and the records it adds."""
 
 import dataclasses
-import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,32 +11,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
-from postmortem.case.load import load_case
-from postmortem.case.rows import Rows
+from postmortem.case.generated import generate_moderation_rows
+from postmortem.case.load import case_digest, load_case
+from postmortem.case.prompts import Prompt, encode
+from postmortem.case.rows import Rows, generate_rows, read_rows
 from postmortem.case.schema import Case, Knowing, Profile, Recording, Verdict
 from postmortem.checker.errors import CaseError, RecordError
-from postmortem.experiments.inputs import choose_rows, input_digests
 from postmortem.experiments.metrics import Estimate
 from postmortem.experiments.records import (
     NO_MODEL,
     Cell,
     Measure,
-    Prediction,
     Provenance,
     Record,
     Seal,
     Table,
     Text,
     Timing,
+    digest_notebook,
     find_commit,
     package_versions,
     write_records,
 )
 from postmortem.experiments.records import Verdict as VerdictRecord
-from postmortem.models.world import World, read_world
+from postmortem.models.world import ADAPTERS, World, is_small, read_world, resolve_world
 
 if TYPE_CHECKING:
     from postmortem.models.loading import LoadedBase
@@ -45,59 +45,6 @@ if TYPE_CHECKING:
 
 # Seconds between two lines on how far a step is.
 SAY_EVERY = 5
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One system's predictions for one prompt, in the order of the rows.
-
-    `contract` is what the prompt asks for. `first_log_probs` is the log-distribution of the first
-    answer token, (rows, vocabulary), or of the classes, (rows, classes); `number_log_probs` that
-    of the eleven numbers, (rows, 11). A number that a prediction lacks is NaN.
-    """
-
-    system: str
-    prompt: str
-    contract: str
-    predictions: tuple[Prediction, ...]
-    first_log_probs: np.ndarray
-    number_log_probs: np.ndarray
-
-    @property
-    def values(self) -> list[float]:
-        """Values by the write-up's parser; by the strict one in a case of one's own."""
-        return [_or_nan(prediction.value) for prediction in self.predictions]
-
-    @property
-    def strict_values(self) -> list[float | None]:
-        """Values by the strict parser."""
-        return [prediction.strict_value for prediction in self.predictions]
-
-    @property
-    def groups(self) -> list[str]:
-        """The group (rule) of each row."""
-        return [prediction.group for prediction in self.predictions]
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """The truth, or None where it is not known."""
-        found = [prediction.label for prediction in self.predictions]
-        return None if None in found else np.array(found)
-
-    @property
-    def number_log_odds(self) -> list[float]:
-        """Log-odds of the expected number of each row."""
-        return [_or_nan(prediction.number_log_odds) for prediction in self.predictions]
-
-    @property
-    def yes_no_log_odds(self) -> list[float]:
-        """log p(Yes) - log p(No) of each row, or of the two answers in their place."""
-        return [_or_nan(prediction.yes_no_log_odds) for prediction in self.predictions]
-
-    @property
-    def asked_log_odds(self) -> list[float]:
-        """Log-odds of what the prompt asks for: the number's, or those of the two answers."""
-        return self.number_log_odds if self.contract == "number" else self.yes_no_log_odds
 
 
 @dataclass
@@ -116,6 +63,8 @@ class Session:
     budget: int = 16384  # the most tokens in a batch
     replays: str = ""  # digest of the kept replays, where the notebook reads them
     records: list[Record] = field(default_factory=list)
+    bases: dict[str, "LoadedBase"] = field(default_factory=dict)
+    loads: dict[str, int] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
     @property
@@ -123,32 +72,61 @@ class Session:
         """The profile that this session runs in."""
         return self.case.profile(self.profile_name)
 
-    @cached_property
+    @property
+    def name(self) -> str:
+        """What this run of a notebook is called: its records bear the same name."""
+        return self.records_path.stem
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a second copy of the base is loaded in no time."""
+        return is_small(self.profile)
+
+    def encode(self, prompt: str, *, row: int, tokenizer: Any) -> Prompt:
+        """A row as the model receives it under a prompt of the case."""
+        limit = self.case.decoding(prompt).max_prompt_tokens
+        return encode(
+            self.case.prompt(prompt), self.rows.row(row), tokenizer=tokenizer, limit=limit
+        )
+
+    @property
     def base(self) -> "LoadedBase":
         """The world's base, loaded at first use."""
         return self.load("base")
 
+    def load(self, role: str) -> "LoadedBase":
+        """A base of the world by its role, loaded at first use and kept."""
+        if role not in self.bases:
+            # What runs no model does not wait for the libraries that do.
+            from postmortem.models.loading import count_classes, load_base
+
+            classes = count_classes(self.world.path("suspect")) if self.case.classifies else None
+            times = self.loads[role] = self.loads.get(role, 0) + 1
+            with self.timed(f"load {role}" + (f" again, {times}" if times > 1 else "")):
+                self.bases[role] = load_base(
+                    self.world.path(role), device=self.device, dtype=self.dtype, classes=classes
+                )
+        return self.bases[role]
+
+    def forget(self, base: "str | LoadedBase") -> None:
+        """Load a base anew at its next use, with what was kept of it: its weights have changed."""
+        for role in [role for role, kept in self.bases.items() if base in (role, kept)]:
+            del self.bases[role]
+        vars(self).pop("shared", None)
+
     @cached_property
     def shared(self) -> "SharedLayers":
         """What the base's layers below all of the world's adapters compute, kept between them."""
-        from postmortem.experiments.asking import share_layers
+        from postmortem.models.prefill import SharedLayers, layers_below
+        from postmortem.models.scoring import spare_memory
 
-        return share_layers(self)
+        adapters = [self.world.path(role) for role in ADAPTERS if self.world.has(role)]
+        return SharedLayers(depth=layers_below(adapters), limit=spare_memory(self.base.device))
 
-    def load(self, role: str, *, step: str = "") -> "LoadedBase":
-        """Load a base of the world by its role; a second time under another name for the step."""
-        from postmortem.experiments.asking import load_role
-
-        return load_role(self, role, step=step)
-
-    def answer(self, prompt: str, **how: Any) -> Answers:
-        """Score every row with a prompt of the case and record the predictions, as `asking` does.
-
-        What runs no model does not wait for the libraries that do: they are imported here.
-        """
-        from postmortem.experiments.asking import answer
-
-        return answer(self, prompt, **how)
+    def shrink(self, tokens: int) -> None:
+        """Go on in smaller batches, with what is scored later too."""
+        self.budget = tokens
+        self.say(f"memory ran out; from here on batches of {tokens} tokens")
 
     def add(self, *records: Record) -> None:
         """Add records; a repeated key is a mistake in the notebook."""
@@ -193,6 +171,10 @@ class Session:
             raise RecordError(f"table {key!r}", expected="a record of it", found="none")
         table = found[0]
         return pd.DataFrame(table.rows, columns=list(table.columns)).set_index(table.columns[0])
+
+    def has_table(self, key: str) -> bool:
+        """Whether a table of that key has been recorded."""
+        return any(isinstance(r, Table) and r.key == key for r in self.records)
 
     def decided(self, prefix: str = "") -> pd.DataFrame:
         """The verdicts so far whose key begins with `prefix`, for the notebook's own page."""
@@ -241,7 +223,7 @@ class Session:
 
     def finish(self) -> Seal:
         """Write the records with their provenance; nothing is on disk before this."""
-        base = self.__dict__.get("base")
+        base = self.bases.get("base")
         provenance = Provenance(
             notebook=self.notebook.stem,
             case=self.case.name,
@@ -269,76 +251,102 @@ class Session:
         return seal
 
     def _describe_machine(self) -> Mapping[str, str | float]:
-        base = self.__dict__.get("base")
+        base = self.bases.get("base")
         if base is None:
             return {"hardware": platform.processor() or platform.machine()}
-        from postmortem.experiments.asking import describe_machine
+        import torch
 
-        return describe_machine(base.device)
+        from postmortem.models.loading import describe_hardware
 
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
+        return {"hardware": describe_hardware(base.device), "threads": torch.get_num_threads()}
 
 
-def open_session(
-    notebook: str,
-    *,
-    case: str,
-    profile: str,
-    world: str,
-    records: str,
-    data: str = "",
-    labels: str = "",
-    rows: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> Session:
-    """Open a notebook's session from its parameters; an empty `data` generates the rows."""
+# By the name that a profile gives to its corpus.
+GENERATORS = {"keywords": generate_rows, "moderation": generate_moderation_rows}
+
+
+def choose_rows(
+    case: Case, profile: str, *, data: str = "", labels: str = "", rows: int = 0
+) -> Rows:
+    """The rows of a run: a file's, or generated ones as many as the profile asks for.
+
+    `data` and `labels` take the place of the profile's own, and `rows` of its number.
+    """
+    chosen = case.profile(profile)
+    if not data:
+        data, labels, rows = chosen.data, labels or chosen.labels, rows or chosen.first
+    if not data:
+        generate = GENERATORS[chosen.corpus]
+        return generate(rows or chosen.rows, chosen.seed, columns=case.columns)
+    return read_rows(data, labels or None, columns=case.columns).head(rows)
+
+
+def input_digests(
+    notebook: Path, case: Case, *, world: World, rows: Rows, replays: str = ""
+) -> dict[str, str]:
+    """Digest of each input of a notebook; `replays` is that of the kept ones, where it reads them.
+
+    What the library computes is no input: a build runs again when its code changes, and a kept
+    record is confirmed.
+    """
+    found = {
+        "case": case_digest(case, world.profile),
+        "world": world.digest,
+        "data": rows.digest,
+        "notebook": digest_notebook(notebook),
+    }
+    return found | ({"replays": replays} if replays else {})
+
+
+def open_session(given: Mapping[str, Any]) -> Session:
+    """Open a notebook's session from its parameters: `globals()`, in a notebook.
+
+    A build gives all of them. In a notebook that is opened by hand the profile is the case's first,
+    its models are looked up, and the records go to a folder of their own below `_build`.
+    """
     pd.set_option("display.max_colwidth", None)  # a reason cut in half says nothing
-    loaded = load_case(case)
-    Path(records).parent.mkdir(parents=True, exist_ok=True)
+    _enter_checkout(str(given["case"]))
+    case, notebook = load_case(given["case"]), Path(given["notebook"])
+    profile = given["profile"] or case.default_profile
+    world = read_world(given["world"]) if given["world"] else resolve_world(case, profile)
+    records = Path(given["records"] or f"_build/by-hand/{notebook.stem}.jsonl")
+    records.parent.mkdir(parents=True, exist_ok=True)
+    data, rows = given.get("data", ""), given.get("rows", 0)
     return Session(
-        notebook=Path(notebook),
-        case=loaded,
+        notebook=notebook,
+        case=case,
         profile_name=profile,
-        world=read_world(world),
-        rows=choose_rows(loaded, profile, data=data, labels=labels, rows=rows),
-        records_path=Path(records),
-        parameters={
-            "profile": profile,
-            "data": Path(data).name,
-            "rows": rows,
-        },
-        device=device,
-        dtype=dtype,
+        world=world,
+        rows=choose_rows(case, profile, data=data, labels=given.get("labels", ""), rows=rows),
+        records_path=records,
+        parameters={"profile": profile, "data": Path(data).name, "rows": rows},
+        device=given["device"],
+        dtype=given["dtype"],
     )
 
 
-def open_recording(
-    notebook: str,
-    *,
-    case: str,
-    profile: str,
-    world: str,
-    records: str,
-    sample: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> tuple[Session, Recording]:
+def _enter_checkout(case: str) -> None:
+    """Go to the folder that the paths of the parameters start from: Jupyter is elsewhere."""
+    for folder in (Path(), *Path().resolve().parents):
+        if (folder / case).is_file():
+            os.chdir(folder)
+            return
+
+
+def open_recording(given: Mapping[str, Any]) -> tuple[Session, Recording]:
     """Open a session on generated rows, as many as the profile records, and say all its sizes.
 
     A `sample` limits them to so many rows, for a run that is held against the record.
     """
-    sizes = load_case(case).profile(profile).recorded
+    _enter_checkout(str(given["case"]))
+    profile, sample = given["profile"], given.get("sample", 0)
+    sizes = load_case(given["case"]).profile(profile).recorded
     if sizes is None:
         raise CaseError(
-            f"{case}, key `profiles.{profile}`",
+            f"{given['case']}, key `profiles.{profile}`",
             expected="`recorded`, which says how many rows to record",
             found="none",
         )
     if sample:
         sizes = Recording(**{name: min(sample, size) for name, size in sizes})
-    parts = {"case": case, "profile": profile, "world": world, "records": records}
-    session = open_session(notebook, **parts, rows=sizes.rows, device=device, dtype=dtype)
-    return session, sizes
+    return open_session({**given, "rows": sizes.rows}), sizes

@@ -6,7 +6,8 @@ Causes are read where no model runs, so torch is imported where something is cha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,3 +129,61 @@ def edit_tensors(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
     path = folder / WEIGHTS_FILE
     changed = {k: v.contiguous().clone() for k, v in change(load_file(path)).items()}
     save_file(changed, path, metadata={"format": "pt"})
+
+
+class NothingToChange(Exception):
+    """A change that would leave the adapter as it is; the message says why."""
+
+
+def zero_b(tensors: Tensors) -> Tensors:
+    """Every lora_B zero, as an adapter begins."""
+    import torch
+
+    return {k: torch.zeros_like(t) if _is_b(k) else t for k, t in tensors.items()}
+
+
+def scale(factor: float) -> Callable[[Tensors], Tensors]:
+    """Every update scaled, by its lora_B."""
+    return lambda tensors: {k: t * factor if _is_b(k) else t for k, t in tensors.items()}
+
+
+def shift_layers(tensors: Tensors) -> Tensors:
+    """Each layer's LoRA tensors in the next adapted layer's place, the last one's in the first's.
+
+    Places of another shape keep their own. Raises `NothingToChange` where all stays as it is.
+    """
+    shifted, places = dict(tensors), dict[str, list[str]]()
+    for name in sorted(tensors, key=lambda name: layer_of(name) or 0):
+        if "lora_" in name and layer_of(name) is not None:
+            places.setdefault(layer_zero(name), []).append(name)
+    for names in places.values():
+        for name, origin in zip(names, names[-1:] + names[:-1], strict=True):
+            if tensors[name].shape == tensors[origin].shape:
+                shifted[name] = tensors[origin]
+    if all(shifted[name].equal(tensor) for name, tensor in tensors.items()):
+        raise NothingToChange(
+            "one layer alone is adapted, or all are equal: turning them changes nothing"
+        )
+    return shifted
+
+
+def _is_b(name: str) -> bool:
+    return "lora_B" in name or "lora_embedding_B" in name
+
+
+# What can be done to a copy of an adapter, by name.
+CHANGES: Mapping[str, Callable[[Tensors], Tensors]] = {
+    "zero_b": zero_b,
+    "flipped": scale(-1.0),
+    "shifted": shift_layers,
+    "eighth": scale(1 / 8),
+    "eightfold": scale(8.0),
+}
+
+
+def copy_changed(adapter: Path, folder: Path, change: str) -> Path:
+    """A copy of an adapter's two files in a folder, with one of `CHANGES` made."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copy(adapter / name, folder)
+    edit_tensors(folder, CHANGES[change])
+    return folder

@@ -43,7 +43,6 @@ class World(Frozen):
 
     case: str
     profile: str
-    title: str
     caveat: str
     seed: int
     members: dict[str, Member]
@@ -97,7 +96,6 @@ def resolve_world(
     return World(
         case=case.name,
         profile=profile_name,
-        title=profile.title,
         caveat=profile.caveat,
         seed=profile.seed if seed is None else seed,
         members=members,

@@ -10,7 +10,7 @@ from itertools import cycle
 from pathlib import Path
 
 from postmortem.case.schema import AdapterFilter
-from postmortem.experiments.analysis import NO_LABELS, ONE_CLASS
+from postmortem.experiments.measure import NO_LABELS, ONE_CLASS
 from postmortem.experiments.metrics import Estimate, say_estimate
 from postmortem.experiments.records import (
     Cell,
@@ -99,7 +99,7 @@ def run_world_suite(session: Session) -> Results | None:
         scored,
         labels=session.rows.labels,
         limits=limits_of(session.case.adapter_filter),
-        title=session.world.title,
+        title=session.profile.title,
         decided_by=PROMPT,
     )
 
