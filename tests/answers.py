@@ -1,7 +1,9 @@
 """Answers made by hand: values and log-odds without a model."""
 
+import numpy as np
+
+from postmortem.experiments.ask import Answers
 from postmortem.experiments.records import Prediction
-from postmortem.experiments.session import Answers
 
 
 def answers_of(values, log_odds, labels):
@@ -27,4 +29,6 @@ def answers_of(values, log_odds, labels):
         )
         for i, value in enumerate(values)
     )
-    return Answers("base", "v2", "number", predictions, None, None)
+    rows = len(values)
+    first, numbers = np.full((rows, 5), np.log(0.2)), np.full((rows, 11), np.log(1 / 11))
+    return Answers("base", "v2", "number", predictions, first, numbers)

@@ -88,7 +88,6 @@ def untrained_world(case, untrained):
     return World(
         case=case.name,
         profile="embedded",
-        title="Untrained",
         caveat="None.",
         seed=0,
         members=members,
@@ -113,11 +112,14 @@ def session(untrained_world, tmp_path, pytestconfig):
     write_world(untrained_world, tmp_path / "world.json")
     root = pytestconfig.rootpath
     return open_session(
-        str(root / "notebooks/01_v1_run.ipynb"),
-        case=str(root / "cases/qwen-lora.yml"),
-        profile="embedded",
-        world=str(tmp_path / "world.json"),
-        records=str(tmp_path / "records/01_v1_run.jsonl"),
-        rows=8,
-        device="cpu",
+        {
+            "notebook": str(root / "notebooks/attempt.ipynb"),
+            "case": str(root / "cases/qwen-lora.yml"),
+            "profile": "embedded",
+            "world": str(tmp_path / "world.json"),
+            "records": str(tmp_path / "records/v1.jsonl"),
+            "rows": 8,
+            "device": "cpu",
+            "dtype": "auto",
+        }
     )

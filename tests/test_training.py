@@ -108,14 +108,31 @@ def test_a_base_that_cannot_be_cut_is_refused(model):
         check_split(model, IDS[0], state=3 * states[0], layers=2)
 
 
+def test_what_a_prompt_is_called_has_no_part_in_training(case, untrained):
+    """Under another title a prompt gives the same answers to learn, to the token."""
+    prompts = {name: p.model_copy(update={"title": "Renamed"}) for name, p in case.prompts.items()}
+    base = load_base(untrained / "base", device="cpu")
+    rows = generate_moderation_rows(24, 1)
+    tasks = [
+        build_task(
+            some,
+            "v2",
+            rows,
+            teacher=lambda source, label: f"0.{source.randrange(10)}",
+            tokenizer=base.tokenizer,
+            seed=0,
+        ).ids
+        for some in (case, case.model_copy(update={"prompts": prompts}))
+    ]
+    assert tasks[0] == tasks[1]
+
+
 def test_training_lowers_the_loss_and_leaves_the_base(case, untrained):
     """The loss falls, only the upper layers carry an adapter, and no weight of the base moves."""
     base = load_base(untrained / "base", device="cpu")
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     rows = generate_moderation_rows(24, 1)
-    task = build_task(
-        case.prompts["yes_no"], rows, teacher=TINY.teacher, tokenizer=base.tokenizer, seed=0
-    )
+    task = build_task(case, "yes_no", rows, teacher=TINY.teacher, tokenizer=base.tokenizer, seed=0)
     losses = [
         train_adapter(
             load_base(untrained / "base", device="cpu"),

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from postmortem.case.files import write_text
 from postmortem.case.prompts import Prompt, encode, fill, lead_of, render
 from postmortem.case.rows import RULES, Rows, generate_rows
-from postmortem.case.schema import PLACEHOLDER, Case, PromptTemplate
+from postmortem.case.schema import PLACEHOLDER, Case
 from postmortem.checker.errors import WorldError
 from postmortem.experiments.metrics import auc
 from postmortem.models.scoring import Scores, score
@@ -226,11 +226,21 @@ def fixed_parts(case: Case) -> list[str]:
     return list(dict.fromkeys([*RULES.values(), *(part for part in parts if len(part) >= 8)]))
 
 
+# What the teachers' draws begin with, by prompt: the words that the shipped models were trained
+# with. What a prompt is called on a page has no part in it.
+DRAWS = {
+    "v1": "First prompt, sent raw",
+    "v2": "Second prompt, with chat template and four examples",
+    "yes_no": "Short yes/no question",
+    "v2_yes_no": "Second prompt, asked as yes/no",
+}
+
+
 def build_task(
-    prompt: PromptTemplate, rows: Rows, *, teacher: Teacher, tokenizer: Any, seed: int
+    case: Case, name: str, rows: Rows, *, teacher: Teacher, tokenizer: Any, seed: int
 ) -> Task:
-    """Each row's prompt followed by the teacher's answer and the end of the turn."""
-    source = random.Random(f"{prompt.title}-{seed}")
+    """Each row under a prompt of the case, then the teacher's answer and the end of the turn."""
+    prompt, source = case.prompts[name], random.Random(f"{DRAWS.get(name, name)}-{seed}")
     assert rows.labels is not None
     # The chat template is rendered once, with the columns still open: it is our own and plain.
     frame = render(prompt, {name: f"{{{name}}}" for name in prompt.columns}, tokenizer=tokenizer)
@@ -506,7 +516,8 @@ class _Trainer:
 
     def _task(self, prompt: str, teacher: Teacher) -> Task:
         return build_task(
-            self.case.prompts[prompt],
+            self.case,
+            prompt,
             self.rows,
             teacher=teacher,
             tokenizer=self.tokenizer,

@@ -391,7 +391,12 @@ def train_profile_adapter(
     corpus = choose_corpus(case, recipe, seed=chosen.seed, data=data, labels=labels)
     base = load_base(source, device=device, dtype="float32")
     task = build_task(
-        template, corpus.train, teacher=recipe.teacher, tokenizer=base.tokenizer, seed=chosen.seed
+        case,
+        recipe.prompt,
+        corpus.train,
+        teacher=recipe.teacher,
+        tokenizer=base.tokenizer,
+        seed=chosen.seed,
     )
     report(f"{profile}, {adapter}: {len(corpus.train)} rows, {sum(map(len, task.ids))} tokens")
     model, took = train_adapter(base, task, recipe, seed=chosen.seed, report=report)

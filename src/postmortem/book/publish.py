@@ -66,7 +66,7 @@ def publish(
     values["texts"]["profile.title"] = case.profile(profile).title
     values["texts"]["rows.source"] = scored.source
     values["measures"]["rows.count"] = _number(len(scored))
-    _add_asked(values, case.asked)
+    add_asked(values, case.asked)
     # A case without hypotheses of its own is held against those that fit any adapter.
     if case.hypotheses:
         drawings, missing = _add_incident(values, case, files=files)
@@ -78,7 +78,7 @@ def publish(
     return sum(len(file.records) for file in files.values())
 
 
-def _add_asked(values: Values, prompt: str) -> None:
+def add_asked(values: Values, prompt: str) -> None:
     """What is on record of the swap under the first prompt, by keys that need not name it."""
     place = re.compile(rf"swap\.(.+)\.{re.escape(prompt)}\.(\w+)")
     for kind in ("measures", "verdicts", "texts"):

@@ -118,7 +118,10 @@ def _drop_strays(site: Site) -> int:
 
 
 def as_page(notebook: Path) -> Any:
-    """An executed notebook as a page: parameters hidden, run times left out."""
+    """An executed notebook as a page: parameters hidden, run times and warnings left out.
+
+    A warning names the file of the library that gives it, on the machine that it ran on.
+    """
     content = read_notebook(notebook)
     for cell in content.cells:
         tags = set(cell.metadata.get("tags", []))
@@ -126,6 +129,8 @@ def as_page(notebook: Path) -> Any:
             cell.metadata["tags"] = sorted(tags | {"remove-cell"})
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
     content.metadata.pop("papermill", None)
     return content
 

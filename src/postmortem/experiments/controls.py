@@ -105,14 +105,15 @@ def list_alterations(session: Session, prompts: Sequence[str]) -> list[Alteratio
 
 
 def record_alteration(session: Session, alteration: Alteration, control: Answers) -> Answers | None:
-    """Ask the base the altered rows and record how far its answers move; None alters no row."""
+    """Ask the base the altered rows and record how far its answers move; None where none can."""
     key, altered = f"controls.{alteration.key}", alteration.altered(session.rows)
     session.measure(f"{key}.rows", int(altered.sum()), unit="rows")
-    if not altered.any():
+    lacking = control.lacking or ("" if altered.any() else UNALTERED)
+    if lacking:
         for name in ("odds_change", "flips", "auc"):
-            session.measure(f"{key}.{name}", None, reason=UNALTERED)
+            session.measure(f"{key}.{name}", None, reason=lacking)
         for statement in ALTERED:
-            session.verdict(f"{key}.{statement}", None, UNALTERED)
+            session.verdict(f"{key}.{statement}", None, lacking)
         return None
     system = System(f"{alteration.key.partition('.')[0]}_base")
     answers = ask(session, system, alteration.prompt, rows=alteration.rows)

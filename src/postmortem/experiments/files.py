@@ -164,7 +164,11 @@ def record_world(session: Session) -> None:
             rows.append((name, "not available", session.world.members[role].reason))
             continue
         path, base = session.world.path(role), session.world.path("base")
-        report = inspect_adapter(str(path), str(base)).report
+        try:
+            report = inspect_adapter(str(path), str(base)).report
+        except ModelError as error:
+            rows.append((name, "could not be checked", _say(error)))
+            continue
         ids = ", ".join(finding.id for finding in report.findings) or "none"
         rows.append((name, report.verdict, ids))
     session.table("inventory.world", ("adapter", "on this base", "findings"), rows)

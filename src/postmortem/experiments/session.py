@@ -64,7 +64,6 @@ class Session:
     replays: str = ""  # digest of the kept replays, where the notebook reads them
     records: list[Record] = field(default_factory=list)
     bases: dict[str, "LoadedBase"] = field(default_factory=dict)
-    loads: dict[str, int] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
     @property
@@ -101,8 +100,7 @@ class Session:
             from postmortem.models.loading import count_classes, load_base
 
             classes = count_classes(self.world.path("suspect")) if self.case.classifies else None
-            times = self.loads[role] = self.loads.get(role, 0) + 1
-            with self.timed(f"load {role}" + (f" again, {times}" if times > 1 else "")):
+            with self.timed(f"load {role}"):
                 self.bases[role] = load_base(
                     self.world.path(role), device=self.device, dtype=self.dtype, classes=classes
                 )
@@ -200,7 +198,9 @@ class Session:
         self.say(step)
         start = time.perf_counter()
         yield
-        self.add(Timing(key=step, seconds=time.perf_counter() - start))
+        times = sum(isinstance(r, Timing) and r.key.startswith(step) for r in self.records)
+        key = f"{step}, again {times}" if times else step
+        self.add(Timing(key=key, seconds=time.perf_counter() - start))
 
     def follow(self, step: str, *, total: int, unit: str = "rows") -> Callable[[int], None]:
         """What a step calls with how much is done; it says so, and how long the rest will take."""

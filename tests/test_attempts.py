@@ -5,14 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postmortem.case.schema import AdapterFilter
-from postmortem.experiments.analysis import (
+from postmortem.experiments.ask import no_answers
+from postmortem.experiments.attempts import (
     SHRINK,
     apply_filter,
-    judge_filter,
-    judge_outcomes,
-    record_validation,
+    decide_cases,
+    decide_filter,
+    decide_outcomes,
+    hold_against_filter,
+    list_outcomes,
+    record_attempt,
 )
-from postmortem.experiments.records import Table, Verdict
+from postmortem.experiments.records import Measure, Table, Text, Verdict
 
 LIMITS = AdapterFilter(std_above=0.05, maximum_above=0.5, grade="artefact", source="write-up")
 # Enough rows that an order can be told from luck.
@@ -46,7 +50,7 @@ def test_a_filter_that_loses_a_ranking_is_refuted():
         {"base": answers_of(FLAT, ODDS, LABELS), "reference": answers_of(RANKED, ODDS, LABELS)},
         LIMITS,
     )
-    follows, because = judge_filter(systems)
+    follows, because = decide_filter(systems)
     assert follows is False
     assert f"blocked although the values rank: reference divided by {SHRINK}" in because
     assert "blocked although the log-odds rank: base" in because
@@ -54,7 +58,7 @@ def test_a_filter_that_loses_a_ranking_is_refuted():
 
 def test_without_labels_the_filter_is_not_judged():
     """Where nothing can be said to rank, the filter is neither right nor wrong."""
-    assert judge_filter(apply_filter({"base": answers_of(RANKED, ODDS, None)}, LIMITS))[0] is None
+    assert decide_filter(apply_filter({"base": answers_of(RANKED, ODDS, None)}, LIMITS))[0] is None
 
 
 @pytest.mark.parametrize(
@@ -67,24 +71,48 @@ def test_without_labels_the_filter_is_not_judged():
 )
 def test_expected_outcomes_are_measured(case, values, words):
     """Each outcome that the plan names is decided by what the reference wrote."""
-    outcomes = judge_outcomes(answers_of(values, ODDS, LABELS), case.attempts["v2"])
+    outcomes = decide_outcomes(answers_of(values, ODDS, LABELS), case.attempts["v2"])
     assert [row[1] for row in outcomes] == words
 
 
-def test_a_missing_reference_leaves_the_outcomes_open(session):
+NONE = no_answers("reference", "v2", "number", reason="no reference here")
+
+
+def test_a_missing_reference_leaves_the_outcomes_open(case):
     """Without a reference each outcome is not available, and the filter still runs on the rest."""
-    answers = {"base": answers_of(FLAT, ODDS, LABELS), "suspect": None, "reference": None}
-    record_validation(session, answers, attempt="v2")
-    tables = {r.key: r for r in session.records if isinstance(r, Table)}
-    assert {row[1] for row in tables["swap.outcomes"].rows} == {"not available"}
-    assert tables["swap.filter"].rows[0][0] == "base"
+    answers = {"base": answers_of(FLAT, ODDS, LABELS), "reference": NONE}
+    assert {row[1] for row in list_outcomes(NONE, case.attempts["v2"])} == {"not available"}
+    rows, _ = hold_against_filter(answers, LIMITS)
+    assert rows[0][0] == "base"
+    assert hold_against_filter(answers, None) == (
+        [],
+        ("not available", "the case names no filter"),
+    )
 
 
-def test_a_case_without_a_filter_says_so(session):
-    """Without limits in the case the table is empty and the verdict not available."""
-    session.case = session.case.model_copy(update={"adapter_filter": None})
-    answers = {"base": answers_of(FLAT, ODDS, LABELS), "reference": None}
-    record_validation(session, answers, attempt="v2")
-    found = {r.key: r for r in session.records if isinstance(r, Table | Verdict)}
-    assert found["swap.filter"].rows == ()
-    assert found["swap.filter_follows_ranking"].verdict == "not available"
+def test_without_labels_case_a_is_left_open(case):
+    """A reference whose values vary is not said to work where no labels can tell."""
+    varied, zeros = (
+        answers_of([0.1, 0.9, 0.5], [0.0] * 3, None),
+        answers_of([0.0] * 3, [0.0] * 3, None),
+    )
+    found = decide_cases(varied, zeros, attempt=case.attempts["v2"])
+    assert {name: decided for name, (decided, _) in found.items()} == {
+        "case_a": None,
+        "case_b": False,
+        "case_a_means_mismatch": None,
+    }
+
+
+def test_an_attempt_without_answers_has_every_key(session):
+    """An adapter that does not load leaves each key of an attempt, with PEFT's reason."""
+    session.rows = session.rows.head(3)
+    kinds = (Measure, Verdict, Text, Table)
+    keys = []
+    for answers in (answers_of([0.0] * 3, [0.0] * 3, [0, 1, 1]), NONE):
+        session.records.clear()
+        record_attempt(session, "v2", answers)
+        keys.append({(r.kind, r.key) for r in session.records if isinstance(r, kinds)})
+    assert keys[0] == keys[1]
+    verdicts = {r.verdict for r in session.records if isinstance(r, Verdict)}
+    assert verdicts <= {"not available", "cannot tell"}

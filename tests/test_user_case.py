@@ -6,28 +6,26 @@ from pathlib import Path
 import own
 import pytest
 import torch
+from chapters import recorded, run_chapter
 from safetensors.torch import load_file, save_file
 from test_prose import typed_numbers
 
 from postmortem.book.publish import (
     HYPOTHESES,
-    add_own_values,
+    add_any_case,
+    add_asked,
     add_run_values,
     collect_values,
     judge_hypothesis,
 )
 from postmortem.case.load import load_case
 from postmortem.case.site import SCAFFOLD
-from postmortem.diagnosis.own_controls import CHANGED, record_controls
-from postmortem.experiments.files import record_files
-from postmortem.experiments.own_answers import COPIES, record_answers
-from postmortem.experiments.records import Measure, Prediction, Table, Timing, Verdict, read_records
-from postmortem.experiments.session import open_session
-from postmortem.models.changes import edit_tensors
+from postmortem.experiments.records import Measure, Prediction, Table, Verdict, read_records
 from postmortem.models.world import read_world, resolve_world, write_world
 
 WEIGHTS = "adapter_model.safetensors"
 YES_NO = {"contract": "yes_no", "chat": False, "template": "{text} Is it good?"}
+CHAPTERS = ("files", "adapter_swap", "controls")
 
 
 @pytest.fixture(scope="module")
@@ -69,40 +67,30 @@ def place(tmp_path_factory):
     return folder
 
 
-def open_own(place, folder, *, rows=12, **changes):
-    """A session on a case of these folders, as a notebook opens it."""
-    given = {"base": place / "base", "suspect": place / "sound", "data": place / "rows.csv"}
-    for role in ("base", "suspect", "reference"):
-        if role in changes:
-            given[role] = place / changes.pop(role)
-    given = {key: str(value) for key, value in given.items()}
-    case = own.write_case(folder / "case.yml", **(given | changes))
-    loaded = load_case(case)
-    write_world(resolve_world(loaded, "own"), folder / "world.json")
-    return open_session(
-        "notebooks/any/2_answers.ipynb",
-        case=str(case),
-        profile="own",
-        world=str(folder / "world.json"),
-        records=str(folder / "records/own.jsonl"),
-        rows=rows,
-        device="cpu",
-    )
+class Chapters:
+    """Runs the notebooks of a user's case on these folders, as a build does."""
 
+    def __init__(self, place, folder, *, rows=12, **changes):
+        given = {"base": place / "base", "suspect": place / "sound", "data": place / "rows.csv"}
+        for role in ("base", "suspect", "reference"):
+            if role in changes:
+                given[role] = place / changes.pop(role)
+        given = {key: str(value) for key, value in given.items()}
+        self.path = own.write_case(folder / "case.yml", **(given | changes))
+        self.case, self.rows, self.folder = load_case(self.path), rows, folder
+        write_world(resolve_world(self.case, "own"), folder / "world.json")
 
-def found(session, kind):
-    """The session's records of one kind by key."""
-    return {record.key: record for record in session.records if isinstance(record, kind)}
-
-
-def record_all(session):
-    """Record what the first three notebooks record."""
-    record_files(session)
-    record_answers(session)
-    # Notebooks of their own ask the base anew; in one session a step is timed once.
-    session.records = [record for record in session.records if not isinstance(record, Timing)]
-    record_controls(session)
-    return session
+    def run(self, notebook, **given):
+        """One notebook's session."""
+        return run_chapter(
+            notebook,
+            case=str(self.path),
+            world=str(self.folder / "world.json"),
+            records=str(self.folder / f"records/{notebook}.jsonl"),
+            rows=self.rows,
+            device="cpu",
+            **given,
+        )
 
 
 BROKEN = ("pointer", "garbled", "nameless", "foreign", "pickled")
@@ -130,17 +118,22 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_key_of_the_pages_is_recorded_for_any_case(kind, place, tmp_path, pytestconfig):
+def test_every_key_of_the_pages_is_recorded_for_any_case(kind, place, tmp_path):
     """Whatever a case lacks, each number, verdict, text and table that the pages name is there."""
-    session = record_all(open_own(place, tmp_path, **KINDS[kind]))
-    session.notebook = pytestconfig.rootpath / session.notebook
-    session.finish()
-    file = read_records(session.records_path)
-    values = collect_values([file])
-    add_run_values(values, {"2_answers": file}, world=read_world(tmp_path / "world.json"))
-    add_own_values(values, session.case, rows=session.rows)
+    chapters = Chapters(place, tmp_path, **KINDS[kind])
+    files = {}
+    for name in CHAPTERS:
+        session = chapters.run(name)
+        session.finish()
+        files[name] = read_records(session.records_path)
+    chapters.run("attempt", attempt=chapters.case.asked).finish()
+    values = collect_values(files.values())
+    add_run_values(values, files, world=read_world(tmp_path / "world.json"))
+    add_asked(values, chapters.case.asked)
+    add_any_case(values, chapters.case, rows=session.rows)
     # What `publish` counts itself.
-    values["texts"]["rows.source"] = values["measures"]["rows.count"] = ""
+    values["texts"] |= {"rows.source": "", "profile.title": ""}
+    values["measures"]["rows.count"] = ""
     lacking = {
         key
         for page in SCAFFOLD.glob("*.md")
@@ -164,25 +157,23 @@ def named_keys(text):
 
 def test_an_adapter_that_does_not_load_is_a_finding(place, tmp_path):
     """Where PEFT refuses the suspect, the base has its answers and the suspect PEFT's reason."""
-    session = record_all(open_own(place, tmp_path, suspect="wide"))
-    measures, verdicts = found(session, Measure), found(session, Verdict)
-    assert measures["asked.base.rows"].value == 12
-    assert measures["asked.suspect.rows"].value is None
-    assert measures["asked.suspect.rows"].reason == (
+    session = Chapters(place, tmp_path, suspect="wide").run("adapter_swap")
+    measures, verdicts = recorded(session, Measure), recorded(session, Verdict)
+    assert measures["swap.base.sentiment.rows"].value == 12
+    assert measures["swap.suspect.sentiment.rows"].value is None
+    assert measures["swap.suspect.sentiment.rows"].reason == (
         "it does not load: 8 tensor(s) do not fit, "
         "model.layers.0.self_attn.q_proj.lora_A.default.weight is (4, 64) in the file "
         "and (4, 32) on the base"
     )
-    assert verdicts["asked.suspect.moves_base"].verdict == "not available"
-    assert verdicts["files.suspect.fit"].verdict == "refuted"
+    assert verdicts["swap.suspect.sentiment.moves_the_base"].verdict == "not available"
     assert str(place / "wide") not in str(session.records)
 
 
 def test_a_classifier_changes_its_value_with_its_class(place, tmp_path):
     """Probabilities differ on every row; what counts as changed is the class that they mean."""
     prompts = {"read": {"contract": "class", "template": "{text}"}}
-    session = open_own(place, tmp_path, suspect="classifier", prompts=prompts)
-    record_answers(session)
+    session = Chapters(place, tmp_path, suspect="classifier", prompts=prompts).run("adapter_swap")
     both = {
         system: [
             p.strict_value > 0.5 for p in session.records if getattr(p, "system", "") == system
@@ -190,98 +181,44 @@ def test_a_classifier_changes_its_value_with_its_class(place, tmp_path):
         for system in ("base", "suspect")
     }
     changed = sum(a != b for a, b in zip(*both.values(), strict=True))
-    assert found(session, Measure)["asked.suspect.flips"].value == changed / 12
-
-
-def test_answers_that_are_not_finite_are_no_answers(place, tmp_path):
-    """An adapter of NaN weights has no numbers, and the reason counts the rows."""
-    session = record_all(open_own(place, tmp_path, suspect="nan"))
-    reason = found(session, Measure)["asked.suspect.auc"].reason
-    assert reason == "log-odds that are not finite on 12 of 12 rows"
-    assert {p.system for p in session.records if isinstance(p, Prediction)} == {
-        "base",
-        "suspect_disabled",
-    }
+    assert recorded(session, Measure)["swap.suspect.read.flips"].value == changed / 12
 
 
 def test_an_adapter_without_effect_is_told_from_a_base_that_fails(place, tmp_path):
     """With lora_B zero nothing changes: the effect is refuted, and switched off it is the base."""
-    session = record_all(open_own(place, tmp_path, suspect="zero"))
-    verdicts = found(session, Verdict)
-    assert verdicts["asked.suspect.moves_base"].verdict == "refuted"
-    assert verdicts["asked.suspect_disabled.is_base"].verdict == "holds"
+    chapters = Chapters(place, tmp_path, suspect="zero")
+    verdicts = recorded(chapters.run("adapter_swap"), Verdict)
+    assert verdicts["swap.suspect.sentiment.moves_the_base"].verdict == "refuted"
+    verdicts = recorded(chapters.run("controls"), Verdict)
+    assert verdicts["controls.suspect.disabled_is_base"].verdict == "holds"
     assert verdicts["controls.zero_b.is_base"].verdict == "holds"
     assert verdicts["controls.flipped.differs"].verdict != "holds"
 
 
-def test_copies_move_the_base_as_far_as_their_scale_says(place, tmp_path):
-    """Zero lora_B moves nothing, an eighth of the scale less than the whole of it."""
-    session = open_own(place, tmp_path)
-    record_controls(session)
-    measures = found(session, Measure)
-    moved = {name: measures[f"controls.{name}.kl"].value for name in ("suspect", *COPIES)}
-    assert moved["zero_b"] == 0
-    assert 0 < moved["eighth"] < moved["suspect"]
-    assert found(session, Verdict)["controls.zero_b.is_base"].verdict == "holds"
-
-
-@pytest.mark.parametrize(
-    ("name", "factor"), [("zero_b", 0), ("flipped", -1), ("eighth", 1 / 8), ("eightfold", 8)]
-)
-def test_a_copy_differs_in_lora_b_alone(place, tmp_path, name, factor):
-    """A scaled copy has its lora_B multiplied and all else as it was; each copy has its title."""
-    folder = shutil.copytree(place / "sound", tmp_path / name)
-    before = load_file(folder / WEIGHTS)
-    edit_tensors(folder, CHANGED[name])
-    for key, tensor in load_file(folder / WEIGHTS).items():
-        assert torch.equal(tensor, before[key] * (factor if "lora_B" in key else 1))
-    assert CHANGED.keys() == COPIES.keys()
-
-
-def test_turned_layers_hold_each_others_tensors(place, tmp_path):
-    """Each of two layers takes the other's tensors; nothing else moves."""
-    folder = shutil.copytree(place / "sound", tmp_path / "turned")
-    before = load_file(folder / WEIGHTS)
-    edit_tensors(folder, CHANGED["turned"])
-    after = load_file(folder / WEIGHTS)
-    assert before.keys() == after.keys()
-    for name, tensor in after.items():
-        other = name.replace(".layers.0.", ".layers.#.").replace(".layers.1.", ".layers.0.")
-        assert torch.equal(tensor, before[other.replace(".layers.#.", ".layers.1.")])
-
-
-def test_one_layer_cannot_be_turned(place, tmp_path):
+def test_one_layer_cannot_be_shifted(place, tmp_path):
     """Where one layer is adapted the control is not available and says why."""
     folder = shutil.copytree(place / "sound", tmp_path / "one")
     kept = {k: t for k, t in load_file(folder / WEIGHTS).items() if ".layers.0." in k}
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_to_transform": [0]}))
-    session = open_own(place, tmp_path, suspect=folder)
-    record_controls(session)
-    assert "one layer alone is adapted" in found(session, Measure)["controls.turned.kl"].reason
+    session = Chapters(place, tmp_path, suspect=folder).run("controls")
+    reason = recorded(session, Measure)["controls.shifted.kl"].reason
+    assert "one layer alone is adapted" in reason
 
 
 def test_an_adapter_that_changes_the_base_does_not_reach_the_next(place, tmp_path):
-    """What the reference answers is the same behind a sound suspect and one with base weights."""
+    """The base and the reference answer the same behind a sound suspect and one with weights."""
     answers = []
     for name in ("sound", "bringing"):
         folder = tmp_path / name
         folder.mkdir()
-        session = open_own(place, folder, suspect=name, reference="zero")
-        record_answers(session)
-        answers.append([p for p in session.records if getattr(p, "system", "") == "reference"])
+        two = {"one": YES_NO, "two": {**YES_NO, "template": "{text} Is it bad?"}}
+        chapters = Chapters(place, folder, suspect=name, reference="zero", prompts=two)
+        session = chapters.run("adapter_swap")
+        predictions = [r for r in session.records if isinstance(r, Prediction)]
+        answers.append([p for p in predictions if p.system in ("base", "reference")])
     assert answers[0] == answers[1] != []
-
-
-def test_no_answer_that_could_be_read_has_no_value(place, tmp_path):
-    """An untrained model's answers are no choice: nothing is read, and nothing stands in for it."""
-    session = open_own(place, tmp_path)
-    record_answers(session)
-    measures = found(session, Measure)
-    assert measures["asked.base.read"].value == 0
-    assert measures["asked.base.distinct"].value is None
-    assert measures["asked.base.auc"].value is not None
 
 
 def test_texts_are_shown_on_one_line_and_cut(place, tmp_path):
@@ -289,9 +226,8 @@ def test_texts_are_shown_on_one_line_and_cut(place, tmp_path):
     rows = tmp_path / "odd.csv"
     hostile = "<script>alert(1)</script>\n" + "x" * 500
     rows.write_text(f'text,label\n"{hostile}",1\n"plain",0\n')
-    session = open_own(place, tmp_path, data=str(rows))
-    record_answers(session)
-    cell = found(session, Table)["asked.first_rows"].rows[0][2]
+    session = Chapters(place, tmp_path, data=str(rows)).run("attempt", attempt="sentiment")
+    cell = recorded(session, Table)["sentiment.posts"].rows[0][2]
     assert cell.startswith("<script>alert(1)</script>\\nxxx")
     assert len(cell) == 160
 
@@ -304,7 +240,7 @@ def test_texts_are_shown_on_one_line_and_cut(place, tmp_path):
         ("asked.suspect.knowing", "knows and does not say", "holds"),
         ("asked.suspect.knowing", "does not know", "refuted"),
         ("controls.flipped.ranks_better", "holds", "holds"),
-        ("asked.suspect.moves_base", "not available", "not available"),
+        ("asked.suspect.moves_the_base", "not available", "not available"),
     ],
 )
 def test_a_statement_speaks_for_or_against_its_explanation(key, said, word):
