@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from postmortem.case.files import write_text
 from postmortem.case.schema import Case, Hypothesis
+from postmortem.experiments.controls import STATES
 from postmortem.experiments.records import Measure, Prediction, RecordFile, Table, Verdict
 
 Point = tuple[float, float]
@@ -1057,15 +1058,6 @@ def draw_controls_auc(sheet: Sheet, source: Source) -> str:
     sheet.height = parts[1].draw(sheet, corner, width=sheet.width - corner[0])
     told = [f"{part.title}: {tell_blocks(part.rows, scale)}." for part in parts]
     return " ".join([*told, "With 95 % intervals."])
-
-
-STATES = {
-    "base": "base alone",
-    "suspect_disabled": "suspect, off",
-    "suspect": "suspect, on",
-    "reference_disabled": "reference, off",
-    "reference": "reference, on",
-}
 
 
 def tell_blocks(rows: Sequence[Row], scale: Scale) -> str:

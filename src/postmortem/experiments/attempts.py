@@ -17,6 +17,7 @@ from postmortem.experiments.measure import (
     Decision,
     Measured,
     Measures,
+    decide_move,
     describe_health,
     find_commonest,
     knows_and_does_not_say,
@@ -263,6 +264,23 @@ def _decide_meaning(works: bool | None, suspect: Answers, attempt: Attempt) -> D
         f"the suspect of this world has the base's shapes and "
         f"{'fails' if fails else 'does not fail'}; the reference {words[works]}"
     )
+
+
+def decide_swap(session: Session, answers: Mapping[str, Answers], attempt: Attempt) -> None:
+    """Record what the swap says of an attempt: by system, by the plan's cases, by its filter."""
+    for name, found in answers.items():
+        measures = measure(found, answers["base"])
+        session.verdict(f"swap.{name}.reproduces", *reproduces_symptom(found, attempt))
+        session.verdict(f"swap.{name}.knows", *knows_and_does_not_say(measures))
+        if name != "base":
+            session.verdict(f"swap.{name}.moves_the_base", *decide_move(measures))
+    cases = decide_cases(answers["reference"], answers["suspect"], attempt=attempt)
+    for name, decision in cases.items():
+        session.verdict(f"swap.{name}", *decision)
+    session.table("swap.outcomes", OUTCOMES, list_outcomes(answers["reference"], attempt))
+    rows, follows = hold_against_filter(answers, session.case.adapter_filter)
+    session.table("swap.filter", FILTERED, rows)
+    session.verdict("swap.filter_follows_ranking", *follows)
 
 
 def list_outcomes(reference: Answers, attempt: Attempt) -> list[tuple[Cell, ...]]:

@@ -18,6 +18,7 @@ from postmortem.experiments.measure import (
     decide_flips,
     decide_gain,
     decide_odds,
+    find_commonest,
     gain,
     measure,
     rank,
@@ -32,6 +33,14 @@ from postmortem.experiments.session import Session
 GROUPS = 20
 UNALTERED = "it alters no row here"
 ALTERED = ("moves_odds", "moves_written", "costs_order")
+# Each adapter in either state, beside the base.
+STATES = {
+    "base": "base alone",
+    "suspect_disabled": "suspect, off",
+    "suspect": "suspect, on",
+    "reference_disabled": "reference, off",
+    "reference": "reference, on",
+}
 # The factor by which two of the changed copies scale the suspect's update.
 FACTOR = 8
 # Changed copies of the suspect, by the name of the change.
@@ -204,11 +213,40 @@ def decide_zero(measures: Measures) -> Decision:
     return kl.estimate.value <= NO_OP, f"KL to the base alone {kl.estimate.value:.3g} nat"
 
 
-def say_recorded(session: Session, key: str) -> str:
-    """A recorded measure with its interval, for a table; a dash where it is not recorded."""
-    found = next((r for r in session.records if isinstance(r, Measure) and r.key == key), None)
-    if found is None:
+def say_measures(session: Session, key: str, names: Sequence[str]) -> list[str]:
+    """Recorded measures under a key with intervals, for a table; a dash where there is none."""
+    known = {r.key: r for r in session.records if isinstance(r, Measure)}
+    return [_say_record(known.get(f"{key}.{name}"), name) for name in names]
+
+
+def _say_record(found: Measure | None, name: str) -> str:
+    if found is None or found.value is None:
         return "–"
     # A divergence may be of any size, and one too small for two decimals is not none.
-    form = ".2g" if key.endswith(".kl") else "z.2f"
+    form = ".2g" if name == "kl" else "z.2f"
     return say_estimate(Estimate(found.value, found.low, found.high, 0), form)
+
+
+def list_first_rows(answers: Mapping[str, Answers]) -> tuple[list[str], list[list[Cell]]]:
+    """The first rows of several systems side by side: columns, and truth and text of each row."""
+    present = {name: found for name, found in answers.items() if not found.lacking}
+    some = next(iter(present.values()), None)
+    rows: list[list[Cell]] = [
+        [
+            p.row_id,
+            "unknown" if p.label is None else p.label,
+            *(shown(found.predictions[i].text, limit=24) for found in present.values()),
+        ]
+        for i, p in enumerate(some.predictions[:SHOWN] if some else ())
+    ]
+    return ["row", "truth", *(name.replace("_", "-") for name in present)], rows
+
+
+def describe_kind(session: Session, key: str, answers: Answers) -> list[Cell]:
+    """What a base writes, how its values and its log-odds rank, and what it does with that."""
+    if answers.lacking:
+        return ["–", "–", "–", "not available"]
+    text, count = find_commonest(answers)
+    knowing = session.decided(f"{key}.knowing").verdict.iloc[0]
+    writes = f"{shown(text, limit=24)} on {count} of {len(answers)}"
+    return [writes, *say_measures(session, key, ("auc_decoded", "auc")), knowing]

@@ -278,6 +278,9 @@ def decide_knowing(measures: Measures, *, hidden: str = "auc") -> tuple[Knowing 
     log-odds do (knows and does not say); neither does (does not know). Where an interval leaves
     one of these open, or there is no AUC, nobody can tell. `hidden` names the log-odds' measure.
     """
+    rows = measures.get("rows")
+    if rows is not None and rows.value is None:
+        return "not available", rows.reason
     known, said = measures[hidden].estimate, measures["auc_decoded"].estimate
     if known.value is None or said.value is None:
         lacking = measures[hidden] if known.value is None else measures["auc_decoded"]
@@ -300,9 +303,11 @@ def decide_knowing(measures: Measures, *, hidden: str = "auc") -> tuple[Knowing 
     return "cannot tell", f"{told}; the second leaves it open whether it says"
 
 
-def knows_and_does_not_say(measures: Measures) -> tuple[bool | None, str]:
+def knows_and_does_not_say(measures: Measures) -> Decision:
     """Whether the log-odds of the number rank the rows although the written values do not."""
     word, because = decide_knowing(measures, hidden="auc_number")
+    if word == "not available":
+        return word, because
     return None if word == "cannot tell" else word == "knows and does not say", because
 
 
