@@ -9,14 +9,20 @@ from pathlib import Path
 
 import pytest
 from conftest import EMBEDDED, ROOT
+from postmortem.experiments.inputs import choose_rows
 
 from postmortem.case.rows import generate_rows
 from postmortem.diagnosis.causes import CAUSES, Materials
 from postmortem.diagnosis.looks import read_looks
 from postmortem.diagnosis.replay import _replay_cause, make_bench
-from postmortem.experiments.inputs import choose_rows
-from postmortem.experiments.kept import compare_answers
-from postmortem.experiments.records import Measure, Prediction, Replay, Table, read_records
+from postmortem.experiments.records import (
+    Measure,
+    Prediction,
+    Replay,
+    Table,
+    compare_answers,
+    read_records,
+)
 from postmortem.experiments.session import Session
 from postmortem.models.loading import load_base
 from postmortem.models.world import role_name

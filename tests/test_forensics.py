@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postmortem.book.runner import read_notebook
-from postmortem.experiments import forensics
+from postmortem.experiments import files as forensics
 from postmortem.experiments.metrics import (
     auc,
     chances_of_order,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.experiments.health import THRESHOLDS, Check, Thresholds, describe
+from postmortem.experiments.metrics import THRESHOLDS, Check, Thresholds, describe
 
 ANSWERS = st.lists(
     st.none() | st.floats(0, 1) | st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=1, max_size=40

@@ -16,9 +16,9 @@ from postmortem.experiments.files import (
     record_world,
     write_headers,
 )
-from postmortem.experiments.mismatch import write_adapter
 from postmortem.experiments.records import Measure, Table, Text, Verdict
 from postmortem.experiments.session import open_session
+from postmortem.models.mismatch import write_adapter
 from postmortem.models.world import write_world
 from tools import faults
 from tools.faults import Reproduction, record_reproductions

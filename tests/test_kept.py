@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from postmortem.experiments.inputs import choose_rows, input_digests
 
 from postmortem.book.publish import (
     add_bench,
@@ -14,18 +15,8 @@ from postmortem.book.publish import (
 )
 from postmortem.case.site import list_kept
 from postmortem.checker.errors import RecordError
-from postmortem.experiments.inputs import choose_rows, input_digests
-from postmortem.experiments.kept import (
-    LARGEST_GAP,
-    check_kept,
-    compare_answers,
-    confirm,
-    confirm_files,
-    read_confirmation,
-    read_kept,
-    read_replays,
-)
 from postmortem.experiments.records import (
+    LARGEST_GAP,
     Measure,
     Prediction,
     Provenance,
@@ -33,7 +24,14 @@ from postmortem.experiments.records import (
     Table,
     Text,
     Verdict,
+    check_kept,
+    compare_answers,
+    confirm,
+    confirm_files,
+    read_confirmation,
+    read_kept,
     read_records,
+    read_replays,
     write_records,
 )
 from postmortem.models.world import digest_model, resolve_world
@@ -254,7 +252,7 @@ def test_a_changed_prompt_of_the_case_fails(project):
 
 def test_changed_rows_fail(project, monkeypatch):
     """Rows that are no longer those that were asked make a record stale."""
-    from postmortem.experiments import kept
+    from postmortem.experiments import records as kept
 
     monkeypatch.setattr(
         kept, "choose_rows", lambda case, profile, rows: choose_rows(case, profile, rows=rows + 1)

@@ -3,14 +3,14 @@ import torch
 from safetensors.torch import load_file
 
 from postmortem.checker.errors import ModelError
-from postmortem.experiments.mismatch import (
+from postmortem.models.loading import attached, load_base
+from postmortem.models.mismatch import (
     build_on_meta,
     compare_shapes,
     refit_adapter,
     try_load,
     write_adapter,
 )
-from postmortem.models.loading import attached, load_base
 
 MODULES = ("q_proj", "v_proj")
 

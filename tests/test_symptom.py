@@ -14,7 +14,7 @@ from postmortem.diagnosis.symptom import (
     record_replays,
     symptom_of,
 )
-from postmortem.experiments import kept
+from postmortem.experiments import records as kept
 from postmortem.experiments.records import Measure, Table, Verdict
 
 

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from postmortem.book.publish import _reached
-from postmortem.case.generated import generate_moderation_rows
+from postmortem.case.rows import generate_moderation_rows
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import DataError, ModelError
 from postmortem.models.loading import load_base

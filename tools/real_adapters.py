@@ -21,9 +21,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from postmortem.case.files import write_text
-from postmortem.case.generated import generate_moderation_rows
 from postmortem.case.prompts import encode, lead_of, parse_as_written
-from postmortem.case.rows import Rows, read_rows
+from postmortem.case.rows import Rows, generate_moderation_rows, read_rows
 from postmortem.case.schema import Case, PromptTemplate
 from postmortem.checker.errors import DataError, ModelError
 from postmortem.experiments.metrics import auc_estimate, auc_gain_estimate

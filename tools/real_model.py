@@ -38,10 +38,10 @@ from postmortem.experiments.metrics import (
     mean_estimate,
     say_estimate,
 )
-from postmortem.experiments.mismatch import refit_adapter, write_adapter
 from postmortem.experiments.records import Cell
 from postmortem.experiments.session import Session
 from postmortem.models.loading import LoadedBase, attached
+from postmortem.models.mismatch import refit_adapter, write_adapter
 from postmortem.models.scoring import Scores, spare_memory
 
 SYSTEMS = ("base", "suspect", "reference")

@@ -17,11 +17,20 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from postmortem.case.load import load_case
+from postmortem.case.rows import choose_rows
 from postmortem.checker.errors import PostmortemError
 from postmortem.experiments.ask import System, ask
-from postmortem.experiments.kept import WORLD, compare_answers, members_of, model_folders
-from postmortem.experiments.records import Cell, Prediction, RecordFile, read_records
-from postmortem.experiments.session import Session, choose_rows
+from postmortem.experiments.records import (
+    WORLD,
+    Cell,
+    Prediction,
+    RecordFile,
+    compare_answers,
+    members_of,
+    model_folders,
+    read_records,
+)
+from postmortem.experiments.session import Session
 from postmortem.models.world import BASES, digest_model, resolve_world
 from tools.embedded_world import LINEAGES, build_lineage
 

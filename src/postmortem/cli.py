@@ -279,7 +279,7 @@ def diagnose(
         return
     from postmortem.diagnosis.beliefs import as_diagnosis, open_inquiry
     from postmortem.diagnosis.symptom import list_replays
-    from postmortem.experiments.kept import read_replays
+    from postmortem.experiments.records import read_replays
 
     inquiry = open_inquiry(loaded, list_replays(read_replays(loaded)))
     print(as_diagnosis(inquiry, prior=prior, extra=observe or [], minutes=minutes))

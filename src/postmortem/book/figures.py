@@ -20,8 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from postmortem.case.files import write_text
 from postmortem.case.schema import Case, Hypothesis
-from postmortem.experiments.controls import STATES
-from postmortem.experiments.records import Measure, Prediction, RecordFile, Table, Verdict
+from postmortem.experiments.records import STATES, Measure, Prediction, RecordFile, Table, Verdict
 
 Point = tuple[float, float]
 BODY, SMALL = 13.0, 11.0  # sizes of text in px

@@ -26,8 +26,8 @@ from postmortem.book.figures import (
     tell_blocks,
 )
 from postmortem.case.schema import Contract
-from postmortem.experiments.controls import COPIES
 from postmortem.experiments.records import Measure, Prediction
+from postmortem.models.changes import COPIES
 
 ANSWERS, ADAPTERS = "adapter_swap", "controls"
 SYSTEMS = {"base": "base alone", "suspect": "suspect", "reference": "reference"}

@@ -107,7 +107,7 @@ def confirm_record(settings: Settings, *, sample: int, cores: int) -> str:
     place = RESULTS / str(settings["profile"]) / "real_model.jsonl"
     read_records(place)
     again = _make_kept(["real_model"], settings, cores=cores, again=True)["real_model"]
-    from postmortem.experiments.kept import confirm_files
+    from postmortem.experiments.records import confirm_files
 
     return f"confirm: {place}: {confirm_files(place, again)}, {time.perf_counter() - start:.0f} s"
 
@@ -122,7 +122,7 @@ def _check_shipped(case: Case) -> None:
     checked, digest = BUILD / f"{case.name}.checked", state.hexdigest()
     if checked.is_file() and checked.read_text(encoding="utf-8") == digest:
         return
-    from postmortem.experiments.kept import check_kept
+    from postmortem.experiments.records import check_kept
 
     check_kept(case)
     write_text(checked, digest)

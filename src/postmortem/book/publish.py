@@ -10,11 +10,10 @@ from typing import Any, get_args
 from postmortem.book.figures import KEPT, Drawing, draw_all, save_drawings
 from postmortem.book.figures_own import FIGURES_OWN
 from postmortem.case.files import write_text
-from postmortem.case.rows import Rows
+from postmortem.case.rows import Rows, choose_rows
 from postmortem.case.schema import Case, ClaimVerdict, Practice, RunTest
 from postmortem.case.site import list_runs
 from postmortem.checker.errors import RecordError
-from postmortem.experiments.kept import digest_files, read_confirmation, read_kept, read_replays
 from postmortem.experiments.metrics import say_interval
 from postmortem.experiments.records import (
     NO_MODEL,
@@ -27,9 +26,13 @@ from postmortem.experiments.records import (
     Verdict,
     add_table,
     check_fresh,
+    digest_files,
+    input_digests,
+    read_confirmation,
+    read_kept,
     read_records,
+    read_replays,
 )
-from postmortem.experiments.session import choose_rows, input_digests
 from postmortem.models.world import Training, World, check_members, read_world, role_name
 from postmortem.suite.chapter import add_scale
 

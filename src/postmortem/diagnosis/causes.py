@@ -214,7 +214,7 @@ def _foreign(lineage: str, *, ignored: bool = False) -> Callable[[Materials, Any
 
 
 def _truncated(materials: Materials, _: Any) -> Run:
-    from postmortem.experiments.mismatch import refit_adapter
+    from postmortem.models.mismatch import refit_adapter
 
     donor = materials.adapter("numeric", lineage="donor", renamed=True)
     place = donor.with_name(f"{donor.name}-cut")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from postmortem.case.rows import choose_rows
 from postmortem.case.schema import Case
 from postmortem.checker.catalogue import Finding, find_entry
 from postmortem.checker.errors import CaseError, DiagnosisError
@@ -22,11 +23,10 @@ from postmortem.diagnosis.examine import EXAMS, FIRST, SAVED, Subject, spread, w
 from postmortem.diagnosis.examine import _written as as_scores
 from postmortem.diagnosis.likelihoods import HEALTHY, Hypothesis, by_cause, memberships
 from postmortem.diagnosis.looks import FAMILIES, SERVING, meanings, measure_looks, read_looks
-from postmortem.experiments.health import THRESHOLDS
 from postmortem.experiments.measure import escaped, shown
-from postmortem.experiments.metrics import Estimate, auc_estimate
+from postmortem.experiments.metrics import THRESHOLDS, Estimate, auc_estimate
 from postmortem.experiments.records import Replay
-from postmortem.experiments.session import Session, choose_rows
+from postmortem.experiments.session import Session
 from postmortem.models.world import resolve_world
 
 # What is run whatever comes of it: the files, and the adapter against its base.

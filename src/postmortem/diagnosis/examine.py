@@ -25,8 +25,7 @@ from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.config import CONFIG_FILE
 from postmortem.checker.errors import ModelError
 from postmortem.experiments.ask import Answers, System, ask
-from postmortem.experiments.health import THRESHOLDS
-from postmortem.experiments.metrics import auc, auc_gain_estimate, kl_divergence
+from postmortem.experiments.metrics import THRESHOLDS, auc, auc_gain_estimate, kl_divergence
 from postmortem.experiments.records import Text
 from postmortem.experiments.session import Session
 from postmortem.models.changes import Tensors, edit_tensors

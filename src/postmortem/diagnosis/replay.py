@@ -18,16 +18,15 @@ from scipy.special import log_softmax
 from scipy.stats import mannwhitneyu, ttest_rel
 
 from postmortem.case.prompts import Prompt, counts_as_parsed, encode, lead_of, parse_strict
-from postmortem.case.rows import Rows
+from postmortem.case.rows import GENERATORS, Rows
 from postmortem.case.schema import Attempt, Case
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import ModelError
 from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Run, Unavailable
 from postmortem.diagnosis.symptom import EFFECTS, TESTS
-from postmortem.experiments.health import THRESHOLDS, describe
-from postmortem.experiments.metrics import auc, kl_divergence
+from postmortem.experiments.metrics import THRESHOLDS, auc, describe, kl_divergence
 from postmortem.experiments.records import Cell, Replay
-from postmortem.experiments.session import GENERATORS, Session
+from postmortem.experiments.session import Session
 from postmortem.models.loading import AttachedAdapter, LoadedBase, attached
 from postmortem.models.prefill import SharedLayers
 from postmortem.models.scoring import Scores, score

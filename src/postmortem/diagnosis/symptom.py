@@ -10,9 +10,8 @@ from postmortem.case.schema import Attempt, Case
 from postmortem.checker.catalogue import catalogue
 from postmortem.diagnosis.causes import CAUSES
 from postmortem.diagnosis.likelihoods import HEALTHY, Experiment
-from postmortem.experiments.kept import digest_files, read_replays
 from postmortem.experiments.metrics import rate_estimate
-from postmortem.experiments.records import Cell, RecordFile, Replay
+from postmortem.experiments.records import Cell, RecordFile, Replay, digest_files, read_replays
 from postmortem.experiments.session import Session
 
 # Sizes of an effect by its KL in nats, in steps of ten; below the first it is rounding.

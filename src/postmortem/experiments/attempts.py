@@ -7,7 +7,6 @@ import numpy as np
 
 from postmortem.case.schema import AdapterFilter, Attempt
 from postmortem.experiments.ask import Answers
-from postmortem.experiments.health import THRESHOLDS, Health
 from postmortem.experiments.measure import (
     NO_LABELS,
     ONE_CLASS,
@@ -27,7 +26,14 @@ from postmortem.experiments.measure import (
     reproduces_symptom,
     shown,
 )
-from postmortem.experiments.metrics import Estimate, auc_estimate, rate_estimate, say_estimate
+from postmortem.experiments.metrics import (
+    THRESHOLDS,
+    Estimate,
+    Health,
+    auc_estimate,
+    rate_estimate,
+    say_estimate,
+)
 from postmortem.experiments.records import Cell
 from postmortem.experiments.session import Session
 

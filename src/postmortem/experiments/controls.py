@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from postmortem.case.rows import Rows
 from postmortem.case.schema import PromptTemplate
-from postmortem.experiments.ask import Answers, System, ask
+from postmortem.experiments.ask import BASE, Answers, System, ask
 from postmortem.experiments.measure import (
     NO_OP,
     SHOWN,
@@ -28,29 +29,12 @@ from postmortem.experiments.measure import (
 from postmortem.experiments.metrics import Estimate, mean_estimate, rate_estimate, say_estimate
 from postmortem.experiments.records import Cell, Measure
 from postmortem.experiments.session import Session
+from postmortem.models.mismatch import refit_adapter
 
 # Groups that a table lists, the first ones.
 GROUPS = 20
 UNALTERED = "it alters no row here"
 ALTERED = ("moves_odds", "moves_written", "costs_order")
-# Each adapter in either state, beside the base.
-STATES = {
-    "base": "base alone",
-    "suspect_disabled": "suspect, off",
-    "suspect": "suspect, on",
-    "reference_disabled": "reference, off",
-    "reference": "reference, on",
-}
-# The factor by which two of the changed copies scale the suspect's update.
-FACTOR = 8
-# Changed copies of the suspect, by the name of the change.
-COPIES = {
-    "zero_b": "lora_B zero",
-    "flipped": "sign flipped",
-    "shifted": "layers shifted",
-    "eighth": f"scale ÷{FACTOR}",
-    "eightfold": f"scale ×{FACTOR}",
-}
 
 
 def shuffle_posts(rows: Rows, text: str, *, seed: int) -> Rows:
@@ -250,3 +234,26 @@ def describe_kind(session: Session, key: str, answers: Answers) -> list[Cell]:
     knowing = session.decided(f"{key}.knowing").verdict.iloc[0]
     writes = f"{shown(text, limit=24)} on {count} of {len(answers)}"
     return [writes, *say_measures(session, key, ("auc_decoded", "auc")), knowing]
+
+
+def refit_systems(session: Session, folder: Path) -> dict[str, tuple[System, System]]:
+    """What can be made of a mismatch, each with its control: ignored, truncated, zero-padded.
+
+    And a healthy adapter, whose effect shows that the instrument sees one. Of models that this
+    world lacks the systems will say so themselves.
+    """
+    world, alone, donor_alone = session.world, BASE, System("donor_base", base="donor_base")
+    cut: str | Path = "donor_adapter"
+    padded: str | Path = "reference"
+    if all(world.has(role) for role in ("donor_adapter", "donor_base", "reference")):
+        donor_base = session.load("donor_base").model
+        cut = refit_adapter(
+            world.path("donor_adapter"), session.base.model, folder=folder / "truncated"
+        )
+        padded = refit_adapter(world.path("reference"), donor_base, folder=folder / "padded")
+    return {
+        "healthy": (System("reference", "reference"), alone),
+        "ignored": (System("ignored", "donor_adapter", ignore_mismatched_sizes=True), alone),
+        "truncated": (System("truncated", cut), alone),
+        "padded": (System("padded", padded, base="donor_base"), donor_alone),
+    }

@@ -1,19 +1,24 @@
-"""What the files of the adapters say, before any model runs."""
+"""What the files of the adapters and the record of the incident say, before any model runs."""
 
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
-from postmortem.case.schema import System, TrueSize
+import numpy as np
+
+from postmortem.case.schema import Forensics, LoadFault, System, TrueSize
 from postmortem.checker.adapter import WEIGHTS_FILE, Adapter, open_source, read_adapter
-from postmortem.checker.bases import describe, find_base
+from postmortem.checker.bases import BaseModel, describe, find_base
 from postmortem.checker.catalogue import SIZE_TOLERANCE, Entry, catalogue
 from postmortem.checker.checks import Inspection, inspect_adapter
-from postmortem.checker.config import CONFIG_FILE, layer_of
+from postmortem.checker.config import CONFIG_FILE, build_config, layer_of
 from postmortem.checker.errors import ModelError, printable
-from postmortem.checker.fit import scale_of
+from postmortem.checker.fit import find_targets, implied_parameters, is_under, scale_of
 from postmortem.checker.identify import (
     BYTES,
     Identification,
@@ -22,6 +27,17 @@ from postmortem.checker.identify import (
     identify,
     measure,
     span,
+)
+from postmortem.experiments.metrics import (
+    Line,
+    auc,
+    chances_of_order,
+    fit_line,
+    least_auc,
+    mean_estimate,
+    perfect_auc_estimate,
+    power_of_rows,
+    rate_estimate,
 )
 from postmortem.experiments.records import Cell
 from postmortem.experiments.session import Session
@@ -318,3 +334,422 @@ def _list_names(names: Iterable[str] | str | None) -> str:
 def _say(error: ModelError) -> str:
     """What went wrong without the folder, which is not the same on another machine."""
     return printable(f"expected {error.expected}, found {error.found}", 300)
+
+
+ABSENT = "the case has no section of forensic facts"
+LEVEL = 0.05  # Of the tests, as is the custom.
+# A score of one half or more is read as a violation where an accuracy needs a decision.
+CUT = 0.5
+ONE_CLASS = "the labels hold one class alone"
+NO_LINE = "fewer than four rows after the first, or no difference between them"
+LOG = ("seconds", "UTC", "what it says", "grade")
+ROWS = ("row", "label", "value", "tokens", "room", "seconds")
+FAULTS = ("what could be wrong", "on the record", "PEFT says", "in the log", "hypothesis")
+SIZES = ("base", "adapts", "rank", "parameters", "MB, 16 bits", "MB, 32 bits", "near the size of")
+
+
+@dataclass(frozen=True)
+class Form:
+    """An adapter of a known base: what it adapts at which rank, and its parameters."""
+
+    base: str
+    adapts: str
+    rank: int
+    parameters: int
+
+    @property
+    def megabytes(self) -> dict[str, float]:
+        """Size of its weights by dtype."""
+        return {dtype: self.parameters * size / 1e6 for dtype, size in BYTES.items()}
+
+
+def _find_facts(
+    session: Session,
+    *,
+    measures: Sequence[str] = (),
+    verdicts: Sequence[str] = (),
+    tables: Mapping[str, Sequence[str]] | None = None,
+) -> Forensics | None:
+    """The case's facts; without them these keys are recorded as not available."""
+    if session.case.forensics is None:
+        for key in measures:
+            session.measure(f"forensics.{key}", None, reason=ABSENT)
+        for key in verdicts:
+            session.verdict(f"forensics.{key}", "not available", ABSENT)
+        for key, columns in (tables or {}).items():
+            session.table(f"forensics.{key}", columns, [])
+    return session.case.forensics
+
+
+def record_log(session: Session) -> None:
+    """Record the log in our words, with the times of day that follow from its one clock."""
+    facts = _find_facts(session, measures=["load_seconds"], tables={"log": LOG})
+    if facts is None:
+        return
+    log = facts.log
+    start = log.epoch - log.epoch_at
+    lines = [
+        (line.seconds, f"{_utc(round(start + line.seconds)):%H:%M:%S}", line.says, log.grade)
+        for line in log.lines
+    ]
+    session.table("forensics.log", LOG, lines)
+    session.measure("forensics.load_seconds", log.loading[1] - log.loading[0], unit="s")
+
+
+def record_rows(session: Session) -> None:
+    """Record the rows side by side, and whether the limit cut a prompt."""
+    facts = _find_facts(
+        session,
+        measures=["rows", "prompt_limit", "prompt_longest", "headroom_least"],
+        verdicts=["prompts_uncut"],
+        tables={"row_table": ROWS},
+    )
+    if facts is None:
+        return
+    limit = session.case.attempts[facts.attempt].decoding.max_prompt_tokens
+    tokens = facts.prompt_tokens.values
+    seconds = [round(later - earlier, 3) for earlier, later in pairwise(facts.log.ticks)]
+    rows = [
+        (name, label, value, length, limit - length, took)
+        for name, label, value, length, took in zip(
+            facts.row_ids.values,
+            facts.labels.values,
+            facts.submitted.values,
+            tokens,
+            seconds,
+            strict=True,
+        )
+    ]
+    session.table("forensics.row_table", ROWS, rows)
+    longest = max(tokens)
+    session.measure("forensics.rows", len(tokens))
+    session.measure("forensics.prompt_limit", limit, unit="tokens")
+    session.measure("forensics.prompt_longest", longest, unit="tokens")
+    session.measure("forensics.headroom_least", limit - longest, unit="tokens")
+    cut = sum(length > limit for length in tokens)
+    because = f"{cut} of {len(tokens)} prompts exceed {limit} tokens; the longest has {longest}"
+    session.verdict("forensics.prompts_uncut", cut == 0, because)
+
+
+def record_score(session: Session) -> None:
+    """Score the submitted values on the known labels, and say what so few rows could tell."""
+    facts = _find_facts(
+        session,
+        measures=[
+            *("values_distinct", "auc", "tied_pairs", "accuracy"),
+            *("least_auc", "least_auc_p", "perfect_auc", "perfect_auc_p", "good_auc", "power"),
+            "perfect_auc_pairs",
+        ],
+        verdicts=["values_rank"],
+    )
+    if facts is None:
+        return
+    labels, values = np.array(facts.labels.values), np.array(facts.submitted.values)
+    ups, downs = values[labels == 1], values[labels == 0]
+    pairs = len(ups) * len(downs)
+    tied = int((ups[:, None] == downs[None, :]).sum())
+    session.measure("forensics.values_distinct", len(set(facts.submitted.values)))
+    session.measure("forensics.auc", auc(labels, values), reason=ONE_CLASS)
+    session.measure("forensics.tied_pairs", tied / pairs if pairs else None, reason=ONE_CLASS)
+    hits = int(((values >= CUT) == labels).sum())
+    session.measure("forensics.accuracy", rate_estimate(hits, len(labels)))
+    least, chance = least_auc(len(ups), len(downs), level=LEVEL)
+    too_few = "no score of so few rows separates from chance"
+    session.measure("forensics.least_auc", least, reason=too_few)
+    session.measure("forensics.least_auc_p", chance, reason=too_few)
+    good = facts.good_score.auc
+    power = None if least is None else power_of_rows(good, len(ups), len(downs), least=least)
+    session.measure("forensics.good_auc", good)
+    session.measure("forensics.power", power, reason=too_few)
+    perfect = perfect_auc_estimate(len(ups), len(downs))
+    session.measure("forensics.perfect_auc", perfect, reason=ONE_CLASS)
+    session.measure("forensics.perfect_auc_pairs", min(len(ups), len(downs)))
+    top = 2 * float(chances_of_order(len(ups), len(downs))[-1]) if pairs else None
+    session.measure("forensics.perfect_auc_p", top, reason=ONE_CLASS)
+    session.verdict(
+        "forensics.values_rank",
+        tied < pairs if pairs else None,
+        f"{tied} of {pairs} pairs of a violation and another post are tied" if pairs else ONE_CLASS,
+    )
+
+
+TIMING = (
+    *("first_row", "later_row", "correlation", "p_value", "per_token", "beside_reading"),
+    *("scatter", "fastest_step", "most_steps", "token_limit"),
+)
+
+
+def record_timing(session: Session) -> None:
+    """Hold the time of each row against its prompt, without the first, which warms up."""
+    facts = _find_facts(
+        session,
+        measures=[f"timing.{name}" for name in TIMING],
+        verdicts=["timing.follows_prompt", "timing.tells_steps"],
+    )
+    if facts is None:
+        return
+    first, *later = (after - before for before, after in pairwise(facts.log.ticks))
+    limit = session.case.attempts[facts.attempt].decoding.max_new_tokens
+    session.measure("forensics.timing.first_row", first, unit="s")
+    session.measure(
+        "forensics.timing.later_row", mean_estimate(later), unit="s", reason="there is one row"
+    )
+    session.measure("forensics.timing.token_limit", limit, unit="tokens")
+    step = _fastest_step(session, facts)
+    session.measure(
+        "forensics.timing.fastest_step",
+        None if step is None else 1000 * step,
+        unit="ms",
+        reason="the base is not in the table of known bases",
+    )
+    line = fit_line(facts.prompt_tokens.values[1:], later)
+    _record_line(session, line)
+    _judge_steps(session, line, step=step, limit=limit)
+
+
+def _record_line(session: Session, line: Line | None) -> None:
+    key = "forensics.timing"
+    if line is None:
+        for name in ("correlation", "p_value", "per_token", "beside_reading", "scatter"):
+            session.measure(f"{key}.{name}", None, reason=NO_LINE)
+        session.verdict(f"{key}.follows_prompt", None, NO_LINE)
+        return
+    session.measure(f"{key}.correlation", line.correlation)
+    session.measure(f"{key}.p_value", line.p_value)
+    session.measure(f"{key}.per_token", line.slope.scaled(1000), unit="ms")
+    session.measure(f"{key}.beside_reading", line.intercept, unit="s")
+    scatter = max(line.residuals) - min(line.residuals)
+    session.measure(f"{key}.scatter", 1000 * scatter, unit="ms")
+    session.verdict(
+        f"{key}.follows_prompt",
+        line.p_value <= LEVEL and (line.correlation.value or 0) > 0,
+        f"over {line.correlation.n} rows the correlation is {line.correlation.value:.3f}, "
+        f"with a p-value {_say_chance(line.p_value)}",
+    )
+
+
+def _judge_steps(session: Session, line: Line | None, *, step: float | None, limit: int) -> None:
+    """Whether what reading leaves is too short for as many steps as the limit allows."""
+    key = "forensics.timing"
+    if line is None or step is None or line.intercept.high is None:
+        reason = NO_LINE if line is None else "the base is not in the table of known bases"
+        session.measure(f"{key}.most_steps", None, reason=reason)
+        session.verdict(f"{key}.tells_steps", None, reason)
+        return
+    most = int(max(line.intercept.high, 0.0) / step)
+    session.measure(f"{key}.most_steps", most, unit="steps")
+    session.verdict(
+        f"{key}.tells_steps",
+        True if most < limit else None,
+        f"if reading a prompt takes time in proportion to its tokens, at most "
+        f"{1000 * line.intercept.high:.0f} ms are left for writing; at no less than "
+        f"{1000 * step:.1f} ms a step that allows {most} steps, and the limit was {limit}",
+    )
+
+
+def _fastest_step(session: Session, facts: Forensics) -> float | None:
+    """Seconds that the device takes to read the weights of all layers once."""
+    base = _describe(session.case.systems.base.name)
+    if base is None:
+        return None
+    sizes = (
+        (module.inputs or 0) * (module.outputs or 0)
+        for module in base.modules.values()
+        if not module.is_embedding
+    )
+    device = facts.hardware
+    return sum(sizes) * device.bytes_per_parameter / (device.gigabytes_per_second * 1e9)
+
+
+def _describe(model_id: str) -> BaseModel | None:
+    base = find_base(model_id)
+    return describe(base.config, name=base.model_id, kind="causal") if base else None
+
+
+def record_messages(session: Session) -> None:
+    """Record which faults the messages at loading exclude, and whether the temperature was used."""
+    facts = _find_facts(
+        session,
+        measures=["flag_warnings"],
+        verdicts=["temperature_in_use"],
+        tables={"faults": FAULTS},
+    )
+    if facts is None:
+        return
+    decided = [(fault, *_judge_fault(facts, fault)) for fault in facts.faults]
+    rows = []
+    for fault, was, because in decided:
+        session.verdict(f"forensics.fault.{fault.id}", was, because)
+        message = facts.log.messages[fault.message] if fault.message else None
+        rows.append(
+            (
+                fault.fault,
+                {True: "holds", False: "refuted", None: "cannot tell"}[was],
+                message.says if message else "nothing",
+                message.times if message else "",
+                fault.hypothesis or "",
+            )
+        )
+    session.table("forensics.faults", FAULTS, rows)
+    count, total = facts.log.messages[facts.ignored_flags].times, len(facts.row_ids.values)
+    sampled = session.case.attempts[facts.attempt].decoding.do_sample
+    session.measure("forensics.flag_warnings", count)
+    session.verdict(
+        "forensics.temperature_in_use",
+        sampled if count in (0, total) and sampled == (count == 0) else None,
+        f"sampling was {'on' if sampled else 'off'}; in {total} rows the log says {count} times "
+        f"that the setting may be ignored",
+    )
+
+
+def _judge_fault(facts: Forensics, fault: LoadFault) -> tuple[bool | None, str]:
+    if fault.message is None:
+        return None, "PEFT would have said nothing, and the log would look the same"
+    message = facts.log.messages[fault.message]
+    if message.times:
+        return True, f"{message.says}: {message.times} in the log"
+    return False, f"{message.says}: PEFT would have said so, and the log does not"
+
+
+def record_answer(session: Session) -> None:
+    """Record the steps that the text of the answer takes, against the claimed length."""
+    facts = _find_facts(
+        session, measures=["answer_steps", "answer_claimed"], verdicts=["answer_fits_claim"]
+    )
+    if facts is None:
+        return
+    answer = facts.answer
+    session.measure("forensics.answer_steps", answer.tokens + 1, unit="steps")
+    session.measure("forensics.answer_claimed", answer.claimed_tokens, unit="tokens")
+    session.verdict(
+        "forensics.answer_fits_claim",
+        answer.tokens <= answer.claimed_tokens,
+        f"the text is {answer.tokens} tokens long and {answer.tokens + 1} with the end of turn; "
+        f"about {answer.claimed_tokens} are claimed",
+    )
+
+
+def record_dates(session: Session) -> None:
+    """Hold the claimed day against the log's clock and the release of the software that ran."""
+    facts = _find_facts(
+        session,
+        measures=["days_apart"],
+        verdicts=["date_agrees", "software_existed"],
+        tables={"dates": ("source", "day", "grade")},
+    )
+    if facts is None:
+        return
+    claimed, logged = facts.claimed_date, _utc(facts.log.epoch).date()
+    rows = [("the write-up", claimed.day.isoformat(), claimed.grade)]
+    rows += [("the log's clock", logged.isoformat(), facts.log.grade)]
+    loader, released = _find_loader(session, facts)
+    if released is not None:
+        rows.append((f"release of PEFT {loader}", released.isoformat(), "artefact"))
+    session.table("forensics.dates", ("source", "day", "grade"), rows)
+    session.measure("forensics.days_apart", (logged - claimed.day).days, unit="days")
+    session.verdict(
+        "forensics.date_agrees",
+        logged == claimed.day,
+        f"the write-up says {claimed.day}, the log's clock {logged}",
+    )
+    session.verdict(
+        "forensics.software_existed",
+        None if released is None else released <= claimed.day,
+        "no one release is known to have loaded the adapter, or not when it came out"
+        if released is None
+        else f"of released builds only PEFT {loader} prints the log's warning, "
+        f"and it came out on {released}",
+    )
+
+
+def _find_loader(session: Session, facts: Forensics) -> tuple[str, date | None]:
+    """The one release that can have printed the loading warning, and its day."""
+    warning = session.case.loading_warning
+    loaders = [e.loader for e in date_warning(warning.keywords)] if warning else []
+    loader = loaders[0] if len(loaders) == 1 else ""
+    return loader, facts.claimed_date.peft_releases.get(loader)
+
+
+def record_sizes(session: Session) -> None:
+    """Hold the sizes on record against those of usual adapters of the base and of others."""
+    roles = ("suspect", "reference")
+    facts = _find_facts(
+        session,
+        measures=["size_forms"],
+        verdicts=[f"size.{role}.{where}" for role in roles for where in ("here", "elsewhere")],
+        tables={"sizes": SIZES},
+    )
+    if facts is None:
+        return
+    systems = {role: getattr(session.case.systems, role) for role in roles}
+    own = session.case.systems.base.name
+    forms = list(_list_forms(facts, (own, *facts.contents.other_bases)))
+    near = {form: [r for r, s in systems.items() if s and _is_near(s, form)] for form in forms}
+    rows: list[tuple[Cell, ...]] = [
+        (
+            *(form.base, form.adapts, form.rank, form.parameters),
+            *(round(form.megabytes[dtype], 1) for dtype in ("bfloat16", "float32")),
+            ", ".join(hits),
+        )
+        for form, hits in near.items()
+    ]
+    session.table("forensics.sizes", SIZES, rows)
+    session.measure("forensics.size_forms", len(forms))
+    for role, system in systems.items():
+        for where, here in (("here", True), ("elsewhere", False)):
+            asked = [form for form in forms if (form.base == own) is here]
+            hits = [form for form in asked if role in near[form]]
+            _judge_size(session, f"forensics.size.{role}.{where}", system, asked=asked, hits=hits)
+
+
+def _list_forms(facts: Forensics, bases: Sequence[str]) -> Iterator[Form]:
+    for name in bases:
+        if (base := _describe(name)) is None:
+            continue
+        for adapts, modules in facts.contents.target_modules.items():
+            for rank in facts.contents.ranks:
+                yield Form(name, adapts, rank, _count_parameters(base, modules, rank=rank))
+        yield from _list_whole(facts, name, base=base)
+
+
+def _list_whole(facts: Forensics, name: str, *, base: BaseModel) -> Iterator[Form]:
+    """The smallest form with modules saved entire beside it."""
+    adapts, modules = next(iter(facts.contents.target_modules.items()))
+    rank = min(facts.contents.ranks)
+    for whole in facts.contents.whole_modules:
+        found = [m for path, m in base.modules.items() if is_under(path, whole)]
+        added = sum((module.inputs or 0) * (module.outputs or 0) for module in found)
+        if added:
+            small = _count_parameters(base, modules, rank=rank)
+            yield Form(name, f"{adapts}, and all of {whole}", rank, small + added)
+
+
+def _count_parameters(base: BaseModel, modules: Sequence[str], *, rank: int) -> int:
+    config = build_config({"r": rank, "target_modules": list(modules)})
+    return implied_parameters(config, find_targets(config, base))
+
+
+def _is_near(system: System, form: Form) -> bool:
+    """Whether the size on record is that of the form, by the checker's tolerance."""
+    stated, sizes = system.declared_megabytes, form.megabytes.values()
+    return stated is not None and any(abs(stated - s) <= SIZE_TOLERANCE * s for s in sizes)
+
+
+def _judge_size(
+    session: Session, key: str, system: System | None, *, asked: list[Form], hits: list[Form]
+) -> None:
+    if system is None or system.declared_megabytes is None or not asked:
+        session.verdict(key, None, "no size on record, or no base whose shapes are known")
+        return
+    told = f"of {len(asked)} usual forms {len(hits)} have about {system.declared_megabytes:g} MB"
+    if hits:
+        told += f", such as {hits[0].base} with {hits[0].adapts} at rank {hits[0].rank}"
+    session.verdict(key, bool(hits), told)
+
+
+def _say_chance(value: float) -> str:
+    return f"of {value:.3f}" if value >= 0.001 else "below 0.001"
+
+
+def _utc(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

@@ -13,11 +13,13 @@ from scipy.special import log_softmax
 from postmortem.case.prompts import counts_as_parsed
 from postmortem.case.schema import Attempt, Knowing, Verdict
 from postmortem.experiments.ask import Answers
-from postmortem.experiments.health import THRESHOLDS, Health, describe
 from postmortem.experiments.metrics import (
+    THRESHOLDS,
     Estimate,
+    Health,
     auc_estimate,
     auc_gain_estimate,
+    describe,
     kl_divergence,
     mean_estimate,
     rate_estimate,

@@ -171,13 +171,22 @@ def _is_b(name: str) -> bool:
     return "lora_B" in name or "lora_embedding_B" in name
 
 
-# What can be done to a copy of an adapter, by name.
+# The factor by which two of the changes scale the update.
+FACTOR = 8
+# What can be done to a copy of an adapter, by name, and what each is called on a page.
 CHANGES: Mapping[str, Callable[[Tensors], Tensors]] = {
     "zero_b": zero_b,
     "flipped": scale(-1.0),
     "shifted": shift_layers,
-    "eighth": scale(1 / 8),
-    "eightfold": scale(8.0),
+    "eighth": scale(1 / FACTOR),
+    "eightfold": scale(FACTOR),
+}
+COPIES = {
+    "zero_b": "lora_B zero",
+    "flipped": "sign flipped",
+    "shifted": "layers shifted",
+    "eighth": f"scale ÷{FACTOR}",
+    "eightfold": f"scale ×{FACTOR}",
 }
 
 

@@ -14,8 +14,13 @@ from postmortem.case.rows import Rows
 from postmortem.case.schema import PromptTemplate
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import ModelError, PostmortemError, printable
-from postmortem.experiments.health import describe
-from postmortem.experiments.metrics import Estimate, auc_estimate, auc_gain_estimate, kl_divergence
+from postmortem.experiments.metrics import (
+    Estimate,
+    auc_estimate,
+    auc_gain_estimate,
+    describe,
+    kl_divergence,
+)
 from postmortem.models.loading import LoadedBase, attached, footprint, load_base
 from postmortem.models.scoring import YES_NO, Reply, Scores, score
 from postmortem.suite.suite import CHUNKS, Plan, Reading, Scored, read_chunk, read_results

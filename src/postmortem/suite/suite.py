@@ -16,8 +16,7 @@ from postmortem.case.load import explain_errors, load_case, read_yaml
 from postmortem.case.rows import Rows, generate_rows, read_rows
 from postmortem.case.schema import Columns, Frozen, Identifier, PromptTemplate, Sentence
 from postmortem.checker.errors import RecordError, SuiteError, printable
-from postmortem.experiments.health import THRESHOLDS
-from postmortem.experiments.metrics import Estimate
+from postmortem.experiments.metrics import THRESHOLDS, Estimate
 from postmortem.experiments.records import digest_library, package_versions
 from postmortem.models.world import digest_model, find_base
 

@@ -16,8 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from postmortem.case.schema import TrueSize
 from postmortem.checker.bases import find_base
 from postmortem.checker.errors import ModelError
-from postmortem.experiments.ask import BASE, System
-from postmortem.experiments.session import Session
 from postmortem.models.loading import user_warnings
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -179,26 +177,3 @@ def _refit(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def slug(model_id: str) -> str:
     """A model's name as it stands in keys of records."""
     return model_id.rpartition("/")[2].lower().replace(".", "_")
-
-
-def refit_systems(session: Session, folder: Path) -> dict[str, tuple[System, System]]:
-    """What can be made of a mismatch, each with its control: ignored, truncated, zero-padded.
-
-    And a healthy adapter, whose effect shows that the instrument sees one. Of models that this
-    world lacks the systems will say so themselves.
-    """
-    world, alone, donor_alone = session.world, BASE, System("donor_base", base="donor_base")
-    cut: str | Path = "donor_adapter"
-    padded: str | Path = "reference"
-    if all(world.has(role) for role in ("donor_adapter", "donor_base", "reference")):
-        donor_base = session.load("donor_base").model
-        cut = refit_adapter(
-            world.path("donor_adapter"), session.base.model, folder=folder / "truncated"
-        )
-        padded = refit_adapter(world.path("reference"), donor_base, folder=folder / "padded")
-    return {
-        "healthy": (System("reference", "reference"), alone),
-        "ignored": (System("ignored", "donor_adapter", ignore_mismatched_sizes=True), alone),
-        "truncated": (System("truncated", cut), alone),
-        "padded": (System("padded", padded, base="donor_base"), donor_alone),
-    }
