@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from IPython.display import HTML, display
+
 from postmortem.book.figures import (
+    FIGURES,
     SHOWN,
     TENTHS,
     Band,
@@ -15,6 +18,7 @@ from postmortem.book.figures import (
     Sheet,
     Source,
     Strip,
+    draw_all,
     draw_columns,
     role_of,
     round_ticks,
@@ -26,7 +30,8 @@ from postmortem.book.figures import (
     tell_blocks,
 )
 from postmortem.case.schema import Contract
-from postmortem.experiments.records import Measure, Prediction
+from postmortem.experiments.records import Measure, Prediction, RecordFile
+from postmortem.experiments.session import Session
 from postmortem.models.changes import COPIES
 
 ANSWERS, ADAPTERS = "adapter_swap", "controls"
@@ -182,3 +187,17 @@ FIGURES_OWN: Mapping[str, Draw] = {
     "log_odds": draw_log_odds,
     "controls": draw_controls,
 }
+
+
+def show_figures(session: Session, *names: str) -> None:
+    """Show figures in a notebook as the pages will: drawn from what it has recorded.
+
+    Of one that these records do not allow the reason is printed.
+    """
+    file = RecordFile.model_construct(records=tuple(session.records))
+    chosen = {name: draw for name, draw in {**FIGURES, **FIGURES_OWN}.items() if name in names}
+    drawings, missing = draw_all({session.name: file}, session.case, chosen)
+    for drawing in drawings:
+        display(HTML(drawing.wide))
+    for name, reason in missing.items():
+        print(f"no figure {name}: {reason}")
