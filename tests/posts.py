@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from postmortem.case.load import load_case
-from postmortem.experiments.inputs import choose_rows
+from postmortem.case.rows import choose_rows
 
 RAN = "document.documentElement.setAttribute('data-ran', '{}')"
 HOSTILE = (

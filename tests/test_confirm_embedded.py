@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import EMBEDDED, ROOT
-from postmortem.experiments.inputs import choose_rows
 
-from postmortem.case.rows import generate_rows
+from postmortem.case.rows import choose_rows, generate_rows
 from postmortem.diagnosis.causes import CAUSES, Materials
 from postmortem.diagnosis.looks import read_looks
 from postmortem.diagnosis.replay import _replay_cause, make_bench

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from postmortem.case.rows import Rows, generate_rows
 from postmortem.experiments.controls import (
     ALTERED,
-    COPIES,
     example_pairs,
     remove_examples,
     shuffle_posts,
     swap_examples,
 )
 from postmortem.experiments.records import Measure, Prediction, Table, Verdict
-from postmortem.models.changes import CHANGES, edit_tensors
+from postmortem.models.changes import CHANGES, COPIES, edit_tensors
 from postmortem.models.world import Member, write_world
 
 PROMPTS = ("v2", "yes_no")

@@ -15,6 +15,8 @@ from posts import write_posts
 
 import postmortem
 from postmortem.book import graph
+from postmortem.case.load import load_case
+from postmortem.case.site import list_runs
 from postmortem.cli import main
 from postmortem.experiments.records import Measure, read_records
 
@@ -56,8 +58,8 @@ def records_of(project, name):
 
 
 def notebooks_of(project):
-    """The names of the notebooks of a build."""
-    return sorted(path.stem for path in (project / "notebooks").glob("*.ipynb"))
+    """The names of the runs of a build."""
+    return [run.name for run in list_runs(load_case(project / "cases/qwen-lora.yml"))]
 
 
 def rules_of(*names):
@@ -138,14 +140,14 @@ def test_hostile_posts_are_text(pages):
     shown = "".join(pages.values())
     assert "<script>document.documentElement.setAttribute('data-ran'" not in shown
     assert "&lt;script&gt;document.documentElement" in pages["v1.html"]
-    assert "&lt;script&gt;document.documentElement" in pages["notebooks/01_v1_run.html"]
+    assert "&lt;script&gt;document.documentElement" in pages["notebooks/v1.html"]
     assert "root:x:" not in shown
     assert "\x1b[" not in shown
 
 
 def test_numbers_on_the_page_are_those_of_the_records(built, pages):
     """The front page's numbers and the swap page's table come from the sealed records."""
-    found = {r.key: r for r in records_of(built[0], "04_adapter_swap").of(Measure)}
+    found = {r.key: r for r in records_of(built[0], "adapter_swap").of(Measure)}
     for system in ("base", "suspect", "reference"):
         measure = found[f"swap.{system}.v2.auc_number"]
         shown = f"{measure.value:.2f} [{measure.low:.2f}, {measure.high:.2f}]"
@@ -182,10 +184,10 @@ def test_the_embedded_world_replays_the_incident(built):
 
 
 def test_a_changed_notebook_runs_with_what_depends_on_it(built):
-    """After a change of the first notebook it and the second run, and the others do not."""
+    """After a change of the attempts' notebook both of its runs run again, and no other."""
     project, _ = built
-    with edited(project / "notebooks/01_v1_run.ipynb", "Answer every row.", "Let it answer."):
-        assert plan(project) == rules_of("01_v1_run", "02_v2_run") | PAGES
+    with edited(project / "notebooks/attempt.ipynb", "## Counting", "## Counts"):
+        assert plan(project) == rules_of("v1", "v2") | PAGES
 
 
 def test_a_changed_prompt_is_asked_again(built):
@@ -214,7 +216,7 @@ def test_changed_replays_are_read_again(built):
     """After a change of the kept replays those who read them run, and no other notebook."""
     project, _ = built
     with longer(next((project / "results/embedded/replays").glob("*.jsonl")), "\n"):
-        assert plan(project) == rules_of("07_replay", "09_diagnosis") | PAGES
+        assert plan(project) == rules_of("replay", "diagnosis") | PAGES
 
 
 def test_a_changed_library_runs_everything(built, tmp_path):
@@ -300,14 +302,14 @@ def test_a_wrong_key_on_a_page_fails_the_build(built):
 def test_a_failing_notebook_never_reaches_the_book(built):
     """A notebook that raises fails the build by name, and the book keeps its last good state."""
     project, _ = built
-    path, book = project / "notebooks/08_forensics.ipynb", project / "_build/html/book"
+    path, book = project / "notebooks/files.ipynb", project / "_build/html/book"
     before = {page: page.read_bytes() for page in book.rglob("*.html")}
     content = json.loads(path.read_text())
     content["cells"][-1]["source"] = ["raise RuntimeError('on purpose')"]
     with holding(path, json.dumps(content).encode()):
         result = make(project, *OPTIONS)
     assert result.returncode == 2
-    assert "08_forensics.ipynb" in result.stderr
+    assert "files.ipynb" in result.stderr
     assert "RuntimeError: on purpose" in result.stderr
     assert {page: page.read_bytes() for page in book.rglob("*.html")} == before
 

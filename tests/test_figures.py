@@ -33,7 +33,7 @@ from postmortem.experiments.records import (
     Verdict,
 )
 
-STEMS = ("01_v1_run", "02_v2_run", "03_shape_mismatch", "04_adapter_swap", "06_controls")
+STEMS = ("v1", "v2", "shape_mismatch", "adapter_swap", "controls")
 KINDS = ("base", "speaking_base", "ignorant_base")
 STATES = ("base", "suspect_disabled", "suspect", "reference_disabled", "reference")
 EVIL = 'a<b>&"$x_1$ ]]>\u202e\x00#f0000d'
@@ -175,7 +175,7 @@ def make_records(rows: int) -> dict[str, list[Record]]:
             interval(f"{prompt}.parsed_strict", 0.4),
             *(interval(f"{prompt}.auc_{read}", 0.5) for read in ("decoded", "number")),
         ]
-        for stem, prompt in (("01_v1_run", "v1"), ("02_v2_run", "v2"))
+        for stem, prompt in (("v1", "v1"), ("v2", "v2"))
     }
     systems = ("base", "suspect", "reference")
     swap = [record for system in systems for record in answers(system, "v2", rows=rows)]
@@ -188,15 +188,15 @@ def make_records(rows: int) -> dict[str, list[Record]]:
     asked += [f"{kind}.v2" for kind in KINDS[1:]]
     columns = ("tensor", "on the base", "in the adapter", "fits")
     return runs | {
-        "03_shape_mismatch": [
+        "shape_mismatch": [
             Table(key="mismatch.donor-4b.shapes", columns=columns, rows=SHAPES),
             *(interval(f"mismatch.{r}.{e}", 0.5) for r in refits for e in ("kl", "flips")),
         ],
-        "04_adapter_swap": [
+        "adapter_swap": [
             *swap,
             *(interval(f"swap.{system}.{read}", 0.7) for system in systems for read in reads),
         ],
-        "08_forensics": [
+        "files": [
             Table(
                 key="forensics.row_table",
                 columns=timing,
@@ -206,12 +206,12 @@ def make_records(rows: int) -> dict[str, list[Record]]:
             interval("forensics.timing.per_token", 0.5),
             interval("forensics.timing.beside_reading", 0.08),
         ],
-        "07_replay": [make_matrix()],
+        "replay": [make_matrix()],
         "suite": make_suite(),
         "attribution": make_membership(),
         "kept.smollm2": make_kept(),
-        "09_diagnosis": make_beliefs(),
-        "06_controls": [
+        "diagnosis": make_beliefs(),
+        "controls": [
             *(record for kind in KINDS for record in answers(kind, "v2", rows=rows)),
             *(interval(f"controls.{key}.{read}", 0.6) for key in asked for read in ranking),
             *(Verdict(key=f"controls.{kind}.v2.knowing", **knowing) for kind in KINDS),
@@ -413,7 +413,7 @@ def test_missing_files_are_said() -> None:
     drawn, reasons = draw_all({}, make_case(hypotheses=[]))
     assert drawn == []
     assert reasons.keys() == set(FIGURES)
-    assert "03_shape_mismatch" in reasons["shapes"]
+    assert "shape_mismatch" in reasons["shapes"]
 
 
 def test_run_speaks_where_the_base_does_not() -> None:

@@ -4,10 +4,10 @@ from itertools import accumulate, combinations
 
 import numpy as np
 import pytest
+from chapters import run_chapter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.book.runner import read_notebook
 from postmortem.experiments import files as forensics
 from postmortem.experiments.metrics import (
     auc,
@@ -33,12 +33,16 @@ def session(untrained_world, tmp_path, pytestconfig):
     write_world(untrained_world, tmp_path / "world.json")
     root = pytestconfig.rootpath
     return open_session(
-        str(root / "notebooks/08_forensics.ipynb"),
-        case=str(root / "cases/qwen-lora.yml"),
-        profile="embedded",
-        world=str(tmp_path / "world.json"),
-        records=str(tmp_path / "08.jsonl"),
-        rows=2,
+        {
+            "notebook": str(root / "notebooks/files.ipynb"),
+            "case": str(root / "cases/qwen-lora.yml"),
+            "profile": "embedded",
+            "world": str(tmp_path / "world.json"),
+            "records": str(tmp_path / "files.jsonl"),
+            "rows": 2,
+            "device": "cpu",
+            "dtype": "auto",
+        }
     )
 
 
@@ -378,25 +382,19 @@ def test_the_notebook_runs_with_and_without_facts(session, tmp_path, pytestconfi
         start, end = text.index("\nforensics:\n"), text.index("\ncolumns:\n")
         text = text[:start] + text[end:]
     (tmp_path / "case.yml").write_text(text, encoding="utf-8")
-    notebook, records = str(session.notebook), tmp_path / "08_forensics.jsonl"
-    given = {
-        "notebook": notebook,
-        "case": str(tmp_path / "case.yml"),
-        "profile": "embedded",
-        "world": str(tmp_path / "world.json"),
-        "records": str(records),
-        "rows": 2,
-    }
-    # Its code without a kernel, whose start takes longer than all of this.
-    first, *cells = [c.source for c in read_notebook(notebook).cells if c.cell_type == "code"]
-    names = {}
-    exec(first, names)
-    names |= given
-    for source in cells:
-        exec(source, names)
+    records = tmp_path / "again.jsonl"
+    run_chapter(
+        "files",
+        case=str(tmp_path / "case.yml"),
+        profile="embedded",
+        world=str(tmp_path / "world.json"),
+        records=str(records),
+        rows=2,
+    ).finish()
     found = read_records(records)
     assert found.provenance.device == NO_MODEL
     changes = {} if survives else {"forensics": None}
     expected = [record(session, name, **changes) for name in RECORDERS]
-    values = {r.key.removeprefix("forensics."): r for r in found.of(Measure)}
+    measures = [r for r in found.of(Measure) if r.key.startswith("forensics.")]
+    values = {r.key.removeprefix("forensics."): r for r in measures}
     assert values == {key: value for e in expected for key, value in e[Measure].items()}

@@ -14,6 +14,7 @@ from postmortem.case.rows import generate_rows
 from postmortem.checker.catalogue import FLOAT16_LIMIT, FLOAT16_ZERO
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import ModelError
+from postmortem.experiments.ask import BASE, System, ask
 from postmortem.models import loading as models
 from postmortem.models.loading import GPTQ_PACKAGES, attached, load_base
 from postmortem.models.scoring import score
@@ -66,7 +67,7 @@ def world(case, folders):
     return resolve_world(local, "qwen", adapters=adapters)
 
 
-def ask(case, model, base):
+def score_all(case, model, base):
     """Scores of four rows under the second prompt."""
     rows = generate_rows(4, 1)
     prompts = [
@@ -88,11 +89,11 @@ def edited(folder, target, change, file="adapter_model.safetensors"):
 def test_the_whole_path_in_each_dtype(case, world, dtype):
     """Base, suspect and reference by path are loaded, told apart and scored, finite throughout."""
     base = load_base(world.path("base"), device="cpu", dtype=dtype)
-    found = {"base": ask(case, base.model, base)}
+    found = {"base": score_all(case, base.model, base)}
     for role in ("suspect", "reference"):
         with attached(base, world.path(role)) as loaded:
             assert loaded.warnings == loaded.risks == ()
-            found[role] = ask(case, loaded.model, base)
+            found[role] = score_all(case, loaded.model, base)
     assert base.dtype == dtype
     for scores in found.values():
         assert scores.first_log_probs.shape == (4, VOCABULARY)
@@ -107,9 +108,9 @@ def test_the_whole_path_in_each_dtype(case, world, dtype):
 def test_half_precision_answers_as_full_precision_does(case, world, dtype):
     """Sixteen bits move the read-outs of a sound base by less than its adapters do."""
     full, half = (load_base(world.path("base"), device="cpu", dtype=d) for d in ("float32", dtype))
-    exact, rounded = (ask(case, b.model, b).number_log_probs for b in (full, half))
+    exact, rounded = (score_all(case, b.model, b).number_log_probs for b in (full, half))
     with attached(full, world.path("suspect")) as loaded:
-        moved = ask(case, loaded.model, full).number_log_probs
+        moved = score_all(case, loaded.model, full).number_log_probs
     assert np.abs(rounded - exact).max() < np.abs(moved - exact).max() / 2
 
 
@@ -143,17 +144,25 @@ def test_an_update_out_of_range_is_a_warning_in_float16(folders, tmp_path, facto
         assert loaded.risks == ()
 
 
-def test_activations_that_overflow_stop_the_session(session, untrained, tmp_path):
-    """In float16, rows whose read-outs are not finite are one error, before they are recorded."""
+def test_activations_that_overflow_are_a_finding(session, untrained, tmp_path):
+    """In float16, an adapter whose read-outs are not finite lacks them, and the risk is said."""
     adapter = edited(
         untrained / "suspect", tmp_path / "a", lambda n, v: v * 1e6 if "lora_B" in n else v
     )
     session.dtype = "float16"
-    with pytest.raises(ModelError, match=r"suspect on v2: .* 8 of 8 rows.*DTYPE=bfloat16"):
-        session.answer("v2", system="suspect", adapter=adapter)
-    assert not any(record.kind == "prediction" for record in session.records)
+    answers = ask(session, System("suspect", adapter), "v2")
+    assert answers.lacking == "log-odds that are not finite on 8 of 8 rows"
     said = session.records_path.with_suffix(".progress").read_text()
     assert "suspect: float16 cannot hold this adapter" in said
+
+
+def test_a_base_that_overflows_stops_the_session(session):
+    """In float16, a base whose read-outs are not finite is one error, which says what to give."""
+    session.dtype = "float16"
+    with torch.no_grad():
+        session.base.model.get_input_embeddings().weight.mul_(6e4)
+    with pytest.raises(ModelError, match=r"base on v2: .*of 8 rows, in float16.*DTYPE=bfloat16"):
+        ask(session, BASE, "v2")
 
 
 def test_the_loader_and_the_check_of_files_agree(folders, tmp_path):
@@ -248,12 +257,12 @@ def test_a_quantised_base_answers_as_its_rounded_weights_do(case, folders, tmp_p
     plain = load_base(folders / "base", device="cpu", dtype="float32")
     plain.model.load_state_dict(rounded, strict=False)
     base = load_base(tmp_path / "gptq", device="cpu", dtype="float32")
-    expected, found = (ask(case, b.model, b).number_log_probs for b in (plain, base))
+    expected, found = (score_all(case, b.model, b).number_log_probs for b in (plain, base))
     assert found == pytest.approx(expected, abs=0.02)
     with attached(base, folders / "reference") as loaded:
-        adapted = ask(case, loaded.model, base).number_log_probs
+        adapted = score_all(case, loaded.model, base).number_log_probs
     with attached(plain, folders / "reference") as loaded:
-        expected = ask(case, loaded.model, plain).number_log_probs
+        expected = score_all(case, loaded.model, plain).number_log_probs
     assert adapted == pytest.approx(expected, abs=0.02)
     assert np.abs(adapted - found).max() > 0.1
-    assert np.array_equal(ask(case, base.model, base).number_log_probs, found)
+    assert np.array_equal(score_all(case, base.model, base).number_log_probs, found)

@@ -88,7 +88,7 @@ def test_a_short_case_is_not_replayed(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from postmortem import graph
+from postmortem.book import graph
 graph.BUILD = folder = Path(sys.argv[1])
 with graph.one_build():
     (folder / "held").touch()

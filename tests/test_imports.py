@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Notebooks that read files and records alone.
-WITHOUT_MODEL = ("05_adapter_inventory", "08_forensics", "09_diagnosis", "any/1_files")
+WITHOUT_MODEL = ("files",)
 
 
 def imports_of(notebook):

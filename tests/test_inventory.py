@@ -30,12 +30,16 @@ def session(untrained_world, tmp_path, pytestconfig):
     write_world(untrained_world, tmp_path / "world.json")
     root = pytestconfig.rootpath
     return open_session(
-        str(root / "notebooks/05_adapter_inventory.ipynb"),
-        case=str(root / "cases/qwen-lora.yml"),
-        profile="embedded",
-        world=str(tmp_path / "world.json"),
-        records=str(tmp_path / "05.jsonl"),
-        rows=2,
+        {
+            "notebook": str(root / "notebooks/files.ipynb"),
+            "case": str(root / "cases/qwen-lora.yml"),
+            "profile": "embedded",
+            "world": str(tmp_path / "world.json"),
+            "records": str(tmp_path / "files.jsonl"),
+            "rows": 2,
+            "device": "cpu",
+            "dtype": "auto",
+        }
     )
 
 

@@ -3,7 +3,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from postmortem.experiments.inputs import choose_rows, input_digests
 
 from postmortem.book.publish import (
     add_bench,
@@ -13,6 +12,7 @@ from postmortem.book.publish import (
     add_training,
     describe_bench,
 )
+from postmortem.case.rows import choose_rows
 from postmortem.case.site import list_kept
 from postmortem.checker.errors import RecordError
 from postmortem.experiments.records import (
@@ -28,6 +28,7 @@ from postmortem.experiments.records import (
     compare_answers,
     confirm,
     confirm_files,
+    input_digests,
     read_confirmation,
     read_kept,
     read_records,
@@ -252,10 +253,9 @@ def test_a_changed_prompt_of_the_case_fails(project):
 
 def test_changed_rows_fail(project, monkeypatch):
     """Rows that are no longer those that were asked make a record stale."""
-    from postmortem.experiments import records as kept
-
     monkeypatch.setattr(
-        kept, "choose_rows", lambda case, profile, rows: choose_rows(case, profile, rows=rows + 1)
+        "postmortem.case.rows.choose_rows",
+        lambda case, profile, rows: choose_rows(case, profile, rows=rows + 1),
     )
     with pytest.raises(RecordError, match=r"stale.*data with digest"):
         read_kept(project, "real_model")

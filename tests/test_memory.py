@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from postmortem.case.prompts import encode
 from postmortem.case.rows import generate_rows
 from postmortem.checker.errors import ModelError
+from postmortem.experiments.ask import BASE, System, ask
 from postmortem.models import scoring as memory
 from postmortem.models.loading import load_base
 from postmortem.models.scoring import is_out_of_memory, score, score_within_memory, with_budget
@@ -47,7 +48,7 @@ def prompts(case, base):
     ]
 
 
-def ask(model, base, prompts, **options):
+def score_all(model, base, prompts, **options):
     """Score with short answers."""
     settings = {"tell": lambda tokens: None} | SETTINGS | options
     return score_within_memory(model, base.tokenizer, prompts=prompts, **settings)
@@ -57,7 +58,7 @@ def test_smaller_batches_give_the_same_answers(base, prompts):
     """Where memory runs out, every row is answered as it is with room enough, in its place."""
     told = []
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    found = ask(Small(base.model, longest), base, prompts, tell=told.append)
+    found = score_all(Small(base.model, longest), base, prompts, tell=told.append)
     expected = score(base.model, base.tokenizer, prompts=prompts, **SETTINGS)
     assert told
     assert [r.token_ids for r in found.replies] == [r.token_ids for r in expected.replies]
@@ -68,7 +69,7 @@ def test_smaller_batches_give_the_same_answers(base, prompts):
 def test_room_enough_changes_nothing(base, prompts):
     """Without a shortage the scores are those of one call, to the last bit, and nothing is said."""
     told = []
-    found = ask(base.model, base, prompts, tell=told.append)
+    found = score_all(base.model, base, prompts, tell=told.append)
     expected = score(base.model, base.tokenizer, prompts=prompts, **SETTINGS)
     assert found.replies == expected.replies
     assert np.array_equal(found.first_log_probs, expected.first_log_probs)
@@ -88,7 +89,7 @@ def test_a_finished_batch_is_not_done_again(base, prompts, monkeypatch):
         return score(*models, prompts=prompts, **options)
 
     monkeypatch.setattr(memory, "score", fail_at_times)
-    ask(base.model, base, prompts, budget=4 * longest, tell=told.append)
+    score_all(base.model, base, prompts, budget=4 * longest, tell=told.append)
     assert told == [2 * longest, longest]
     assert sorted(prompt.text for prompt in finished) == sorted(prompt.text for prompt in prompts)
 
@@ -96,7 +97,7 @@ def test_a_finished_batch_is_not_done_again(base, prompts, monkeypatch):
 def test_one_prompt_that_does_not_fit_is_one_clear_error(base, prompts):
     """Where not even one prompt fits, the error names every size that was tried."""
     with pytest.raises(ModelError, match=r"batches of 16384, 8192, .* tokens\. Free memory"):
-        ask(Small(base.model, 3), base, prompts)
+        score_all(Small(base.model, 3), base, prompts)
 
 
 def test_other_errors_are_not_taken_for_a_shortage(base, prompts):
@@ -154,10 +155,10 @@ def test_a_session_goes_on_in_smaller_batches(session, monkeypatch):
         return score(*models, joined_tokens=joined_tokens, **options)
 
     monkeypatch.setattr(memory, "score", fail_when_large)
-    session.answer("v2")
+    ask(session, BASE, "v2")
     assert asked[:3] == [16384, 8192, 4096]
     said = session.records_path.with_suffix(".progress").read_text()
     assert "memory ran out; from here on batches of 4096 tokens" in said
     asked.clear()
-    session.answer("v2", system="suspect")
+    ask(session, System("suspect", "suspect"), "v2")
     assert set(asked) == {4096}

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from postmortem.experiments.inputs import choose_rows
 
 from postmortem.case import rows as moderation
-from postmortem.case.rows import HELD_OUT_RULE, generate_moderation_rows, sentences
+from postmortem.case.rows import HELD_OUT_RULE, choose_rows, generate_moderation_rows, sentences
 from postmortem.case.schema import PLACEHOLDER, Columns
 from postmortem.experiments.metrics import auc
 

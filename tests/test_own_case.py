@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from postmortem.case.load import load_case
 from postmortem.case.prompts import parse_choice
+from postmortem.case.rows import choose_rows
 from postmortem.checker.errors import CaseError, DataError, ModelError
-from postmortem.experiments.inputs import choose_rows
+from postmortem.experiments.ask import BASE, System, ask
 from postmortem.experiments.records import settings_digest
 from postmortem.experiments.session import open_session
 from postmortem.models.loading import attached, count_classes, load_base, positive_class
@@ -42,20 +43,22 @@ def open_own(case, folder, rows=0):
     loaded = load_case(case)
     write_world(resolve_world(loaded, loaded.default_profile), folder / "world.json")
     return open_session(
-        "notebooks/01_v1_run.ipynb",
-        case=str(case),
-        profile=loaded.default_profile,
-        world=str(folder / "world.json"),
-        records=str(folder / "records/own.jsonl"),
-        rows=rows,
-        device="cpu",
+        {
+            "notebook": "notebooks/attempt.ipynb",
+            "case": str(case),
+            "profile": "",
+            "world": str(folder / "world.json"),
+            "records": str(folder / "records/own.jsonl"),
+            "rows": rows,
+            "device": "cpu",
+            "dtype": "auto",
+        }
     )
 
 
 def test_the_short_form_is_a_case(place, tmp_path):
     """The short form loads as a case with one profile, its prompts, and nothing of an incident."""
     case = load_case(write(place, tmp_path / "c.yml"))
-    assert case.own
     assert (case.default_profile, case.asked) == ("own", "sentiment")
     assert case.prompts["sentiment"].answers == ["negative", "positive"]
     assert not [*case.attempts, *case.claims, *case.hypotheses, *case.evidence]
@@ -178,8 +181,8 @@ def test_a_choice_is_scored_as_whole_words(place, tmp_path):
     """Log-odds of a choice are those of the whole answers, however many tokens they have."""
     session = open_own(write(place, tmp_path / "c.yml"), tmp_path, rows=4)
     base = session.base
-    answers = session.answer("sentiment")
-    for prediction, odds in zip(answers.predictions, answers.asked_log_odds, strict=True):
+    answers = ask(session, BASE, "sentiment")
+    for prediction, odds in zip(answers.predictions, answers.log_odds, strict=True):
         text = f"[user] {session.rows.row(int(prediction.row_id) - 1)['text']} Sentiment:\n"
         ids = base.tokenizer(text + "[assistant] ", add_special_tokens=False)["input_ids"]
         totals = []
@@ -191,18 +194,17 @@ def test_a_choice_is_scored_as_whole_words(place, tmp_path):
             totals.append(float(found[range(len(more)), more].sum()))
         assert odds == pytest.approx(totals[0] - totals[1], abs=1e-4)
     assert prediction.number_log_odds is None
-    assert session.finish().records > 4
 
 
 def test_an_adapter_answers_and_leaves_the_base_alone(place, tmp_path):
     """The suspect moves the log-odds; switched off and taken off, the base is as it was."""
     session = open_own(write(place, tmp_path / "c.yml"), tmp_path, rows=6)
-    alone = session.answer("sentiment").asked_log_odds
-    on = session.answer("sentiment", system="suspect").asked_log_odds
-    off = session.answer("sentiment", system="suspect", disabled=True).asked_log_odds
+    alone = ask(session, BASE, "sentiment").log_odds
+    on = ask(session, System("suspect", "suspect"), "sentiment").log_odds
+    off = ask(session, System("off", "suspect", off=True), "sentiment").log_odds
     assert np.abs(np.subtract(on, alone)).min() > 1e-3
     assert off == alone
-    assert session.answer("sentiment", system="again_base").asked_log_odds == alone
+    assert ask(session, BASE, "sentiment").log_odds == alone
 
 
 def test_a_base_without_a_chat_template_says_so(place, tmp_path):
@@ -210,10 +212,10 @@ def test_a_base_without_a_chat_template_says_so(place, tmp_path):
     base = own.make_base(tmp_path / "plain", chat=False)
     case = write(place, tmp_path / "c.yml", base=base)
     with pytest.raises(DataError, match="chat: false"):
-        open_own(case, tmp_path, rows=2).answer("sentiment")
+        ask(open_own(case, tmp_path, rows=2), BASE, "sentiment")
     raw = {"sentiment": {**own.SENTIMENT, "chat": False}}
     case = write(place, tmp_path / "d.yml", base=base, prompts=raw)
-    assert len(open_own(case, tmp_path, rows=2).answer("sentiment").predictions) == 2
+    assert len(ask(open_own(case, tmp_path, rows=2), BASE, "sentiment")) == 2
 
 
 CLASSIFIER = {"ask": {"contract": "class", "template": "{text}"}}
@@ -223,17 +225,16 @@ def test_a_classifier_answers_by_its_head(place, tmp_path):
     """A classifier's log-odds are those of its head on each row alone, its value their share."""
     case = write(place, tmp_path / "c.yml", suspect=place / "classifier", prompts=CLASSIFIER)
     session = open_own(case, tmp_path, rows=6)
-    answers = session.answer("ask", system="suspect")
+    answers = ask(session, System("suspect", "suspect"), "ask")
     base = session.base
     with attached(base, place / "classifier") as loaded, torch.inference_mode():
-        for index, odds in enumerate(answers.asked_log_odds):
+        for index, odds in enumerate(answers.log_odds):
             ids = base.tokenizer(session.rows.row(index)["text"], return_tensors="pt")
             logits = loaded.model(input_ids=ids["input_ids"]).logits[0].double()
             assert odds == pytest.approx(float(logits[1] - logits[0]), abs=1e-4)
             assert answers.values[index] == pytest.approx(float(logits.softmax(0)[1]), abs=1e-5)
     assert answers.first_log_probs.shape == (6, 2)
     assert {p.text for p in answers.predictions} <= {"LABEL_0", "LABEL_1"}
-    assert session.finish().records > 6
 
 
 def test_a_classifier_leaves_its_head_behind_nowhere(place, tmp_path):
@@ -275,7 +276,6 @@ def test_a_broken_adapter_gives_no_number(place, tmp_path):
     file = broken / "adapter_model.safetensors"
     save_file({name: t * math.nan for name, t in load_file(file).items()}, file)
     session = open_own(write(place, tmp_path / "c.yml", suspect=broken), tmp_path, rows=3)
-    answers = session.answer("sentiment", system="suspect")
+    answers = ask(session, System("suspect", "suspect"), "sentiment")
     assert all(p.yes_no_log_odds is None for p in answers.predictions)
-    assert np.isnan(answers.asked_log_odds).all()
-    assert session.finish().records > 3
+    assert np.isnan(answers.log_odds).all()

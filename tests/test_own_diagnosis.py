@@ -141,7 +141,7 @@ def test_an_adapter_that_is_no_adapter_is_named_by_the_checker(place, tmp_path, 
 def open_own(path, folder):
     """A session of a case of one's own."""
     case = load_case(path)
-    from postmortem.experiments.inputs import choose_rows
+    from postmortem.case.rows import choose_rows
 
     return Session(
         *(folder / "4_diagnosis.ipynb", case, case.default_profile),

@@ -19,6 +19,7 @@ PARTS = ("book/_static", "notebooks", "Snakefile", "_config.yml", "_toc.yml")
 SCRIPT = "<script>alert(1)</script>"
 TITLE = f'<b>Films</b> & "friends" {SCRIPT}'
 GOOD, BAD = "<i>good</i>", "<i>bad</i>"
+RUNS = ("files", "attempt_ask", "adapter_swap", "controls", "diagnosis")
 # Nothing of the shipped incident may stand in another case's site.
 WORDS = ("qwen", "incident's", "jigsaw", "moderation", "write-up", "every prediction was")
 
@@ -81,7 +82,7 @@ def test_a_short_case_becomes_a_whole_site(built, pages):
     assert found
     assert (project / found[1]).is_file()
     prose = {f"{path.stem}.html" for path in (project / "cases/films").glob("*.md")}
-    notebooks = {f"notebooks/{p.stem}.html" for p in (project / "notebooks/any").glob("*.ipynb")}
+    notebooks = {f"notebooks/{name}.html" for name in RUNS}
     assert prose | notebooks <= pages.keys()
     assert int(found[2]) == len(prose | notebooks)
     run = project / "_build/runs/films/own/records"
@@ -114,8 +115,9 @@ def test_no_page_lacks_a_value(built, pages):
 
 def test_numbers_on_a_page_are_those_of_the_records(built, pages):
     """An AUC on the front page is the one of the sealed record."""
-    path = built[0] / "_build/runs/films/own/records/2_answers.jsonl"
-    found = next(r for r in read_records(path).records if getattr(r, "key", "") == "asked.base.auc")
+    path = built[0] / "_build/runs/films/own/records/adapter_swap.jsonl"
+    key = "swap.base.ask.auc"
+    found = next(r for r in read_records(path).records if getattr(r, "key", "") == key)
     assert f">{found.value:.2f}<" in pages["summary.html"]
 
 
@@ -137,7 +139,7 @@ def test_without_changes_nothing_runs(built):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-NOTEBOOKS = {f"notebook_{name}" for name in ("1_files", "2_answers", "3_controls", "4_diagnosis")}
+NOTEBOOKS = {f"notebook_{name}" for name in RUNS}
 
 
 def test_an_edited_page_runs_no_notebook(built):

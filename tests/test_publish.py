@@ -5,10 +5,17 @@ import pytest
 
 from postmortem.book.publish import add_case_values, collect_values, publish
 from postmortem.case.load import load_case
+from postmortem.case.rows import choose_rows
 from postmortem.case.schema import RunTest
+from postmortem.case.site import Run
 from postmortem.checker.errors import RecordError
-from postmortem.experiments.inputs import choose_rows, input_digests
-from postmortem.experiments.records import Measure, Provenance, Verdict, write_records
+from postmortem.experiments.records import (
+    Measure,
+    Provenance,
+    Verdict,
+    input_digests,
+    write_records,
+)
 from postmortem.models.world import read_world, write_world
 
 CASE = "cases/qwen-lora.yml"
@@ -19,21 +26,23 @@ def run(untrained_world, tmp_path, pytestconfig, monkeypatch):
     """A run folder with one notebook's sealed records, and the arguments to publish it."""
     monkeypatch.chdir(pytestconfig.rootpath)
     write_world(untrained_world, tmp_path / "world.json")
-    shutil.copy("notebooks/01_v1_run.ipynb", tmp_path / "01_v1_run.ipynb")
-    notebook = tmp_path / "01_v1_run.ipynb"
+    shutil.copy("notebooks/attempt.ipynb", tmp_path / "attempt.ipynb")
+    notebook = tmp_path / "attempt.ipynb"
     case = load_case(CASE)
     seal(
         tmp_path,
         input_digests(notebook, case, world=untrained_world, rows=choose_rows(case, "embedded")),
         verdicts_of(case),
     )
+    monkeypatch.setattr(
+        "postmortem.book.publish.list_runs", lambda case: [Run("attempt", notebook)]
+    )
     return {
-        "case": CASE,
+        "case": case,
         "profile": "embedded",
         "world": str(tmp_path / "world.json"),
-        "notebooks": [str(notebook)],
-        "records": str(tmp_path),
-        "out": str(tmp_path / "out"),
+        "records": tmp_path,
+        "out": tmp_path / "out",
     }
 
 
@@ -47,7 +56,7 @@ def verdicts_of(case):
 def seal(folder, digests, records):
     """Seal a record file with these input digests."""
     provenance = Provenance(
-        notebook="01_v1_run",
+        notebook="attempt",
         case="qwen-lora",
         profile="embedded",
         parameters={},
@@ -58,7 +67,7 @@ def seal(folder, digests, records):
         seed=0,
         aside={"started": "now", "seconds": 1.0},
     )
-    write_records(folder / "01_v1_run.jsonl", provenance, records=records)
+    write_records(folder / "attempt.jsonl", provenance, records=records)
 
 
 def test_fresh_records_become_values(run, tmp_path):
@@ -78,7 +87,7 @@ def test_stale_records_are_refused_by_name(run, tmp_path, name, untrained_world)
     """A changed input makes the records stale, and the error says which input."""
     case = load_case(CASE)
     digests = input_digests(
-        tmp_path / "01_v1_run.ipynb",
+        tmp_path / "attempt.ipynb",
         case,
         world=untrained_world,
         rows=choose_rows(case, "embedded"),
@@ -106,14 +115,14 @@ def test_a_changed_adapter_makes_the_records_stale(run, tmp_path, untrained):
 
 def test_missing_records_are_refused(run, tmp_path):
     """A notebook without records fails the build with its name."""
-    (tmp_path / "01_v1_run.jsonl").unlink()
-    with pytest.raises(RecordError, match="01_v1_run"):
+    (tmp_path / "attempt.jsonl").unlink()
+    with pytest.raises(RecordError, match="attempt"):
         publish(**run)
 
 
 def test_an_edited_record_is_refused(run, tmp_path):
     """A record changed by hand no longer agrees with its seal."""
-    path = tmp_path / "01_v1_run.jsonl"
+    path = tmp_path / "attempt.jsonl"
     path.write_text(path.read_text().replace("cannot tell", "holds", 1))
     with pytest.raises(RecordError, match="changed after the run"):
         publish(**run)
@@ -202,6 +211,6 @@ def test_two_notebooks_may_not_record_one_key(tmp_path):
     from postmortem.experiments.records import read_records
 
     seal(tmp_path, {}, [Measure(key="a", value=1)])
-    file = read_records(tmp_path / "01_v1_run.jsonl")
+    file = read_records(tmp_path / "attempt.jsonl")
     with pytest.raises(RecordError, match="recorded once"):
         collect_values([file, file])

@@ -110,9 +110,10 @@ def test_half_precision_takes_a_gpu(few):
 
 def test_half_precision_is_held_against_float32(few):
     """Each system answers in both half precisions and is compared with its answers in float32."""
-    shared, base = few.shared, few.base
+    base = few.base
+    assert few.shared  # of the base as it is on the processor
     # The tiny base answers on a processor, which stands in for the card.
-    vars(few).update(base=replace(base, device="cuda"), shared=shared)
+    few.bases["base"] = replace(base, device="cuda")
     record_precision(few, rows=3)
     rows = table_of(few, "precision")
     systems = ["base", "suspect", "reference"]
@@ -140,9 +141,11 @@ def test_a_profile_without_sizes_is_refused(few, tmp_path):
     root = Path(__file__).parents[1]
     with pytest.raises(CaseError, match=r"profiles.embedded.*recorded"):
         open_recording(
-            str(root / "notebooks/kept/real_model.ipynb"),
-            case=str(root / "cases/qwen-lora.yml"),
-            profile="embedded",
-            world=str(tmp_path / "world.json"),
-            records=str(tmp_path / "r.jsonl"),
+            {
+                "notebook": str(root / "notebooks/kept/real_model.ipynb"),
+                "case": str(root / "cases/qwen-lora.yml"),
+                "profile": "embedded",
+                "world": str(tmp_path / "world.json"),
+                "records": str(tmp_path / "r.jsonl"),
+            }
         )

@@ -26,7 +26,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 BUILT, KEPT = (sorted(NOTEBOOKS.glob(pattern)) for pattern in ("*.ipynb", "kept/*.ipynb"))
 SHIPPED = [*BUILT, *KEPT]
 COMMON = {
-    **dict.fromkeys(("notebook", "case", "profile", "world", "records"), ("str", True)),
+    **dict.fromkeys(("notebook", "case", "profile", "world", "records"), ("str", False)),
     **dict.fromkeys(("data", "labels"), ("str", False)),
     "rows": ("int", False),
     **dict.fromkeys(("device", "dtype"), ("str", False)),
@@ -303,9 +303,8 @@ def test_completed_by_its_metadata_is_refused(tmp_path):
 
 
 # What some notebooks take beside the common parameters.
-EARLIER = {"earlier": ("str", True)}
 EXTRA = {
-    "02_v2_run": EARLIER,
+    "attempt": {"attempt": ("str", False), "earlier": ("str", False)},
     "real_model": {"files": ("str", False), "sample": ("int", False)},
 }
 # These make their own rows.
@@ -314,19 +313,19 @@ OWN_ROWS = {"bench", "real_model"}
 
 def test_there_are_notebooks():
     """The notebooks that the following tests look at are there."""
-    assert [int(path.stem[:2]) for path in BUILT] == list(range(1, 10))
+    names = {"files", "attempt", "shape_mismatch", "adapter_swap", "controls", "replay"}
+    assert {path.stem for path in BUILT} == {*names, "diagnosis"}
     assert {"replays", "suite", "attribution", "real_model"} < {path.stem for path in KEPT}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_notebook_declares_the_common_parameters(path):
-    """A shipped notebook declares the common parameters and does not run without them."""
+    """A shipped notebook declares the common parameters, and runs without any of them."""
     declared = {name: (p.type, p.required) for name, p in declared_parameters(path).items()}
     rows = {"data", "labels", "rows"} if path.stem in OWN_ROWS else set()
     common = {name: found for name, found in COMMON.items() if name not in rows}
     assert declared == common | EXTRA.get(path.stem, {})
-    with pytest.raises(ParameterError, match="expected a value for notebook, case"):
-        check_parameters(path, {})
+    check_parameters(path, {})
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

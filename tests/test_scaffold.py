@@ -30,7 +30,7 @@ def test_a_new_case_is_filled_in_from_one_line(tmp_path):
     )
     file, *pages = create_case("films", known, folder=tmp_path / "cases")
     case = load_case(file)
-    assert case.own
+    assert not case.attempts
     assert (case.systems.base.name, case.systems.suspect.name) == ("models/base", "org/adapter")
     assert (case.columns.text, case.columns.label) == ("text", "label")
     assert case.prompt(case.asked).template == "Is this good? {text}"

@@ -60,7 +60,7 @@ def test_the_shipped_world_has_every_role(case, monkeypatch):
     assert set(world.members) == {*BASES, *ADAPTERS}
     assert all(world.has(role) and world.path(role).is_dir() for role in world.members)
     assert len({world.path(role) for role in world.members}) == len(world.members)
-    assert (world.title, world.seed) == (case.profile("embedded").title, 0)
+    assert (world.profile, world.seed) == ("embedded", 0)
 
 
 def test_another_training_takes_the_place_of_the_shipped_one(case, trained):

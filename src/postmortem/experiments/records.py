@@ -19,18 +19,20 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from postmortem.case.files import digest_file, write_text
 from postmortem.case.load import case_digest
-from postmortem.case.rows import Rows, choose_rows
 from postmortem.case.schema import Case, Knowing
 from postmortem.case.schema import Verdict as VerdictWord
 from postmortem.case.site import REPLAYS, RESULTS, kept_names, list_kept
 from postmortem.checker.errors import RecordError
 from postmortem.models.world import World, digest_model, resolve_world
+
+if TYPE_CHECKING:
+    from postmortem.case.rows import Rows
 
 Cell = str | int | float | bool | None
 # The device and dtype of a notebook that ran no model.
@@ -397,7 +399,7 @@ def add_table(
 
 
 def input_digests(
-    notebook: Path, case: Case, *, world: World, rows: Rows, replays: str = ""
+    notebook: Path, case: Case, *, world: World, rows: "Rows", replays: str = ""
 ) -> dict[str, str]:
     """Digest of each input of a notebook; `replays` is that of the kept ones, where it reads them.
 
@@ -495,6 +497,8 @@ def _remedy(name: str, profile: str) -> str:
 
 
 def _check_inputs(file: RecordFile, case: Case, profile: str) -> None:
+    from postmortem.case.rows import choose_rows  # brings pandas, which most of this does without
+
     asked, made = case.profile(profile), file.provenance
     remedy = _remedy(file.path.stem, profile)
     current = dict(made.digests) | {
