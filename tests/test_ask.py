@@ -115,11 +115,13 @@ def test_a_copy_differs_in_lora_b_alone(name, factor):
 
 
 def test_shifted_layers_stand_in_the_next_place():
-    """Each layer holds what the one before it held, and the first what the last did."""
-    shifted = CHANGES["shifted"](TENSORS)
-    for name, tensor in shifted.items():
+    """Each layer holds what the one before it held, the first the last; odd shapes stay."""
+    odd = {f"model.layers.{n}.v.lora_B.weight": torch.zeros(n + 1, 1) for n in range(2)}
+    shifted = CHANGES["shifted"]({**TENSORS, **odd, "score.weight": torch.ones(1)})
+    for name in TENSORS:
         layer = int(name.split(".")[4])
-        assert tensor[0, 0] == (layer - 1) % 3 + 1
+        assert shifted[name][0, 0] == (layer - 1) % 3 + 1
+    assert all(shifted[name].shape == tensor.shape for name, tensor in odd.items())
 
 
 def test_one_layer_cannot_be_shifted():

@@ -3,16 +3,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from postmortem.case.rows import Rows
 from postmortem.diagnosis.examine import (
-    CHANGES,
-    EIGHTFOLD,
     EXAMS,
     FEW,
-    FLIPPED,
-    TURNED,
     Subject,
     _form_of,
     classify_values,
@@ -94,18 +89,6 @@ def test_rows_are_spread_over_both_classes():
     assert spread(make_rows(None, 100), 16).ids[-1] == "99"
     few = make_rows([0, 1])
     assert spread(few, 16) is few
-
-
-def test_turning_moves_each_layer_and_keeps_what_does_not_fit():
-    """Layer n gets the tensors of the one before it, the first those of the last."""
-    names = [f"model.layers.{n}.q.lora_B.weight" for n in (0, 2, 10)]
-    tensors = {name: torch.full((2, 1), float(n)) for n, name in enumerate(names)}
-    odd = {f"model.layers.{n}.v.lora_B.weight": torch.zeros(n + 1, 1) for n in range(2)}
-    turned = CHANGES[TURNED]({**tensors, **odd, "score.weight": torch.ones(1)})
-    assert [float(turned[name][0]) for name in names] == [2.0, 0.0, 1.0]
-    assert all(turned[name].shape == tensor.shape for name, tensor in odd.items())
-    assert float(CHANGES[EIGHTFOLD](tensors)[names[1]][0]) == 8.0
-    assert float(CHANGES[FLIPPED](tensors)[names[1]][0]) == -1.0
 
 
 @pytest.fixture

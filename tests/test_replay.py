@@ -1,8 +1,6 @@
-from contextlib import suppress
-
 import numpy as np
 import pytest
-import torch
+from peft import LoraConfig
 
 from postmortem.case.rows import generate_rows
 from postmortem.case.schema import Replays
@@ -10,7 +8,7 @@ from postmortem.diagnosis import replay as module
 from postmortem.diagnosis.causes import CAUSES, Materials, Run
 from postmortem.diagnosis.replay import (
     Bench,
-    _turned,
+    ask_status,
     classify_texts,
     classify_values,
     compare_parsers,
@@ -129,18 +127,20 @@ def test_parsers_are_held_against_each_other():
     assert compare_parsers(["Yes", "No", "0.1"], [0.8, 0.2, 0.1]) == "no number"
 
 
-def test_turning_layers_is_undone_even_by_an_error(bench, untrained_world):
-    """The LoRA weights stand in their places again after the block, however it ends."""
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [("as loaded", "active"), ("disabled", "disabled"), ("another", "another")],
+)
+def test_the_status_is_what_peft_says_of_the_model(bench, untrained_world, state, status):
+    """Which adapter answers is asked of the model as it stands, whatever a run says of it."""
+    assert ask_status(None) == "none"
     with attached(bench.materials.base, untrained_world.path("reference")) as loaded:
-        weights = {n: p.data.clone() for n, p in loaded.model.named_parameters() if "lora_" in n}
-        moved = {}
-        with suppress(KeyError), _turned(loaded.model):
-            moved |= {n: p.data for n, p in loaded.model.named_parameters() if "lora_" in n}
-            raise KeyError
-        assert any(not torch.equal(weights[n], moved[n]) for n in weights)
-        for name, parameter in loaded.model.named_parameters():
-            if name in weights:
-                assert torch.equal(weights[name], parameter.data)
+        if state == "disabled":
+            loaded.model.base_model.disable_adapter_layers()
+        elif state == "another":
+            loaded.model.add_adapter("another", LoraConfig(r=2, target_modules=["q_proj"]))
+            loaded.model.set_adapter("another")
+        assert ask_status(loaded) == status
 
 
 @pytest.fixture

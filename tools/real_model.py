@@ -239,14 +239,14 @@ def _replay_once(
     run = cause.inject(bench.materials, next(iter(cause.severities.values())))
     seen, model, labels = Seen(), run.base.model, bench.rows.labels
     if run.adapter is None:
-        note_loading(None, run, seen)
+        note_loading(None, seen)
         scores = {asked: bench.ask(model, asked, run) for asked in ASKED}
     else:
         try:
             with attached(
                 run.base, run.adapter, ignore_mismatched_sizes=run.ignore_mismatched_sizes
             ) as loaded:
-                note_loading(loaded, run, seen)
+                note_loading(loaded, seen)
                 set_status(loaded, run)
                 scores = {asked: bench.ask(loaded.model, asked, run) for asked in ASKED}
         except ModelError:

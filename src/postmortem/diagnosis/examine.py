@@ -5,7 +5,6 @@ in replays on one base speaks about another: sizes are coarse, and values are to
 """
 
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,16 +18,14 @@ from scipy.special import log_softmax
 from scipy.stats import mannwhitneyu, ttest_1samp
 
 from postmortem.case.rows import Rows
-from postmortem.checker.adapter import WEIGHTS_FILE
 from postmortem.checker.catalogue import Finding, catalogue
 from postmortem.checker.checks import inspect_adapter
-from postmortem.checker.config import CONFIG_FILE
 from postmortem.checker.errors import ModelError
 from postmortem.experiments.ask import Answers, System, ask
 from postmortem.experiments.metrics import THRESHOLDS, auc, auc_gain_estimate, kl_divergence
 from postmortem.experiments.records import Text
 from postmortem.experiments.session import Session
-from postmortem.models.changes import Tensors, edit_tensors
+from postmortem.models.changes import CHANGES, Change, NothingToChange, copy_changed
 from postmortem.models.loading import LoadedBase
 
 # Mean KL in nats: up to the first it is rounding, up to the second no answer changes by it.
@@ -155,15 +152,13 @@ class Subject:
             return None
         if state == REFERENCE:
             return self.reference
-        change = CHANGES.get(state)
+        change = CHANGED.get(state)
         if change is None:
             return self.adapter
-        folder = self.scratch / state.replace("/", "-")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(self.adapter / name, folder / name)
-        edit_tensors(folder, change)
-        return folder
+        try:
+            return copy_changed(self.adapter, self.scratch / state.replace("/", "-"), change)
+        except NothingToChange:
+            return self.adapter
 
 
 @dataclass(frozen=True)
@@ -390,39 +385,12 @@ def _try_reference(subject: Subject) -> Found:
     return Found("works" if found.outcome == "ranks" else "does not work", found.measured)
 
 
-def _scaled(factor: float) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: {
-        name: tensor * factor if "lora_B" in name or "lora_embedding_B" in name else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def _turn(tensors: Tensors) -> Tensors:
-    """Each layer's LoRA weights in the next adapted layer's place, the last one's in the first's.
-
-    Places of another shape keep their own.
-    """
-    turned, places = dict(tensors), dict[str, list[str]]()
-    for name in sorted(tensors, key=_layer_of):
-        if "lora_" in name and _layer_of(name) >= 0:
-            places.setdefault(re.sub(r"\.\d+\.", ".", name, count=1), []).append(name)
-    for names in places.values():
-        for name, origin in zip(names, names[-1:] + names[:-1], strict=True):
-            if tensors[name].shape == tensors[origin].shape:
-                turned[name] = tensors[origin]
-    return turned
-
-
-def _layer_of(name: str) -> int:
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match[1]) if match else -1
-
-
-CHANGES: Mapping[str, Callable[[Tensors], Tensors]] = {
-    EIGHTH: _scaled(1 / 8),
-    EIGHTFOLD: _scaled(8.0),
-    FLIPPED: _scaled(-1.0),
-    TURNED: _turn,
+# The changes of the adapter behind its states.
+CHANGED: Mapping[str, Change] = {
+    EIGHTH: CHANGES["eighth"],
+    EIGHTFOLD: CHANGES["eightfold"],
+    FLIPPED: CHANGES["flipped"],
+    TURNED: CHANGES["shifted"],
 }
 # In the order in which an engineer would: the files, the controls, and what takes more.
 EXAMS: Mapping[str, Exam] = {

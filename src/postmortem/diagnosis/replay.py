@@ -3,8 +3,8 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from scipy.special import log_softmax
 from scipy.stats import mannwhitneyu, ttest_rel
 
@@ -27,10 +26,13 @@ from postmortem.diagnosis.symptom import EFFECTS, TESTS
 from postmortem.experiments.metrics import THRESHOLDS, auc, describe, kl_divergence
 from postmortem.experiments.records import Cell, Replay
 from postmortem.experiments.session import Session
+from postmortem.models.changes import CHANGES, NothingToChange, changed_in_memory
 from postmortem.models.loading import AttachedAdapter, LoadedBase, attached
 from postmortem.models.prefill import SharedLayers
 from postmortem.models.scoring import Scores, score
 
+# The name under which PEFT loads an adapter that is given none.
+ADAPTER = "default"
 # An AUC is better, and not by luck alone, when it rises by more than this.
 GAIN = 0.1
 # What an adapter that does not load leaves without an answer.
@@ -159,8 +161,9 @@ def observe(run: Run, bench: Bench) -> Seen:
             seen.features |= {"loads": False, "no missing keys": True}
             seen.outcomes |= dict.fromkeys(ANSWERED, "no answer")
         else:
-            note_loading(loaded, run, seen)
+            note_loading(loaded, seen)
             set_status(loaded, run)
+            seen.outcomes["status"] = ask_status(loaded)
             _observe_answers(run.base.model if loaded is None else loaded.model, run, bench, seen)
     # Once more, because a file that brings base weights changes the base for good.
     words = {(True, True): "differs", (False, True): "differs after loading"}
@@ -168,12 +171,11 @@ def observe(run: Run, bench: Bench) -> Seen:
     return seen
 
 
-def note_loading(loaded: AttachedAdapter | None, run: Run, seen: Seen) -> None:
+def note_loading(loaded: AttachedAdapter | None, seen: Seen) -> None:
     """Note what PEFT said of the weights while it loaded them."""
     said = loaded.warnings if loaded else ()
     about_weights = [line for line in said if "adapter keys" in line or "mismatched" in line]
     seen.outcomes["load"] = "warns" if about_weights else "silent"
-    seen.outcomes["status"] = run.status if loaded else "none"
     seen.features["loads"] = True
     seen.features["no missing keys"] = not any("missing" in line for line in about_weights)
 
@@ -188,6 +190,16 @@ def set_status(loaded: AttachedAdapter | None, run: Run) -> None:
     elif run.status == "disabled":
         loaded.model.base_model.disable_adapter_layers()
     loaded.model.to(run.base.model.dtype)
+
+
+def ask_status(loaded: AttachedAdapter | None) -> str:
+    """Which adapter answers, as PEFT tells it of the model: one of the outcomes of `status`."""
+    if loaded is None:
+        return "none"
+    status = loaded.model.get_model_status()
+    if status.enabled is not True:
+        return "disabled"
+    return "active" if status.active_adapters == [ADAPTER] else "another"
 
 
 def _observe_answers(model: Any, run: Run, bench: Bench, seen: Seen) -> None:
@@ -297,69 +309,43 @@ def _try_scales(model: Any, run: Run, bench: Bench, *, as_is: Sequence[float]) -
     """Whether the written values rank better with the adapter at an eighth, or eightfold."""
     if bench.rows.labels is None:
         return "no better"
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     found = {"no better": auc(bench.rows.labels, as_is) or 0.0}
-    for name, factor in (("better at 1/8", 1 / 8), ("better at 8", 8.0)):
-        _scale(layers, factor)
-        scores = bench.ask(model, "v2", run)
-        _scale(layers, 1 / factor)
+    for name, change in (("better at 1/8", "eighth"), ("better at 8", "eightfold")):
+        with changed_in_memory(model, CHANGES[change]):
+            scores = bench.ask(model, "v2", run)
         values = [run.parse(reply.text) for reply in scores.replies]
         found[name] = (auc(bench.rows.labels, values) or 0.0) - GAIN
     return max(found, key=lambda name: found[name])
-
-
-def _scale(layers: Sequence[Any], factor: float) -> None:
-    for layer in layers:
-        for name in layer.scaling:
-            layer.scaling[name] *= factor
 
 
 def _find_home(model: Any, run: Run, bench: Bench, *, on: Scores, off: Scores) -> str:
     """Whether the adapter moves the log-odds the right way, and only as it was saved.
 
     An adapter that was made for this base gains on the labels more than the same adapter with its
-    sign flipped, or with its layers turned by one: both have the same norms.
+    sign flipped, or with its layers shifted by one: both have the same norms.
     """
     as_saved, without = _log_odds(on), _log_odds(off)
     if bench.rows.labels is None or not np.isfinite([as_saved, without]).all():
         return "no answer"
     if np.abs(as_saved - without).max() < EFFECTS["none"]:
         return "no effect"
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    _scale(layers, -1.0)
-    flipped = _log_odds(bench.ask(model, "v2", run, tokens=1))
-    _scale(layers, -1.0)
-    with _turned(model):
-        turned = _log_odds(bench.ask(model, "v2", run, tokens=1))
+    with changed_in_memory(model, CHANGES["flipped"]):
+        flipped = _log_odds(bench.ask(model, "v2", run, tokens=1))
+    try:
+        with changed_in_memory(model, CHANGES["shifted"]):
+            shifted = _log_odds(bench.ask(model, "v2", run, tokens=1))
+    except NothingToChange:
+        shifted = as_saved
     side = np.where(bench.rows.labels == 1, 1.0, -1.0)
     better = [
         ttest_rel(side * as_saved, side * other, alternative="greater")
-        for other in (flipped, turned)
+        for other in (flipped, shifted)
     ]
     return "at home" if all(test.pvalue < 0.05 for test in better) else "not at home"
 
 
 def _log_odds(scores: Scores) -> np.ndarray:
     return np.array([reply.number_log_odds for reply in scores.replies])
-
-
-@contextmanager
-def _turned(model: Any) -> Iterator[None]:
-    """Each layer's LoRA weights in the next layer's place, the last one's in the first's."""
-    places: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            places.setdefault(re.sub(r"\.layers\.\d+\.", ".", name), []).append(parameter)
-    saved = {name: [p.data for p in found] for name, found in places.items()}
-    for name, found in places.items():
-        for parameter, data in zip(found, saved[name][-1:] + saved[name][:-1], strict=True):
-            parameter.data = data
-    try:
-        yield
-    finally:
-        for name, found in places.items():
-            for parameter, data in zip(found, saved[name], strict=True):
-                parameter.data = data
 
 
 def _inspect(run: Run, bench: Bench) -> str:

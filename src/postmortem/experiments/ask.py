@@ -32,7 +32,7 @@ from postmortem.case.schema import PromptTemplate
 from postmortem.checker.errors import ModelError, printable
 from postmortem.experiments.records import Prediction, Text
 from postmortem.experiments.session import Session
-from postmortem.models.changes import NothingToChange, copy_changed
+from postmortem.models.changes import CHANGES, NothingToChange, copy_changed
 from postmortem.models.loading import (
     WIDER,
     AttachedAdapter,
@@ -254,7 +254,7 @@ def _changed(adapter: Path, change: str) -> Iterator[Path]:
         return
     with TemporaryDirectory() as scratch:
         try:
-            yield copy_changed(adapter, Path(scratch), change)
+            yield copy_changed(adapter, Path(scratch), CHANGES[change])
         except NothingToChange as reason:
             raise NoAnswer(str(reason)) from None
         # What cannot be read is a finding of the chapter on the files.

@@ -1,6 +1,7 @@
-"""Changes of an adapter: of its files, and of its layers in memory.
+"""Changes of an adapter: of its files, of its tensors, and of the model that it is loaded into.
 
-Causes are read where no model runs, so torch is imported where something is changed.
+A change is a function of the LoRA tensors by name; the same ones serve copies of files and loaded
+models. Causes are read where no model runs, so torch is imported where something is changed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,117 +20,8 @@ from postmortem.checker.config import CONFIG_FILE, layer_of, layer_zero
 if TYPE_CHECKING:
     import torch
 
-
-# The factors A, (rank, in), and B, (out, rank), of each update by its module's path.
-Pairs = dict[str, tuple["torch.nn.Parameter", "torch.nn.Parameter"]]
-Values = dict[str, tuple["torch.Tensor", "torch.Tensor"]]
-
-
-def each_control(model: Any, *, rotations: int) -> Iterator[str]:
-    """Put each control in the adapter's place and give its title; in the end all is as it was.
-
-    Each keeps the sizes of all updates and loses one thing that only training gives: which layer
-    they belong to, their sign, or their direction.
-    """
-    pairs = find_pairs(model)
-    kept: Values = {
-        path: (a.detach().clone(), b.detach().clone()) for path, (a, b) in pairs.items()
-    }
-    try:
-        for title, change in list_controls(kept, rotations=rotations):
-            _put(pairs, change())
-            yield title
-    finally:
-        _put(pairs, kept)
-
-
-def _put(pairs: Pairs, values: Values) -> None:
-    import torch
-
-    with torch.no_grad():
-        for path, new in values.items():
-            for parameter, value in zip(pairs[path], new, strict=True):
-                parameter.copy_(value)
-
-
-def find_pairs(model: Any) -> Pairs:
-    """The two factors of each update of a loaded adapter, by module."""
-    parts: dict[str, dict[str, torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        path, found, rest = name.partition(".lora_")
-        side = rest.removeprefix("embedding_").partition(".")[0]
-        # Convolutions have factors of more dimensions; they are left as they are.
-        if found and side in ("A", "B") and parameter.dim() == 2:
-            parts.setdefault(path, {})[side] = parameter
-    return {path: (two["A"], two["B"]) for path, two in parts.items() if len(two) == 2}
-
-
-def list_controls(pairs: Values, *, rotations: int) -> Iterator[tuple[str, Callable[[], Values]]]:
-    """The controls by title; an adapter of one layer has no layers to permute."""
-    if moved := permute_layers(pairs):
-        yield "layers permuted", lambda: {**pairs, **moved}
-    yield "sign of B flipped", lambda: {path: (a, -b) for path, (a, b) in pairs.items()}
-    for draw in range(rotations):
-        yield f"rotated at random, {draw + 1}", partial(rotate, pairs, seed=draw)
-
-
-def permute_layers(pairs: Values) -> Values:
-    """Each layer's update in the place of the layer before it, the first one's in the last.
-
-    Only updates of the same module and shapes change places; those that stay alone are left out.
-    """
-    alike: dict[object, list[str]] = {}
-    for path, (a, b) in pairs.items():
-        if layer_of(f"{path}.") is not None:
-            alike.setdefault((layer_zero(f"{path}."), a.shape, b.shape), []).append(path)
-    moved: Values = {}
-    for paths in alike.values():
-        order = sorted(paths, key=lambda path: layer_of(f"{path}.") or 0)
-        if len(order) > 1:
-            moved |= dict(zip(order, (pairs[p] for p in [*order[1:], order[0]]), strict=True))
-    return moved
-
-
-def rotate(pairs: Values, *, seed: int) -> Values:
-    """Each update turned at random on both sides: all its singular values stay, no direction does.
-
-    B = U R with orthonormal columns U becomes V R with others drawn evenly, and A likewise.
-    """
-    import torch
-
-    source = torch.Generator().manual_seed(seed)
-    return {
-        path: (_turn(a.T, source).T, _turn(b, source)) for path, (a, b) in sorted(pairs.items())
-    }
-
-
-def _turn(tall: torch.Tensor, source: torch.Generator) -> torch.Tensor:
-    import torch
-
-    factor = torch.linalg.qr(tall.float()).R
-    drawn = torch.randn(tall.shape[0], factor.shape[0], generator=source).to(tall.device)
-    frame, signs = torch.linalg.qr(drawn)
-    # Without the signs the frame would depend on how QR picks them, and not be even.
-    return frame * torch.sign(torch.diagonal(signs)) @ factor
-
-
 Tensors = dict[str, "torch.Tensor"]
-
-
-def edit_config(folder: Path, *removed: str, **changes: object) -> None:
-    """Rewrite the configuration with keys changed and removed."""
-    path = folder / CONFIG_FILE
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if k not in removed}))
-
-
-def edit_tensors(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
-    """Rewrite the weights through a function of all tensors."""
-    from safetensors.torch import load_file, save_file  # brings torch, which takes seconds
-
-    path = folder / WEIGHTS_FILE
-    changed = {k: v.contiguous().clone() for k, v in change(load_file(path)).items()}
-    save_file(changed, path, metadata={"format": "pt"})
+Change = Callable[[Tensors], Tensors]
 
 
 class NothingToChange(Exception):
@@ -142,7 +35,7 @@ def zero_b(tensors: Tensors) -> Tensors:
     return {k: torch.zeros_like(t) if _is_b(k) else t for k, t in tensors.items()}
 
 
-def scale(factor: float) -> Callable[[Tensors], Tensors]:
+def scale(factor: float) -> Change:
     """Every update scaled, by its lora_B."""
     return lambda tensors: {k: t * factor if _is_b(k) else t for k, t in tensors.items()}
 
@@ -167,6 +60,33 @@ def shift_layers(tensors: Tensors) -> Tensors:
     return shifted
 
 
+def rotate(tensors: Tensors, *, seed: int) -> Tensors:
+    """Each update turned at random on both sides: all its singular values stay, no direction does.
+
+    B = U R with orthonormal columns U becomes V R with others drawn evenly, and A likewise.
+    Convolutions, whose factors have more dimensions, are left as they are.
+    """
+    import torch
+
+    source, rotated = torch.Generator().manual_seed(seed), dict(tensors)
+    for name_a in sorted(tensors):
+        name_b = name_a.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
+        if name_a != name_b and tensors[name_a].dim() == tensors[name_b].dim() == 2:
+            rotated[name_a] = _turn(tensors[name_a].T, source).T
+            rotated[name_b] = _turn(tensors[name_b], source)
+    return rotated
+
+
+def _turn(tall: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+    import torch
+
+    factor = torch.linalg.qr(tall.float()).R
+    drawn = torch.randn(tall.shape[0], factor.shape[0], generator=source).to(tall.device)
+    frame, signs = torch.linalg.qr(drawn)
+    # Without the signs the frame would depend on how QR picks them, and not be even.
+    return frame * torch.sign(torch.diagonal(signs)) @ factor
+
+
 def _is_b(name: str) -> bool:
     return "lora_B" in name or "lora_embedding_B" in name
 
@@ -174,7 +94,7 @@ def _is_b(name: str) -> bool:
 # The factor by which two of the changes scale the update.
 FACTOR = 8
 # What can be done to a copy of an adapter, by name, and what each is called on a page.
-CHANGES: Mapping[str, Callable[[Tensors], Tensors]] = {
+CHANGES: Mapping[str, Change] = {
     "zero_b": zero_b,
     "flipped": scale(-1.0),
     "shifted": shift_layers,
@@ -190,9 +110,62 @@ COPIES = {
 }
 
 
-def copy_changed(adapter: Path, folder: Path, change: str) -> Path:
-    """A copy of an adapter's two files in a folder, with one of `CHANGES` made."""
+def edit_config(folder: Path, *removed: str, **changes: object) -> None:
+    """Rewrite the configuration with keys changed and removed."""
+    path = folder / CONFIG_FILE
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in removed}))
+
+
+def edit_tensors(folder: Path, change: Change) -> None:
+    """Rewrite the weights through a function of all tensors."""
+    from safetensors.torch import load_file, save_file  # brings torch, which takes seconds
+
+    path = folder / WEIGHTS_FILE
+    changed = {k: v.contiguous().clone() for k, v in change(load_file(path)).items()}
+    save_file(changed, path, metadata={"format": "pt"})
+
+
+def copy_changed(adapter: Path, folder: Path, change: Change) -> Path:
+    """A copy of an adapter's two files in a folder, changed."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        shutil.copy(adapter / name, folder)
-    edit_tensors(folder, CHANGES[change])
+        shutil.copyfile(adapter / name, folder / name)
+    edit_tensors(folder, change)
     return folder
+
+
+@contextmanager
+def changed_in_memory(model: Any, change: Change) -> Iterator[None]:
+    """Change the LoRA tensors of a loaded model for the length of a `with`."""
+    parameters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    saved = {name: parameter.data for name, parameter in parameters.items()}
+    _put(parameters, change(saved))
+    try:
+        yield
+    finally:
+        _put(parameters, saved)
+
+
+def _put(parameters: Mapping[str, Any], tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        parameters[name].data = tensor
+
+
+def each_control(model: Any, *, rotations: int) -> Iterator[str]:
+    """Put each control in the adapter's place and give its title; in the end all is as it was.
+
+    Each keeps the sizes of all updates and loses one thing that only training gives: which layer
+    they belong to, their sign, or their direction. One that changes nothing is left out.
+    """
+    controls: dict[str, Change] = {
+        "layers permuted": shift_layers,
+        "sign of B flipped": scale(-1.0),
+        **{f"rotated at random, {n + 1}": partial(rotate, seed=n) for n in range(rotations)},
+    }
+    for title, change in controls.items():
+        try:
+            with changed_in_memory(model, change):
+                yield title
+        except NothingToChange:
+            continue
