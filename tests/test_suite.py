@@ -35,6 +35,7 @@ from postmortem.suite.results import (
 from postmortem.suite.scoring import open_bench, score_chunk
 from postmortem.suite.suite import (
     CHUNKS,
+    RESULTS,
     Limits,
     Reading,
     Scored,
@@ -42,11 +43,10 @@ from postmortem.suite.suite import (
     load_suite,
     make_plan,
     name_adapters,
-    prepare_chunks,
-    read_chunk,
     read_plan,
-    read_results,
-    valid_results,
+    read_result,
+    result_path,
+    unmark_unfinished,
     write_plan,
 )
 
@@ -295,37 +295,15 @@ def test_two_runs_give_equal_files(place, whole, tmp_path):
     assert bytes_of(tmp_path) == bytes_of(whole)
 
 
-@given(data=st.data())
-def test_a_file_cut_at_any_byte_is_resumed(place, whole, tmp_path_factory, data):
-    """Wherever a kill cut a chunk's file, the run after it gives the same bytes."""
-    out = tmp_path_factory.mktemp("cut")
-    shutil.copytree(whole, out, dirs_exist_ok=True)
-    stream = out / CHUNKS / "0000.jsonl"
-    content = stream.read_bytes()
-    stream.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    run_here(place / "suite.yml", out)
-    assert bytes_of(out) == bytes_of(whole)
-
-
-@given(data=st.data())
-def test_a_cut_file_holds_a_beginning_of_the_results(whole, tmp_path_factory, data):
-    """What is read of a cut file are the first results, whole ones, and nothing else."""
-    content = (whole / CHUNKS / "0000.jsonl").read_bytes()
-    path = tmp_path_factory.getbasetemp() / "cut.jsonl"
-    at = data.draw(st.integers(0, len(content)))
-    path.write_bytes(content[:at])
-    results, end = read_results(path)
-    assert end <= at
-    assert content[:end].count(b"\n") == len(results)
-    assert results == read_results(whole / CHUNKS / "0000.jsonl")[0][: len(results)]
-
-
-def test_garbage_in_a_file_is_measured_again(place, whole, tmp_path):
-    """A line that is no result counts for nothing."""
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x00\xff{}", "half"])
+def test_a_result_that_cannot_be_read_is_measured_again(place, whole, tmp_path, content):
+    """A result that is cut short, empty or garbage counts for nothing, and comes out the same."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    stream = tmp_path / CHUNKS / "0000.jsonl"
-    lines = stream.read_bytes().splitlines(keepends=True)
-    stream.write_bytes(b"".join([lines[0], b"\x00\xff{}\n", b"{}\n", *lines[3:]]))
+    plan = make_plan(place / "suite.yml")
+    path = result_path(plan, plan.entries[2], tmp_path)
+    held = path.read_bytes()
+    path.write_bytes(held[: len(held) // 2] if content == "half" else content)
+    assert read_result(plan, plan.entries[2], tmp_path) is None
     run_here(place / "suite.yml", tmp_path)
     assert bytes_of(tmp_path) == bytes_of(whole)
 
@@ -344,9 +322,8 @@ def test_only_what_changed_is_scored_again(place, untrained, tmp_path):
         "0 of 2 adapters scored",
     ]
     other = make_plan(write_spec(tmp_path, untrained / "base", rows={"count": 10, "seed": 4}))
-    results = read_results(out / CHUNKS / "0000.jsonl")[0]
-    assert len(valid_results(plan, results)) == 5
-    assert valid_results(other, results) == {}
+    assert all(read_result(plan, entry, out) for entry in plan.entries)
+    assert not any(read_result(other, entry, out) for entry in other.entries)
 
 
 def test_an_adapter_that_joins_moves_the_others_and_is_scored_alone(
@@ -354,11 +331,10 @@ def test_an_adapter_that_joins_moves_the_others_and_is_scored_alone(
 ):
     """One more adapter at the front changes every chunk, and nothing else is measured again."""
     shutil.copytree(place / "adapters", tmp_path / "adapters")
-    shutil.copytree(whole / CHUNKS, tmp_path / "out" / CHUNKS)
+    shutil.copytree(whole, tmp_path / "out")
     adapter(tmp_path / "adapters/a", untrained / "reference")
     plan, told = make_plan(write_spec(tmp_path, untrained / "base")), []
-    prepare_chunks(plan, tmp_path / "out")
-    prepare_chunks(plan, tmp_path / "out")
+    unmark_unfinished(plan, tmp_path / "out")
     for number in plan.chunks:
         score_chunk(plan, tmp_path / "out", number, report=told.append)
     assert [line.partition(": ")[2] for line in told] == [
@@ -368,15 +344,15 @@ def test_an_adapter_that_joins_moves_the_others_and_is_scored_alone(
     assert len(collect(plan, tmp_path / "out").adapters) == 7
 
 
-def test_a_chunk_that_lost_its_file_is_not_done(place, whole, tmp_path):
-    """The mark of a chunk is taken back where its results are gone, and collecting refuses."""
+def test_a_chunk_that_lost_a_result_is_not_done(place, whole, tmp_path):
+    """The mark of a chunk is taken back where a result of its is gone, and collecting refuses."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    plan = make_plan(place / "suite.yml")
-    prepare_chunks(plan, tmp_path)
-    assert (tmp_path / CHUNKS / "0001.done").exists()
-    (tmp_path / CHUNKS / "0001.jsonl").unlink()
-    prepare_chunks(plan, tmp_path)
-    assert not (tmp_path / CHUNKS / "0001.done").exists()
+    plan, mark = make_plan(place / "suite.yml"), tmp_path / CHUNKS / "0001.done"
+    unmark_unfinished(plan, tmp_path)
+    assert mark.exists()
+    result_path(plan, plan.chunks["0001"][0], tmp_path).unlink()
+    unmark_unfinished(plan, tmp_path)
+    assert not mark.exists()
     with pytest.raises(RecordError, match="none for 'adapters/a4'"):
         collect(plan, tmp_path)
 
@@ -400,7 +376,7 @@ def start(spec: Path, out: Path) -> subprocess.Popen:
 def test_kill_at_a_random_moment_changes_nothing(place, whole, tmp_path, whom):
     """After `kill -9` of the command or of all its processes, the next run's files are the same."""
     process = start(place / "suite.yml", tmp_path)
-    stream = tmp_path / CHUNKS / "0000.jsonl"
+    stream = tmp_path / RESULTS
     until = time.monotonic() + 120
     while not stream.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
@@ -598,19 +574,6 @@ def test_duplicates_are_those_that_comparing_all_would_find(rows):
             found[str(number)] = str(twin)
     parts = [scored(str(n), row, labels=None) for n, row in enumerate(rows)]
     assert find_duplicates(parts, prompt="p", alike=1e-3) == found
-
-
-def test_a_chunk_reads_no_file_but_its_own(place, whole, tmp_path):
-    """What other chunks hold is brought to a chunk once, and a second look changes nothing."""
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    plan = make_plan(place / "suite.yml")
-    first, second = (tmp_path / CHUNKS / f"000{number}.jsonl" for number in (0, 1))
-    second.rename(tmp_path / CHUNKS / "0007.jsonl")
-    assert "adapters/a4" not in read_chunk(plan, tmp_path, "0001")
-    for _ in range(2):
-        prepare_chunks(plan, tmp_path)
-        assert set(read_chunk(plan, tmp_path, "0001")) == {"", "adapters/a4", "adapters/a5"}
-    assert first.read_bytes() == (whole / CHUNKS / "0000.jsonl").read_bytes()
 
 
 def test_the_write_up_sees_scale_alone():

@@ -175,14 +175,14 @@ def run_suite(path: str | Path, out: str | Path, *, cores: int, executor: str = 
     With an `executor`, `cores` is how many chunks run at once, and 0 leaves it to the profile.
     Raises `SuiteError` where a step failed; its own message stands above.
     """
-    from postmortem.suite.suite import make_plan, prepare_chunks, write_plan
+    from postmortem.suite.suite import make_plan, unmark_unfinished, write_plan
 
     start, out = time.perf_counter(), Path(out)
     place = place_options(executor, cores=cores, out=out)
     plan = make_plan(path)
     with locked(out / ".lock", "suite: waiting for another run in this folder to end"):
         write_plan(plan, out)
-        prepare_chunks(plan, out)
+        unmark_unfinished(plan, out)
         # Jobs that start in a folder of their own are sent the graph from here.
         write_text(out / "Snakefile", Path(__file__).with_name("suite.smk").read_text("utf-8"))
         options = ["--snakefile", out / "Snakefile", "--directory", out.resolve(), "results"]

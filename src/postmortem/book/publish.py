@@ -22,6 +22,7 @@ from postmortem.experiments.records import (
     RecordFile,
     Table,
     Text,
+    Timing,
     Values,
     Verdict,
     add_table,
@@ -34,7 +35,6 @@ from postmortem.experiments.records import (
     read_replays,
 )
 from postmortem.models.world import Training, World, check_members, read_world, role_name
-from postmortem.suite.chapter import add_scale
 
 
 def publish(
@@ -108,7 +108,8 @@ def _add_incident(
     add_bench(values, bench)
     every = (recorded, bench, suite, attribution, catalogue)
     add_runs(values, [*replays, *(file for found in every for file in found.values())])
-    add_scale(values, next(iter(suite.values()), None), recorded=recorded)
+    for file in suite.values():
+        add_suite_costs(values, file)
     add_case_values(values, case)
     kept = {f"{KEPT}{name}": file for name, file in recorded.items()}
     own = {file.path.stem: file for found in (suite, attribution) for file in found.values()}
@@ -465,6 +466,28 @@ def add_kept(values: Values, files: Mapping[str, RecordFile]) -> None:
     """Add a kept run of the embedded world under its own keys: it has no other like it."""
     for file in files.values():
         _place_record(values, file, prefix="")
+
+
+# How many adapters the table of costs is worked out for.
+SUITES = (200, 10_000, 100_000)
+
+
+def add_suite_costs(values: Values, file: RecordFile) -> None:
+    """Add what suites of other sizes would take at the rates of the kept one, on one core."""
+    measures = {record.key: record.value or 0.0 for record in file.of(Measure)}
+    seconds = {record.key: record.seconds for record in file.of(Timing)}
+    answered = measures.get("suite.count.answered")
+    if not answered:
+        return
+    hours = seconds["suite: adapters that answer"] / answered / 3600
+    gigabytes = [measures[f"suite.bytes.{name}"] / 1e9 for name in ("adapter", "result")]
+    # Two digits, which is all that such a plan can promise.
+    rows: list[list[Cell]] = [
+        [f"{count:,}", *(float(f"{count * one:.2g}") for one in (hours, *gigabytes))]
+        for count in SUITES
+    ]
+    columns = ("adapters", "core-hours", "GB of adapters", "GB of results")
+    add_table(values, "suite.costs", columns, rows)
 
 
 def add_runs(values: Values, files: Iterable[RecordFile]) -> None:

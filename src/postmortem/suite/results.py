@@ -22,13 +22,13 @@ from postmortem.experiments.metrics import (
 )
 from postmortem.experiments.records import Cell
 from postmortem.suite.suite import (
-    CHUNKS,
+    RESULTS,
     Limits,
     Plan,
     Reading,
     Scored,
     digest_judgement,
-    read_held,
+    read_result,
 )
 
 Kept = Literal["kept", "dropped", "cannot tell"]
@@ -104,18 +104,20 @@ def collect(plan: Plan, out: Path, *, into: Path | None = None) -> Results:
 
     Raises `RecordError` where one is missing.
     """
-    held = read_held(plan, out)
-    missing = [entry.name for entry in plan.entries if entry.name not in held]
-    if missing or "" not in held:
+    entries = [plan.alone, *plan.entries]
+    scored = [read_result(plan, entry, out) for entry in entries]
+    lacking = [e.name or "the base" for e, s in zip(entries, scored, strict=True) if s is None]
+    if lacking:
         raise RecordError(
-            out / CHUNKS,
+            out / RESULTS,
             expected=f"a result for each of {len(plan.entries)} adapters",
-            found=f"none for {(missing or ['the base'])[0]!r}",
+            found=f"none for {lacking[0]!r}",
             remedy="Run the suite again.",
         )
+    base, *others = [result for result in scored if result is not None]
     results = judge_suite(
-        held[""],
-        [held[entry.name] for entry in plan.entries],
+        base,
+        others,
         labels=plan.rows.labels,
         limits=plan.suite.limits,
         title=plan.suite.title,

@@ -1,6 +1,5 @@
 """Scoring the adapters of a suite: the base is loaded once, and each result is on disk at once."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax
 
-from postmortem.case.files import locked, write_text
+from postmortem.case.files import write_text
 from postmortem.case.prompts import Prompt, encode, lead_of, parse_as_written, parse_strict
 from postmortem.case.rows import Rows
 from postmortem.case.schema import PromptTemplate
@@ -23,7 +22,7 @@ from postmortem.experiments.metrics import (
 )
 from postmortem.models.loading import LoadedBase, attached, footprint, load_base
 from postmortem.models.scoring import YES_NO, Reply, Scores, score
-from postmortem.suite.suite import CHUNKS, Plan, Reading, Scored, read_chunk, read_results
+from postmortem.suite.suite import CHUNKS, Entry, Plan, Reading, Scored, read_result, result_path
 
 # Weights in float32 do not determine more decimals of a log-odds, in nats.
 DECIMALS = 6
@@ -138,29 +137,24 @@ def score_chunk(
     mark: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Score what a chunk's file lacks, one line after the other, and mark the chunk as done.
+    """Score the adapters of a chunk that have no result yet, each on disk at once; then mark it.
 
-    The mark stands beside the file, unless another place is given for it.
-
-    A run that was killed may have left workers behind: the chunk is locked, and its file is read
-    once it is ours.
+    The mark stands beside the others, unless another place is given for it.
     """
-    chunk, stream = plan.chunks[number], out / CHUNKS / f"{number}.jsonl"
-    with locked(
-        stream.with_suffix(".lock"), f"chunk {number}: waiting for an earlier run's worker"
-    ):
-        held, end = read_chunk(plan, out, number), read_results(stream)[1]
-        missing = [entry for entry in chunk if entry.name not in held]
-        if missing or "" not in held:
-            bench = open_bench(plan)
-            with stream.open("ab") as lines:
-                lines.truncate(end)
-                _append(lines, bench.score_base(digest=plan.base_digest, run=plan.run))
-                for entry in missing:
-                    found = bench.score(entry.name, entry.folder, digest=entry.digest, run=plan.run)
-                    _append(lines, found)
-        report(f"chunk {number}: {len(missing)} of {len(chunk)} adapters scored")
-        write_text(mark or stream.with_suffix(".done"), f"{plan.run}\n")
+    chunk = plan.chunks[number]
+    missing = [entry for entry in chunk if read_result(plan, entry, out) is None]
+    if missing or read_result(plan, plan.alone, out) is None:
+        bench = open_bench(plan)
+        _write(plan, plan.alone, out, bench.score_base(digest=plan.base_digest, run=plan.run))
+        for entry in missing:
+            scored = bench.score(entry.name, entry.folder, digest=entry.digest, run=plan.run)
+            _write(plan, entry, out, scored)
+    report(f"chunk {number}: {len(missing)} of {len(chunk)} adapters scored")
+    write_text(mark or out / CHUNKS / f"{number}.done", f"{plan.run}\n")
+
+
+def _write(plan: Plan, entry: Entry, out: Path, scored: Scored) -> None:
+    write_text(result_path(plan, entry, out), scored.model_dump_json() + "\n")
 
 
 def open_bench(plan: Plan) -> Bench:
@@ -174,13 +168,6 @@ def open_bench(plan: Plan) -> Bench:
         max_new_tokens=suite.max_new_tokens,
         max_prompt_tokens=suite.max_prompt_tokens,
     )
-
-
-def _append(lines: Any, result: Scored) -> None:
-    """A line is either whole on the disk or has no line break at its end."""
-    lines.write(result.model_dump_json().encode() + b"\n")
-    lines.flush()
-    os.fsync(lines.fileno())
 
 
 def _encode_rows(

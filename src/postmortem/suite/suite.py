@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from glob import glob
 from pathlib import Path
@@ -20,9 +20,8 @@ from postmortem.experiments.metrics import THRESHOLDS, Estimate
 from postmortem.experiments.records import digest_library, package_versions
 from postmortem.models.world import digest_model, find_base
 
-PLAN, CHUNKS = "plan.json", "chunks"
-# The end of the name of a file with what a chunk has from others.
-MOVED = ".moved.jsonl"
+# The plan, the marks of finished chunks, and one file for each adapter's result.
+PLAN, CHUNKS, RESULTS = "plan.json", "chunks", "scored"
 # A base above this size is worth more than one thread.
 SMALL = 100 << 20
 UNREADABLE = "unreadable"
@@ -125,7 +124,7 @@ class Reading(Frozen):
 
 
 class Scored(Frozen):
-    """One adapter as measured, a line of a chunk's file; the base alone has the name "".
+    """One adapter as measured, a file of its own; the base alone has the name "".
 
     `findings` are the checker's, those of severity error in `errors` as well. `run` is the digest
     of all that can change a number beside the adapter, whose own is `digest`.
@@ -175,6 +174,11 @@ class Plan:
     def entries(self) -> list[Entry]:
         """All adapters in order."""
         return [entry for chunk in self.chunks.values() for entry in chunk]
+
+    @property
+    def alone(self) -> Entry:
+        """The base alone, which is asked as every adapter is."""
+        return Entry("", "", self.base_digest)
 
     @property
     def rows(self) -> Rows:
@@ -339,72 +343,28 @@ def read_plan(out: Path) -> Plan:
         raise RecordError(out / PLAN, expected="a plan", found=str(error)[:200]) from None
 
 
-def prepare_chunks(plan: Plan, out: Path) -> None:
-    """Bring each chunk what earlier runs have measured of it, and take back the marks of others.
+def result_path(plan: Plan, entry: Entry, out: Path) -> Path:
+    """Where an adapter's result stands: named by all that can change it, the adapter's files too.
 
-    An adapter that joins the suite moves others to another chunk; they are not measured again.
-    What stands in another chunk's file is copied here once, so that no chunk reads all of them.
+    One that was measured for another suite in this folder counts as long as nothing has changed.
     """
-    files = {path.name: _read_valid(plan, [path]) for path in _list_files(out)}
-    held = {name: result for found in files.values() for name, result in found.items()}
-    for number, chunk in plan.chunks.items():
-        names = [entry.name for entry in chunk]
-        if {"", *names} - held.keys():
-            (out / CHUNKS / f"{number}.done").unlink(missing_ok=True)
-        streamed = files.get(f"{number}.jsonl", {})
-        moved = [name for name in names if name in held and name not in streamed]
-        if moved:
-            lines = [held[name].model_dump_json() + "\n" for name in ("", *moved) if name in held]
-            write_text(out / CHUNKS / f"{number}{MOVED}", "".join(lines))
+    named = f"{plan.run} {entry.name} {entry.digest}".encode("utf-8", "surrogateescape")
+    return out / RESULTS / f"{hashlib.sha256(named).hexdigest()[:16]}.json"
 
 
-def read_held(plan: Plan, out: Path) -> dict[str, Scored]:
-    """By name, the results that count, in whichever chunk's file they stand."""
-    return _read_valid(plan, _list_files(out))
-
-
-def read_chunk(plan: Plan, out: Path, number: str) -> dict[str, Scored]:
-    """By name, the results that count in a chunk's own files."""
-    return _read_valid(plan, [out / CHUNKS / f"{number}{end}" for end in (MOVED, ".jsonl")])
-
-
-def _list_files(out: Path) -> list[Path]:
-    return sorted((out / CHUNKS).glob("*.jsonl"))
-
-
-def _read_valid(plan: Plan, files: Iterable[Path]) -> dict[str, Scored]:
-    return valid_results(plan, (result for file in files for result in read_results(file)[0]))
-
-
-def valid_results(plan: Plan, results: Iterable[Scored]) -> dict[str, Scored]:
-    """By name, the results of this plan's adapters whose digests still match; the last counts."""
-    digests = {entry.name: entry.digest for entry in plan.entries} | {"": plan.base_digest}
-    return {
-        result.name: result
-        for result in results
-        if result.run == plan.run and digests.get(result.name) == result.digest
-    }
-
-
-def read_results(path: Path) -> tuple[list[Scored], int]:
-    """The whole lines of a chunk's file that are results, and where the last whole line ends.
-
-    What stands behind the last line break was cut off while it was written.
-    """
+def read_result(plan: Plan, entry: Entry, out: Path) -> Scored | None:
+    """An adapter's result, or None where it has none that can be read: it is measured then."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return [], 0
-    end = data.rfind(b"\n") + 1
-    return list(_parse_lines(data[:end])), end
+        return Scored.model_validate_json(result_path(plan, entry, out).read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
-def _parse_lines(data: bytes) -> Iterator[Scored]:
-    for line in data.split(b"\n"):
-        try:
-            yield Scored.model_validate_json(line)
-        except ValidationError:
-            continue  # it is measured again
+def unmark_unfinished(plan: Plan, out: Path) -> None:
+    """Take back the mark of each chunk that lacks a result, so that the graph runs it again."""
+    for number, chunk in plan.chunks.items():
+        if not all(result_path(plan, entry, out).is_file() for entry in (plan.alone, *chunk)):
+            (out / CHUNKS / f"{number}.done").unlink(missing_ok=True)
 
 
 def _find_prompts(suite: Suite, place: Path) -> dict[str, PromptTemplate]:

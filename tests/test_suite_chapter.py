@@ -5,27 +5,20 @@ import pytest
 
 from postmortem.case.rows import generate_rows
 from postmortem.case.schema import AdapterFilter
-from postmortem.experiments.metrics import Estimate
 from postmortem.experiments.records import Measure, Table, Text, Timing, Verdict
 from postmortem.experiments.session import Session
 from postmortem.models.world import ADAPTERS
-from postmortem.suite import chapter as suite_notebook
-from postmortem.suite.chapter import (
+from postmortem.suite.suite import Limits
+from tools.suite_chapter import (
     ANSWERED,
     BASE_ASKED,
     COLUMNS,
     DIGESTS,
     GAINS,
-    PROMPT,
-    READ_BACK,
-    STARTS,
-    judge_gain,
     limits_of,
     record_suite,
-    vary_results,
     world_adapters,
 )
-from postmortem.suite.suite import Limits, Scored
 
 ROLES = ["suspect", "reference", "donor adapter", "no-op adapter"]
 
@@ -59,11 +52,7 @@ def make_session(case, untrained_world, tmp_path_factory):
             device="cpu",
         )
 
-    with pytest.MonkeyPatch.context() as patch:
-        # What the clock is held to is not tried here: few copies, and nothing heavy to import.
-        patch.setattr(suite_notebook, "COPIES", 5)
-        patch.setattr(suite_notebook, "STARTS", dict.fromkeys(STARTS, "json"))
-        yield make
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -132,19 +121,7 @@ def test_what_a_plan_needs_is_recorded(recorded):
     assert found["suite.count.answered"] == len(answered)
     assert found["suite.bytes.adapter"] == sum(sizes) / len(sizes)
     assert found["suite.bytes.result"] > 0
-    assert {BASE_ASKED, DIGESTS, ANSWERED, READ_BACK, *STARTS, "load base"} <= seconds.keys()
-
-
-def test_results_for_the_clock_are_no_twins():
-    """What stands in for many results has as many names, and moves each log-odds that it has."""
-    estimate = Estimate(None, None, None, 2)
-    numbers = dict.fromkeys(("mean", "std", "minimum", "maximum", "tied_pairs", "parsed"), 0.5)
-    aucs = dict.fromkeys(("auc", "auc_written", "gain"), estimate)
-    reading = {**numbers, **aucs, "distinct": 2, "effect": 0.1, "log_odds": [1.0, None]}
-    parts = {"digest": "d", "run": "r", "status": "ok", "readings": {PROMPT: reading}}
-    found = list(vary_results([Scored(name=name, **parts) for name in "ab"], 5))
-    assert [s.name for s in found] == ["a 0", "b 1", "a 2", "b 3", "a 4"]
-    assert [s.readings[PROMPT].log_odds for s in found][2] == [1.02, None]
+    assert {BASE_ASKED, DIGESTS, ANSWERED, "load base"} <= seconds.keys()
 
 
 def test_without_labels_the_suite_cannot_tell(make_session):
@@ -167,13 +144,3 @@ def test_the_limits_of_the_write_up_come_from_the_case():
     assert (found.std_above.value, found.maximum_above.because) == (0.2, "s")
     assert found.alike == Limits().alike
     assert limits_of(None) == Limits()
-
-
-@pytest.mark.parametrize(
-    ("ends", "decided"), [((0.1, 0.3), True), ((-0.3, -0.1), False), ((-0.1, 0.1), None)]
-)
-def test_a_gain_is_decided_by_its_interval(ends, decided):
-    """An interval above zero is a gain, one below a loss, and one around it neither."""
-    gain = Estimate(sum(ends) / 2, *ends, 40)
-    assert judge_gain(gain, lack="none")[0] is decided
-    assert judge_gain(Estimate(None, None, None, 0), lack="none") == (None, "none")
