@@ -144,7 +144,7 @@ def test_one_seed_cannot_be_left_out(session, case):
     record_trust(session, open_inquiry(case, make_replays(seeds=1)))
     assert found_in(session, Verdict)["diagnosis.trusted"].verdict == "not available"
     assert found_in(session, Measure)["diagnosis.top1"].value is None
-    assert found_in(session, Table).keys() >= {"diagnosis.misses", "diagnosis.without"}
+    assert found_in(session, Table).keys() >= {"diagnosis.misses", "diagnosis.reliability"}
 
 
 def test_replays_that_differ_are_told_apart(session, inquiry):

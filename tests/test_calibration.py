@@ -5,7 +5,7 @@ import pytest
 from replays import experiment, replay
 
 from postmortem.checker.errors import DiagnosisError
-from postmortem.diagnosis.beliefs import BIN_EDGES, leave_out, leave_out_subsets
+from postmortem.diagnosis.beliefs import BIN_EDGES, leave_out
 from postmortem.diagnosis.likelihoods import measure_likelihoods
 from postmortem.experiments.metrics import rate_estimate
 
@@ -83,8 +83,10 @@ def test_symptom_alone_is_not_an_easier_question():
 def without_each(replays, battery):
     """What is found with one experiment left out at a time, by its name."""
     names = [one.name for one in battery]
-    subsets = {name: [other for other in names if other != name] for name in names}
-    return leave_out_subsets(replays, battery, subsets=subsets)
+    return {
+        name: leave_out(replays, battery, subset=[other for other in names if other != name])
+        for name in names
+    }
 
 
 def test_without_each():

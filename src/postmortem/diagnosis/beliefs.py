@@ -635,17 +635,6 @@ def leave_out(
     return _evaluate(full, _fold(replays, experiments), subset=chosen)
 
 
-def leave_out_subsets(
-    replays: Sequence[Replay],
-    experiments: Sequence[Experiment],
-    *,
-    subsets: Mapping[str, Collection[str]],
-) -> dict[str, Evaluation]:
-    """`leave_out` with each of several subsets of the battery, by their names."""
-    full, folds = measure_likelihoods(replays, experiments), _fold(replays, experiments)
-    return {name: _evaluate(full, folds, subset=subset) for name, subset in subsets.items()}
-
-
 def _fold(replays: Sequence[Replay], experiments: Sequence[Experiment]) -> list[_Fold]:
     held_out: dict[tuple[int, str], list[Replay]] = {}
     for replay in replays:
@@ -721,13 +710,10 @@ TIME_BOX = 10
 # What a diagnosis is to reach on replays that it has not seen.
 ACCURACY, FALSE_ALARMS = 0.90, 0.02
 
-# Names of two batteries beside those without one test.
-ALL, ON_RECORD = "all of them", "those on record"
 TRUST_MEASURES = ("top1", "false_alarms", "brier", "symptom_top1", "fewest_groups")
 TRUST_TABLES = {
     "misses": ("cause", "taken for", "times"),
     "reliability": ("said", "mean", "right", "replays"),
-    "without": ("test left out", "top-1", "low", "high"),
 }
 
 
@@ -860,13 +846,9 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
         for name, columns in TRUST_TABLES.items():
             session.table(f"diagnosis.{name}", columns, [])
         return
-    names = [test.name for test in inquiry.experiments]
-    without = {name: [other for other in names if other != name] for name in names}
-    each = leave_out_subsets(
-        *(inquiry.trials, inquiry.experiments),
-        subsets={ALL: names, ON_RECORD: [*inquiry.observed], **without},
-    )
-    found, symptom = each[ALL], each[ON_RECORD]
+    found = leave_out(inquiry.trials, inquiry.experiments)
+    on_record = [*inquiry.observed]
+    symptom = leave_out(inquiry.trials, inquiry.experiments, subset=on_record)
     session.measure("diagnosis.top1", found.accuracy)
     unsound = "no sound run was replayed"
     session.measure("diagnosis.false_alarms", found.false_alarms, reason=unsound)
@@ -898,11 +880,6 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
         if b.right.n
     ]
     session.table("diagnosis.reliability", TRUST_TABLES["reliability"], bins)
-    session.table(
-        "diagnosis.without",
-        TRUST_TABLES["without"],
-        [(name, *_numbers(each[name].accuracy)) for name in names],
-    )
 
 
 def describe_trust(found: Evaluation) -> str:

@@ -7,7 +7,7 @@ in replays on one base speaks about another: sizes are coarse, and values are to
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -350,26 +350,36 @@ def _try_scales(subject: Subject) -> Found:
     states = {"no better": SAVED, "better at 1/8": EIGHTH, "better at 8": EIGHTFOLD}
     found = {w: auc(labels, _written(subject.ask(s))) or 0.0 for w, s in states.items()}
     measured = ", ".join(f"{states[word]} {value:.2f}" for word, value in found.items())
-    best = max(found, key=lambda word: found[word] - (GAIN if word != "no better" else 0.0))
-    return Found(best, f"AUC of what is written: {measured}")
+    return Found(choose_scale(found), f"AUC of what is written: {measured}")
+
+
+def choose_scale(aucs: Mapping[str, float]) -> str:
+    """The scale at which the values rank best, by its word; another must be better by `GAIN`."""
+    return max(aucs, key=lambda word: aucs[word] - (GAIN if word != "no better" else 0.0))
 
 
 def _find_home(subject: Subject) -> Found:
-    """Whether the adapter moves the log-odds the right way, and only as it was saved.
-
-    An adapter made for this base gains on the labels more than the same adapter with its sign
-    flipped, or with its layers turned by one: all three have the same norms.
-    """
+    """Whether the adapter moves the log-odds the right way, and only as it was saved."""
     labels = subject.rows.labels
     assert labels is not None
-    side = np.where(labels == 1, 1.0, -1.0)
-    odds = {s: side * _odds(subject, s) for s in (SAVED, FLIPPED, TURNED)}
+    odds = {state: _odds(subject, state) for state in (SAVED, FLIPPED, TURNED)}
     if not np.isfinite([*odds.values()]).all():
         return Found("not finite", "log-odds that are not finite")
-    means = ", ".join(f"{s} {values.mean():+.2f}" for s, values in odds.items())
-    home = all(_exceeds(odds[SAVED], odds[s]) for s in (FLIPPED, TURNED))
-    word = "at home" if home else "not at home"
+    side = np.where(labels == 1, 1.0, -1.0)
+    means = ", ".join(f"{s} {(side * values).mean():+.2f}" for s, values in odds.items())
+    word = decide_home(labels, odds[SAVED], others=(odds[FLIPPED], odds[TURNED]))
     return Found(word, f"mean log-odds of the true answer: {means}")
+
+
+def decide_home(labels: np.ndarray, saved: np.ndarray, *, others: Sequence[np.ndarray]) -> str:
+    """Whether log-odds with the adapter as saved favour the truth more than with changed copies.
+
+    An adapter made for this base gains on the labels more than the same adapter with its sign
+    flipped, or with its layers shifted by one: all three have the same norms.
+    """
+    side = np.where(labels == 1, 1.0, -1.0)
+    at_home = all(_exceeds(side * saved, side * other) for other in others)
+    return "at home" if at_home else "not at home"
 
 
 def _exceeds(values: np.ndarray, others: np.ndarray) -> bool:

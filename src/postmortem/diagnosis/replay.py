@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from scipy.special import log_softmax
-from scipy.stats import mannwhitneyu, ttest_rel
 
 from postmortem.case.prompts import Prompt, counts_as_parsed, encode, lead_of, parse_strict
 from postmortem.case.rows import GENERATORS, Rows
@@ -22,6 +21,7 @@ from postmortem.case.schema import Attempt, Case
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import ModelError
 from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Run, Unavailable
+from postmortem.diagnosis.examine import choose_scale, decide_home, tell_order
 from postmortem.diagnosis.symptom import EFFECTS, TESTS
 from postmortem.experiments.metrics import THRESHOLDS, auc, describe, kl_divergence
 from postmortem.experiments.records import Cell, Replay
@@ -33,8 +33,6 @@ from postmortem.models.scoring import Scores, score
 
 # The name under which PEFT loads an adapter that is given none.
 ADAPTER = "default"
-# An AUC is better, and not by luck alone, when it rises by more than this.
-GAIN = 0.1
 # What an adapter that does not load leaves without an answer.
 ANSWERED = [
     name for name, test in TESTS.items() if "no answer" in test.outcomes and name != "base-alone"
@@ -86,16 +84,12 @@ class Bench:
             shared=self.shared if run.base is self.materials.base else None,
         )
 
-    def rank(self, log_odds: Sequence[float]) -> str:
-        """Whether log-odds rank the rows, by a two-sided rank test at 5 %."""
+    def rank(self, scores: Sequence[float]) -> str:
+        """Whether scores rank the rows; no answer where they are not finite, or without labels."""
         labels = self.rows.labels
-        if labels is None or not np.isfinite(log_odds).all():
+        if labels is None or not np.isfinite(scores).all():
             return "no answer"
-        scores = np.asarray(log_odds)
-        test = mannwhitneyu(scores[labels == 1], scores[labels == 0])
-        if not test.pvalue < 0.05:
-            return "does not rank"
-        return "ranks" if (auc(labels, scores) or 0.0) > THRESHOLDS.chance else "ranks in reverse"
+        return tell_order(labels, np.asarray(scores, dtype=float)).outcome
 
     def base_alone(self, run: Run) -> str:
         """What the base writes in this run's setting, without any adapter."""
@@ -307,41 +301,36 @@ def _try_settings(model: Any, run: Run, bench: Bench) -> str:
 
 def _try_scales(model: Any, run: Run, bench: Bench, *, as_is: Sequence[float]) -> str:
     """Whether the written values rank better with the adapter at an eighth, or eightfold."""
-    if bench.rows.labels is None:
+    labels = bench.rows.labels
+    if labels is None:
         return "no better"
-    found = {"no better": auc(bench.rows.labels, as_is) or 0.0}
-    for name, change in (("better at 1/8", "eighth"), ("better at 8", "eightfold")):
+    aucs = {"no better": auc(labels, as_is) or 0.0}
+    for word, change in (("better at 1/8", "eighth"), ("better at 8", "eightfold")):
         with changed_in_memory(model, CHANGES[change]):
-            scores = bench.ask(model, "v2", run)
-        values = [run.parse(reply.text) for reply in scores.replies]
-        found[name] = (auc(bench.rows.labels, values) or 0.0) - GAIN
-    return max(found, key=lambda name: found[name])
+            replies = bench.ask(model, "v2", run).replies
+        aucs[word] = auc(labels, [run.parse(reply.text) for reply in replies]) or 0.0
+    return choose_scale(aucs)
 
 
 def _find_home(model: Any, run: Run, bench: Bench, *, on: Scores, off: Scores) -> str:
-    """Whether the adapter moves the log-odds the right way, and only as it was saved.
-
-    An adapter that was made for this base gains on the labels more than the same adapter with its
-    sign flipped, or with its layers shifted by one: both have the same norms.
-    """
+    """Whether the adapter moves the log-odds the right way, and only as it was saved."""
     as_saved, without = _log_odds(on), _log_odds(off)
     if bench.rows.labels is None or not np.isfinite([as_saved, without]).all():
         return "no answer"
     if np.abs(as_saved - without).max() < EFFECTS["none"]:
         return "no effect"
-    with changed_in_memory(model, CHANGES["flipped"]):
-        flipped = _log_odds(bench.ask(model, "v2", run, tokens=1))
+    others = [_ask_changed(model, run, bench, change) for change in ("flipped", "shifted")]
+    kept = [as_saved if other is None else other for other in others]
+    return decide_home(bench.rows.labels, as_saved, others=kept)
+
+
+def _ask_changed(model: Any, run: Run, bench: Bench, change: str) -> np.ndarray | None:
+    """The log-odds with the adapter changed; None where the change changes nothing."""
     try:
-        with changed_in_memory(model, CHANGES["shifted"]):
-            shifted = _log_odds(bench.ask(model, "v2", run, tokens=1))
+        with changed_in_memory(model, CHANGES[change]):
+            return _log_odds(bench.ask(model, "v2", run, tokens=1))
     except NothingToChange:
-        shifted = as_saved
-    side = np.where(bench.rows.labels == 1, 1.0, -1.0)
-    better = [
-        ttest_rel(side * as_saved, side * other, alternative="greater")
-        for other in (flipped, shifted)
-    ]
-    return "at home" if all(test.pvalue < 0.05 for test in better) else "not at home"
+        return None
 
 
 def _log_odds(scores: Scores) -> np.ndarray:
