@@ -6,7 +6,7 @@ from postmortem.checker.errors import RecordError
 from postmortem.diagnosis import looks
 from postmortem.diagnosis.causes import CAUSES
 from postmortem.diagnosis.examination import judge_others
-from postmortem.diagnosis.examine import EXAMS
+from postmortem.diagnosis.examine import EXAMS, list_experiments
 from postmortem.diagnosis.likelihoods import HEALTHY
 from postmortem.diagnosis.looks import (
     FAMILIES,
@@ -83,7 +83,7 @@ def test_other_worlds_are_judged_well():
 
 def test_what_the_base_does_alone_is_one_quantity():
     """Causes on one kind of base share what the base does alone, in the mean and in each draw."""
-    table = measure_looks(read_looks().of(Replay), EXAMS, {})
+    table = measure_looks(read_looks().of(Replay), list_experiments())
     first = table.hypotheses[0].base
     own = [place for place, found in enumerate(table.hypotheses) if found.base == first]
     assert len({tuple(row) for row in table.of("base-alone")[own].tolist()}) == 1

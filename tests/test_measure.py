@@ -170,7 +170,7 @@ def test_log_odds_move_by_more_than_the_limit_or_less(change, decided):
 
 @pytest.mark.parametrize(
     ("gain", "decided"),
-    [((0.1, 0.3), True), ((-0.1, 0.1), None), ((0.0, 0.0), False), ((-0.3, -0.1), False)],
+    [((0.1, 0.3), True), ((-0.1, 0.1), None), ((-0.1, 0.0), False), ((-0.3, -0.1), False)],
 )
 def test_a_gain_is_above_zero_or_none(gain, decided):
     """A ranking is better where the interval of the difference is above zero."""

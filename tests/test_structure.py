@@ -1,4 +1,5 @@
 import ast
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -16,10 +17,11 @@ MODULES = {
 }
 
 
-def read_imports(path: Path) -> set[str]:
-    """The modules of the library that a file imports, wherever in it the import stands."""
+def read_imports(path: Path, *, late: bool = True) -> set[str]:
+    """The modules of the library that a file imports, also within functions where `late`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree) if late else tree.body:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -28,12 +30,13 @@ def read_imports(path: Path) -> set[str]:
 
 
 IMPORTS = {name: read_imports(path) for name, path in MODULES.items()}
+LOADED = {name: read_imports(path, late=False) for name, path in MODULES.items()}
 
 
 @cache
 def chain(name: str) -> int:
-    """How many modules stand on each other below this one, itself included."""
-    return 1 + max(map(chain, IMPORTS[name]), default=0)
+    """How many modules stand on each other where this one is loaded, itself included."""
+    return 1 + max(map(chain, LOADED[name]), default=0)
 
 
 def level(name: str) -> int:
@@ -67,3 +70,14 @@ def test_no_module_imports_itself_by_a_detour():
 
     for name in MODULES:
         visit(name, ())
+
+
+def test_no_package_has_more_than_eight_modules():
+    """A package can be taken in: it has at most eight modules."""
+    sizes = Counter(name.partition(".")[0] for name in MODULES)
+    assert max(sizes.values()) <= 8
+
+
+def test_no_module_stands_on_more_than_eight_others():
+    """The longest chain of modules that load each other has nine."""
+    assert max(map(chain, MODULES)) <= 9

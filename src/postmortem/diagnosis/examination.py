@@ -19,7 +19,15 @@ from postmortem.case.schema import Case
 from postmortem.checker.catalogue import Finding, find_entry
 from postmortem.checker.errors import CaseError, DiagnosisError
 from postmortem.diagnosis.beliefs import DRAWS, Ledger, plan
-from postmortem.diagnosis.examine import EXAMS, FIRST, SAVED, Subject, spread, why_not
+from postmortem.diagnosis.examine import (
+    EXAMS,
+    FIRST,
+    SAVED,
+    Subject,
+    list_experiments,
+    spread,
+    why_not,
+)
 from postmortem.diagnosis.examine import _written as as_scores
 from postmortem.diagnosis.likelihoods import HEALTHY, Hypothesis, by_cause, memberships
 from postmortem.diagnosis.looks import FAMILIES, SERVING, meanings, measure_looks, read_looks
@@ -151,7 +159,7 @@ class Examination:
     def ledger(self) -> Ledger:
         """Beliefs after the outcomes so far; the experiments at what they cost now."""
         minutes = {name: self.cost(name) / 60 for name in EXAMS}
-        return Ledger(measure_looks(self.replays, EXAMS, minutes), self.evidence)
+        return Ledger(measure_looks(self.replays, list_experiments(minutes)), self.evidence)
 
     @cached_property
     def known_findings(self) -> frozenset[str]:
@@ -396,7 +404,7 @@ def judge_others(replays: Sequence[Replay]) -> Iterator[tuple[Replay, str]]:
         others = [replay for replay in replays if replay.seed // WORLD != world]
         if not others:
             return
-        table = measure_looks(others, EXAMS, {})
+        table = measure_looks(others, list_experiments())
         for replay in replays:
             if replay.seed // WORLD == world:
                 works = bool(replay.features["works"])

@@ -21,6 +21,7 @@ from postmortem.case.rows import Rows
 from postmortem.checker.catalogue import Finding, catalogue
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import ModelError
+from postmortem.diagnosis.likelihoods import Experiment
 from postmortem.experiments.ask import Answers, System, ask
 from postmortem.experiments.metrics import THRESHOLDS, auc, auc_gain_estimate, kl_divergence
 from postmortem.experiments.records import Text
@@ -176,6 +177,17 @@ class Exam:
     pooled: bool = False
     labels: bool = False
     effect: bool = False
+
+
+def list_experiments(minutes: Mapping[str, float] | None = None) -> tuple[Experiment, ...]:
+    """The battery as experiments; `minutes` are what each costs now, nothing where left out."""
+    costs = minutes or {}
+    return tuple(
+        Experiment(
+            *(name, exam.title, exam.outcomes), minutes=costs.get(name, 0.0), pooled=exam.pooled
+        )
+        for name, exam in EXAMS.items()
+    )
 
 
 def why_not(exam: str, subject: Subject, known: Mapping[str, str]) -> str:

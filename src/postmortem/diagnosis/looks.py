@@ -2,7 +2,7 @@
 
 import csv
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,6 @@ import numpy as np
 
 from postmortem.case.load import case_digest
 from postmortem.case.schema import Case
-from postmortem.diagnosis.examine import EXAMS
 from postmortem.diagnosis.likelihoods import (
     NO_SEVERITY,
     Experiment,
@@ -110,21 +109,11 @@ def read_looks() -> RecordFile:
     return read_records(SHIPPED, remedy=REMEDY)
 
 
-def measure_looks(
-    replays: Iterable[Replay], names: Iterable[str], minutes: Mapping[str, float]
-) -> Likelihoods:
-    """How often each outcome came up for each cause; `minutes` are what experiments cost now.
+def measure_looks(replays: Iterable[Replay], experiments: Sequence[Experiment]) -> Likelihoods:
+    """How often each outcome came up for each cause.
 
     A replay's seed stands for its world, stage and trained adapter.
     """
-    experiments = [
-        Experiment(
-            *(name, EXAMS[name].title, EXAMS[name].outcomes),
-            minutes=minutes.get(name, 0.0),
-            pooled=EXAMS[name].pooled,
-        )
-        for name in names
-    ]
     # Whatever was planted on one trained adapter counts as one observation of that cause.
     trials = [replay.model_copy(update={"severity": NO_SEVERITY}) for replay in replays]
     table = measure_likelihoods(trials, experiments)
