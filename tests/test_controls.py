@@ -175,7 +175,8 @@ def test_only_the_three_bases_are_kept_row_by_row(run):
 @pytest.mark.parametrize(
     "roles",
     [
-        ("suspect", "speaking_base", "ignorant_base"),
+        ("suspect", "reference", "speaking_base", "ignorant_base"),
+        ("reference", "ignorant_base"),
         ("suspect",),
     ],
 )

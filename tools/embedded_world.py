@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 from transformers.utils import logging as transformers_logging
 
 from postmortem.case.files import write_text
-from postmortem.case.prompts import Prompt, encode, fill, lead_of, render
+from postmortem.case.prompts import Prompt, encode_rows, fill, lead_of, render
 from postmortem.case.rows import RULES, Rows, generate_rows
 from postmortem.case.schema import PLACEHOLDER, Case
 from postmortem.checker.errors import WorldError
@@ -563,10 +563,9 @@ class _Trainer:
     def _score(self, model: Any, prompt: str, *, max_new_tokens: int) -> Scores:
         template = self.case.prompts[prompt]
         if prompt not in self.encoded:
-            self.encoded[prompt] = [
-                encode(template, self.held_out.row(index), tokenizer=self.tokenizer, limit=4096)
-                for index in range(len(self.held_out))
-            ]
+            self.encoded[prompt] = encode_rows(
+                template, self.held_out, tokenizer=self.tokenizer, limit=4096
+            )
         model.eval()
         return score(
             model,

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from postmortem.case.files import digest_file, write_text
 from postmortem.case.load import load_case
-from postmortem.case.prompts import encode, lead_of, parse_strict
+from postmortem.case.prompts import encode_rows, lead_of, parse_strict
 from postmortem.case.rows import generate_rows
 from postmortem.case.schema import Case
 from postmortem.checker.adapter import WEIGHTS_FILE
@@ -276,10 +276,7 @@ def _measure(case_path: Path, base_folder: Path, folders: Sequence[Path]) -> dic
     base, template = load_base(base_folder, device="cpu"), case.prompts["v2"]
     rows = generate_rows(ROWS, JUDGING_SEED, columns=case.columns)
     assert rows.labels is not None
-    prompts = [
-        encode(template, rows.row(index), tokenizer=base.tokenizer, limit=4096)
-        for index in range(len(rows))
-    ]
+    prompts = encode_rows(template, rows, tokenizer=base.tokenizer, limit=4096)
     found = {}
     for folder in folders:
         with attached(base, folder) as loaded:

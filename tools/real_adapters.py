@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from postmortem.case.files import write_text
-from postmortem.case.prompts import encode, lead_of, parse_as_written
+from postmortem.case.prompts import encode_rows, lead_of, parse_as_written
 from postmortem.case.rows import Rows, generate_moderation_rows, read_rows
 from postmortem.case.schema import Case, PromptTemplate
 from postmortem.checker.errors import DataError, ModelError
@@ -320,10 +320,7 @@ def judge(
     model: Any, tokenizer: Any, template: PromptTemplate, rows: Rows
 ) -> tuple[list[float], list[float]]:
     """Log-odds of each row, and the values that the write-up's parser reads, as a run scores it."""
-    prompts = [
-        encode(template, rows.row(index), tokenizer=tokenizer, limit=PROMPT_TOKENS)
-        for index in range(len(rows))
-    ]
+    prompts = encode_rows(template, rows, tokenizer=tokenizer, limit=PROMPT_TOKENS)
     yes_no = template.contract == "yes_no"
     scores = score(
         model,

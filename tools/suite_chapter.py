@@ -136,7 +136,7 @@ def record_suite(session: Session) -> Results | None:
     session.verdict("suite.filters_agree", *judge_agreement(results))
     for name, key in (("over_best", "beats_best"), ("over_all", "filtering_pays")):
         gained = Measured(list_gains(results)[name], why)
-        session.verdict(f"suite.{key}", *decide_gain(gained, against=AGAINST[name]))
+        session.verdict(f"suite.{key}", *decide_gain(gained, against=AGAINST[name], form="+z.3f"))
     return results
 
 

@@ -3,12 +3,15 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
 from postmortem.case.schema import PLACEHOLDER, PromptTemplate
 from postmortem.checker.errors import DataError
+
+if TYPE_CHECKING:
+    from postmortem.case.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,16 @@ def encode(
         text = render(template, row, tokenizer=tokenizer)
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
     return Prompt(text, tuple(ids), full)
+
+
+def encode_rows(
+    template: PromptTemplate, rows: "Rows", *, tokenizer: Any, limit: int
+) -> list[Prompt]:
+    """Every row as the model receives it, in order."""
+    return [
+        encode(template, rows.row(index), tokenizer=tokenizer, limit=limit)
+        for index in range(len(rows))
+    ]
 
 
 def _shorten(value: str, excess: int, *, tokenizer: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from scipy.special import log_softmax
 
-from postmortem.case.prompts import Prompt, counts_as_parsed, encode, lead_of, parse_strict
+from postmortem.case.prompts import Prompt, counts_as_parsed, encode_rows, lead_of, parse_strict
 from postmortem.case.rows import GENERATORS, Rows
 from postmortem.case.schema import Attempt, Case
 from postmortem.checker.checks import inspect_adapter
@@ -64,10 +64,7 @@ class Bench:
         key = ("prompts", name, run.rewrite)
         if key not in self.known:
             template, tokenizer = self.case.prompts[name], run.base.tokenizer
-            found = [
-                encode(template, self.rows.row(index), tokenizer=tokenizer, limit=512)
-                for index in range(len(self.rows))
-            ]
+            found = encode_rows(template, self.rows, tokenizer=tokenizer, limit=512)
             self.known[key] = [run.rewrite(p, tokenizer) for p in found] if run.rewrite else found
         return list(self.known[key])
 

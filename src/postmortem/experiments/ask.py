@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from postmortem.case.prompts import (
     Parsed,
-    encode,
+    encode_rows,
     lead_of,
     parse_as_written,
     parse_choice,
@@ -289,11 +289,9 @@ def _score(
 ) -> Answers:
     """Encode the rows, score them in batches that fit the memory, and read the replies."""
     template, decoding = session.case.prompt(prompt), session.case.decoding(prompt)
-    limit = decoding.max_prompt_tokens
-    prompts = [
-        encode(template, rows.row(index), tokenizer=base.tokenizer, limit=limit)
-        for index in range(len(rows))
-    ]
+    prompts = encode_rows(
+        template, rows, tokenizer=base.tokenizer, limit=decoding.max_prompt_tokens
+    )
     progress = session.follow(f"{system.name} on {prompt}", total=len(prompts))
     if template.contract == "class":
         scores = score_classes(

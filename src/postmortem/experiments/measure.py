@@ -246,12 +246,14 @@ def decide_move(measures: Measures) -> Decision:
     return kl.value > NO_OP, told
 
 
-def decide_gain(found: Measured, *, against: str = "the base alone") -> Decision:
+def decide_gain(
+    found: Measured, *, against: str = "the base alone", form: str = "+z.2f"
+) -> Decision:
     """Whether an AUC has risen: the interval of the difference lies above zero, or not at all."""
     change = found.estimate
     if change.low is None or change.high is None:
         return None, found.reason
-    because = f"AUC against {against} {say_estimate(change, '+z.2f')}"
+    because = f"AUC against {against} {say_estimate(change, form)}"
     if change.n < THRESHOLDS.rows:
         return None, f"{because}, on {change.n} rows"
     if change.low > 0:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from postmortem.case.files import write_text
-from postmortem.case.prompts import Prompt, encode, lead_of, parse_as_written, parse_strict
+from postmortem.case.prompts import encode_rows, lead_of, parse_as_written, parse_strict
 from postmortem.case.rows import Rows
 from postmortem.case.schema import PromptTemplate
 from postmortem.checker.checks import inspect_adapter
@@ -53,7 +53,7 @@ class Bench:
         self.base = load()
         self.mark = footprint(self.base.model)
         self.prompts = {
-            name: _encode_rows(
+            name: encode_rows(
                 template, rows, tokenizer=self.base.tokenizer, limit=max_prompt_tokens
             )
             for name, template in prompts.items()
@@ -168,15 +168,6 @@ def open_bench(plan: Plan) -> Bench:
         max_new_tokens=suite.max_new_tokens,
         max_prompt_tokens=suite.max_prompt_tokens,
     )
-
-
-def _encode_rows(
-    template: PromptTemplate, rows: Rows, *, tokenizer: Any, limit: int
-) -> list[Prompt]:
-    return [
-        encode(template, rows.row(index), tokenizer=tokenizer, limit=limit)
-        for index in range(len(rows))
-    ]
 
 
 def _log_odds(replies: Sequence[Reply], contract: str) -> np.ndarray:
