@@ -25,11 +25,11 @@ from postmortem.experiments.records import (
 from postmortem.experiments.session import Session
 from postmortem.models.loading import load_base
 from postmortem.models.world import role_name
-from postmortem.suite.chapter import COLUMNS, PROMPT, world_adapters
 from postmortem.suite.membership import find_home, say
 from postmortem.suite.scoring import Bench
 from tools import cause_profiles, train_world
 from tools.attribution import world_questions, world_texts
+from tools.suite_chapter import COLUMNS, PROMPT, world_adapters
 
 ADAPTERS = (
     *("silent/suspect", "silent/numeric_0", "silent/no_op", "speaking/numeric_0"),
