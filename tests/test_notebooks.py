@@ -24,8 +24,8 @@ def test_a_notebook_opened_by_hand_runs_to_its_end(name, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_is_no_longer_than_it_can_be_read(name):
-    """A notebook has some hundred lines of code, none of which scrolls far, and no long function."""
-    parameters, cells = cells_of(name)
+    """A notebook has some hundred lines of code, none of which scrolls far."""
+    _, cells = cells_of(name)
     lines = [line for cell in cells for line in cell.splitlines()]
     assert len(lines) <= 130
     assert max(map(len, lines)) <= 100
