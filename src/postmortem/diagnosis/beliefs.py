@@ -1045,10 +1045,6 @@ def _record_plan(session: Session, name: str, found: Plan) -> None:
     )
 
 
-def _numbers(told: Estimate) -> tuple[float | None, float | None, float | None]:
-    return _rounded(told.value), _rounded(told.low), _rounded(told.high)
-
-
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 

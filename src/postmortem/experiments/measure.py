@@ -35,7 +35,6 @@ ONE_CLASS = "the labels hold one class alone"
 UNREAD = "no answer could be read"
 SOME_UNREAD = "some answers could not be read"
 NOT_ASKED = "this read-out was not asked for"
-NO_CONTROL = "there is nothing to hold it against"
 # Below this KL in nats two distributions are the same up to rounding.
 NO_OP = 1e-6
 # The rows shown one by one: as many as the incident had.
