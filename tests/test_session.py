@@ -41,6 +41,15 @@ def test_times_are_no_part_of_the_digest(session, tmp_path):
     assert session.finish().digest == first.digest
 
 
+def test_a_step_that_is_taken_again_is_timed_again(session):
+    """Each time has a record of its own, and a step is not confused with one of a longer name."""
+    for step in ("base on v2_yes_no", "base on v2", "base on v2"):
+        with session.timed(step):
+            pass
+    keys = [record.key for record in session.records]
+    assert keys == ["base on v2_yes_no", "base on v2", "base on v2, again 1"]
+
+
 def test_a_key_is_recorded_once(session):
     """A second measure under the same key is refused."""
     session.measure("a", 1.0)

@@ -197,9 +197,11 @@ class Session:
         self.say(step)
         start = time.perf_counter()
         yield
-        times = sum(isinstance(r, Timing) and r.key.startswith(step) for r in self.records)
-        key = f"{step}, again {times}" if times else step
-        self.add(Timing(key=key, seconds=time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        again = f"{step}, again "
+        taken = [r.key for r in self.records if isinstance(r, Timing)]
+        times = sum(key == step or key.startswith(again) for key in taken)
+        self.add(Timing(key=f"{again}{times}" if times else step, seconds=seconds))
 
     def follow(self, step: str, *, total: int, unit: str = "rows") -> Callable[[int], None]:
         """What a step calls with how much is done; it says so, and how long the rest will take."""
