@@ -1,4 +1,4 @@
-"""The graph of a suite: a chunk of adapters is a job, which streams its results beside the mark.
+"""The graph of a suite: a chunk of adapters is a job, which writes a file for each and a mark.
 
 It runs in the suite's output folder, where `postmortem suite` has written plan.json and put this
 file. What a rule must leave goes to its output's own path, which in a pod is a local copy of it.
@@ -33,7 +33,7 @@ rule results:
         "{params.command:q} step suite-results --into $(dirname {output[0]:q})"
 
 
-# The file of results is no output: what a killed job has streamed to it must outlive that job.
+# The results are no outputs: what a killed job has written must outlive that job.
 rule chunk:
     output:
         "chunks/{number}.done",
