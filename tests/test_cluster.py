@@ -25,7 +25,7 @@ from postmortem.book.cluster import (
     require_plugin,
 )
 from postmortem.checker.errors import ClusterError
-from postmortem.suite.suite import CHUNKS, make_plan, write_plan
+from postmortem.suite.suite import Plan, make_plan, result_path, write_plan
 
 START = Path(__file__).parents[1] / "tools/start_slurm.sh"
 PROGRAMS = ("sbatch", "munged", "slurmctld", "slurmd")
@@ -130,11 +130,6 @@ def worker_of(out: Path, number: str) -> psutil.Process | None:
     return None
 
 
-def read_lines(path: Path) -> list[bytes]:
-    """The lines of a file so far; none where it is not there."""
-    return path.read_bytes().splitlines() if path.exists() else []
-
-
 @pytest.mark.slow
 def test_killed_jobs_lose_nothing(slurm, place, whole, quick, tmp_path):
     """Jobs on SLURM that are killed or cancelled after their first results go on from there."""
@@ -145,43 +140,47 @@ def test_killed_jobs_lose_nothing(slurm, place, whole, quick, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        first = end_jobs(tmp_path, process=process, env=slurm)
+        first = end_jobs(make_plan(place / "suite.yml"), tmp_path, process=process, env=slurm)
         told, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors
     assert told.splitlines()[-1].startswith("suite: 8 adapters, ")
     assert bytes_of(tmp_path) == whole
-    for stream, line in first.items():
-        lines = read_lines(stream)
-        # The base's line begins each attempt, and each adapter was measured once.
-        assert [b'"name":""' in text for text in lines].count(True) == 2
-        assert (lines[1], len(lines)) == (line, 4 + 2)
+    # Each adapter was measured once: what had a result when its job ended was not written again.
+    assert {path: path.stat().st_mtime_ns for path in first} == first
 
 
-def end_jobs(out: Path, *, process: subprocess.Popen, env: dict[str, str]) -> dict[Path, bytes]:
+def end_jobs(
+    plan: Plan, out: Path, *, process: subprocess.Popen, env: dict[str, str]
+) -> dict[Path, int]:
     """Kill the worker of one chunk and cancel the job of another, each in the middle.
 
-    Returns the line of the first adapter in the file of each.
+    Returns the results that each had by then, with the times at which they were written.
     """
-    killed, cancelled = (out / CHUNKS / f"000{number}.jsonl" for number in (0, 1))
     worker, other = (
         wait_for(lambda n=number: worker_of(out, n), process=process) for number in ("0000", "0001")
     )
     job = other.environ()["SLURM_JOB_ID"]
     ends = {
-        killed: lambda: worker.send_signal(signal.SIGKILL),
-        cancelled: lambda: subprocess.run(["scancel", job], env=env, check=True),
+        "0000": lambda: worker.send_signal(signal.SIGKILL),
+        "0001": lambda: subprocess.run(["scancel", job], env=env, check=True),
     }
     first = {}
     while ends:
-        stream = wait_for(lambda: ripe(ends), process=process)
-        ends.pop(stream)()
-        first[stream] = read_lines(stream)[1]
+        number = wait_for(lambda: ripe(plan, out, ends), process=process)
+        ends.pop(number)()
+        first |= {path: path.stat().st_mtime_ns for path in held(plan, out, number)}
     return first
 
 
-def ripe(streams) -> Path | None:
-    """A file that holds its first adapter and not yet all four."""
-    return next((path for path in streams if 2 <= len(read_lines(path)) < 5), None)
+def held(plan: Plan, out: Path, number: str) -> list[Path]:
+    """The results of a chunk's adapters so far."""
+    paths = [result_path(plan, entry, out) for entry in plan.chunks[number]]
+    return [path for path in paths if path.is_file()]
+
+
+def ripe(plan: Plan, out: Path, numbers) -> str | None:
+    """A chunk that has the result of its first adapter and not yet of all four."""
+    return next((n for n in numbers if 1 <= len(held(plan, out, n)) < 4), None)
 
 
 @pytest.mark.slow
