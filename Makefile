@@ -75,7 +75,7 @@ suite: environment
 	@$(BIN)/python -m tools.make_suite --case "$(CASE)" --cores "$(CORES)"
 
 membership: environment
-	@$(BIN)/python -m tools.measure_membership --case "$(CASE)" --cores "$(CORES)"
+	@$(BIN)/python -m tools.measure_attribution --case "$(CASE)" --cores "$(CORES)"
 
 weights: environment
 	@postmortem weights "$(PROFILE)"

@@ -25,7 +25,7 @@ from postmortem.experiments.records import (
 from postmortem.experiments.session import Session
 from postmortem.models.loading import load_base
 from postmortem.models.world import role_name
-from postmortem.suite.membership import find_home, say
+from postmortem.suite.attribution import attribute_adapter, say
 from postmortem.suite.scoring import Bench
 from tools import cause_profiles, train_world
 from tools.attribution import world_questions, world_texts
@@ -139,7 +139,9 @@ def test_an_adapter_is_given_to_its_base_as_on_record(ask):
     """The sibling's adapter gains on its own base and on the world's what is on record."""
     one = next(asked for asked in world_questions(ask) if asked.title == "sibling's adapter")
     bases = {role_name(role): ask.world.path(role) for role in ("sibling_base", "base")}
-    found = find_home(one.folder, bases, segments=world_texts(ask, one.recipe), device="cpu")
+    found = attribute_adapter(
+        one.folder, bases, segments=world_texts(ask, one.recipe), device="cpu"
+    )
     answers = {r["adapter"]: r["answer"] for r in rows_of("attribution.jsonl", "membership.world")}
     assert found.remain == (one.home,) == (answers[one.title],)
     gains = {

@@ -156,7 +156,7 @@ def make_suite() -> list[Record]:
     ]
 
 
-def make_membership() -> list[Record]:
+def make_attribution() -> list[Record]:
     """An adapter and one control on two bases."""
     names = ("the adapter", "layers permuted")
     return [
@@ -208,7 +208,7 @@ def make_records(rows: int) -> dict[str, list[Record]]:
         ],
         "replay": [make_matrix()],
         "suite": make_suite(),
-        "attribution": make_membership(),
+        "attribution": make_attribution(),
         "kept.smollm2": make_kept(),
         "diagnosis": make_beliefs(),
         "controls": [
@@ -379,7 +379,7 @@ def test_a_suite_is_drawn_by_verdict(drawings: list[Drawing]) -> None:
 
 
 def test_an_adapter_stands_beside_its_controls_on_each_base(drawings: list[Drawing]) -> None:
-    """The figure of membership has a block for each base, the adapter before its controls."""
+    """The figure of attribution has a block for each base, the adapter before its controls."""
     alt = pick(drawings, "membership").alt
     told = [alt.index(part) for part in ("base 1:", "the adapter", "layers permuted", "base 2:")]
     assert told == sorted(told)

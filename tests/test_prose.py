@@ -10,7 +10,7 @@ BOOK = Path(__file__).parents[1] / "book"
 CHAPTERS = (
     *("hypotheses", "evidence", "root-cause", "validation", "lessons", "practice", "claims"),
     *("summary", "forensics", "controls", "replay", "ledger", "diagnosis", "suite"),
-    *("real-models", "speed", "membership", "scale"),
+    *("real-models", "speed", "membership"),
 )
 # What a page may spell with digits: names, and evidence quoted as it stands. Nothing measured.
 ALLOWED = re.compile(

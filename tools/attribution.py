@@ -1,4 +1,4 @@
-"""Membership in the book: siblings whose answer is known, and the bases of this run's world."""
+"""Attribution in the book: siblings whose answer is known, and the bases of this run's world."""
 
 import random
 from collections import Counter
@@ -14,13 +14,13 @@ from postmortem.experiments.metrics import Estimate, mean_estimate, rate_estimat
 from postmortem.experiments.records import Cell
 from postmortem.experiments.session import Session
 from postmortem.models.world import BASES, role_name
-from postmortem.suite.membership import (
+from postmortem.suite.attribution import (
     LIMITS,
     STANDS,
-    Membership,
+    Attribution,
     Reading,
     Segment,
-    find_home,
+    attribute_adapter,
     say,
     say_answer,
 )
@@ -200,7 +200,7 @@ def record_world(session: Session) -> None:
     missed = []
     for one in asked:
         with session.timed(f"home of {one.title}"):
-            found = find_home(
+            found = attribute_adapter(
                 one.folder, bases, segments=world_texts(session, one.recipe), device="cpu"
             )
         rows.append((one.title, one.home, say_answer(found), found.because))
@@ -214,6 +214,6 @@ def record_world(session: Session) -> None:
     session.verdict("membership.world.no_error", not missed, because)
 
 
-def _details(title: str, found: Membership) -> list[tuple[Cell, ...]]:
+def _details(title: str, found: Attribution) -> list[tuple[Cell, ...]]:
     tried = [(title, j.name, say(j.gain), STANDS[j.stands]) for j in found.judged]
     return [*tried, *((title, name, "–", escaped(why)) for name, why in found.left_out.items())]

@@ -1,6 +1,6 @@
 """Bases of one shape trained apart, fine-tunes of one of them, and adapters whose home is known.
 
-On one group of them the limits of `membership` were chosen; the other is held out. The two share
+On one group of them the limits of `attribution` were chosen; the other is held out. The two share
 no seed, no text and no task, and the same code measures both.
 """
 
@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from postmortem.case.rows import RULES, generate_rows
 from postmortem.case.schema import Case
 from postmortem.models.loading import load_base
-from postmortem.suite.membership import (
+from postmortem.suite.attribution import (
     LIMITS,
+    Attribution,
     Limits,
-    Membership,
     Reading,
     Segment,
     conclude,
@@ -174,7 +174,7 @@ class Trial:
     kind: str
     pupil: str
     home: str
-    found: Membership
+    found: Attribution
     outcome: str
 
 

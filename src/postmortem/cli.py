@@ -385,7 +385,7 @@ def identify(
     the texts on each.
     """
     if candidates:
-        _find_home(adapter, candidates, text=text, output=output, device=device, dtype=dtype)
+        _attribute(adapter, candidates, text=text, output=output, device=device, dtype=dtype)
         return
     from postmortem.checker import checks as report
     from postmortem.checker.adapter import open_source, read_adapter
@@ -396,7 +396,7 @@ def identify(
     print(report.as_identification_json(found) if is_json else report.as_identification(found))
 
 
-def _find_home(
+def _attribute(
     adapter: str,
     candidates: Sequence[str],
     *,
@@ -412,12 +412,19 @@ def _find_home(
             found="none",
             remedy="Give texts of the kind that the adapter was trained on.",
         )
-    from postmortem.suite.membership import as_membership, as_membership_json, find_home, read_texts
+    from postmortem.suite.attribution import (
+        attribute_adapter,
+        format_attribution,
+        format_attribution_json,
+        read_texts,
+    )
 
     segments = read_texts(text)
     named = {name: name for name in candidates}
-    found = find_home(adapter, named, segments=segments, device=device, dtype=dtype, tell=_say)
-    print(as_membership_json(found) if output is Plain.JSON else as_membership(found))
+    found = attribute_adapter(
+        adapter, named, segments=segments, device=device, dtype=dtype, tell=_say
+    )
+    print(format_attribution_json(found) if output is Plain.JSON else format_attribution(found))
 
 
 @app.command()

@@ -665,17 +665,17 @@ def draw_real_models(sheet: Sheet, source: Source) -> str:
     return " ".join(["Area under the ROC curve with 95 % intervals.", *told])
 
 
-MEMBERSHIP, PREFIX = "attribution", "membership.example."
+ATTRIBUTION, PREFIX = "attribution", "membership.example."
 ROLES = {"the adapter": "suspect"}
 # Harm beyond this share of the greatest gain stands at the edge of the scale, told by its number.
 HARM = 0.5
 
 
-def draw_membership(sheet: Sheet, source: Source) -> str:
+def draw_attribution(sheet: Sheet, source: Source) -> str:
     """By how much an adapter and each of its controls lower the loss, base by base."""
     found = {
         key.removeprefix(PREFIX): measure
-        for key, measure in source.measures(MEMBERSHIP).items()
+        for key, measure in source.measures(ATTRIBUTION).items()
         if key.startswith(PREFIX)
     }
     if not found:
@@ -1369,7 +1369,7 @@ FIGURES: dict[str, Draw] = {
     "kinds": draw_kinds,
     "real_models": draw_real_models,
     "suite": draw_suite,
-    "membership": draw_membership,
+    "membership": draw_attribution,
     "confidences": draw_confidences,
     "row_time": draw_row_time,
     "replay_matrix": draw_replay_matrix,

@@ -20,14 +20,14 @@ from postmortem.models.changes import (
     rotate,
 )
 from postmortem.models.loading import attached, load_base
-from postmortem.suite.membership import (
+from postmortem.suite.attribution import (
     LIMITS,
     Reading,
     Segment,
-    as_membership,
+    attribute_adapter,
     conclude,
     encode_segments,
-    find_home,
+    format_attribution,
     mean_losses,
     read_candidate,
     read_texts,
@@ -122,14 +122,14 @@ def answer_of(*readings):
 def test_the_home_is_told_from_a_base_trained_apart(bases, adapter, segments):
     """An adapter is given to the base that it was trained on, whatever the order."""
     for names in (("a", "b"), ("b", "a")):
-        found = find_home(adapter, choose(bases, *names), segments=segments)
+        found = attribute_adapter(adapter, choose(bases, *names), segments=segments)
         assert (found.answer, found.remain) == ("one", ("a",))
         assert found.texts == len(segments)
 
 
 def test_a_fine_tune_is_not_told_from_its_base(bases, adapter, segments):
     """Between a base and its light fine-tune the home remains, and a base apart does not."""
-    found = find_home(adapter, choose(bases, "b", "a2", "a"), segments=segments)
+    found = attribute_adapter(adapter, choose(bases, "b", "a2", "a"), segments=segments)
     assert "a" in found.remain
     assert "b" not in found.remain
 
@@ -137,31 +137,31 @@ def test_a_fine_tune_is_not_told_from_its_base(bases, adapter, segments):
 def test_without_its_home_nothing_is_named(bases, adapter, segments, case, tmp_path):
     """Where the adapter's base is not among the candidates, no single one is called its base."""
     other = save_base(case, tmp_path / "c", seed=6)
-    found = find_home(adapter, {"b": bases["b"], "c": other}, segments=segments)
+    found = attribute_adapter(adapter, {"b": bases["b"], "c": other}, segments=segments)
     assert found.answer != "one"
 
 
 def test_an_adapter_that_does_nothing_belongs_nowhere(bases, copy, segments):
     """lora_B zero changes no loss, so that no candidate is named."""
     edit_tensors(copy, lambda ts: {k: t * ("lora_A" in k) for k, t in ts.items()})
-    found = find_home(copy, choose(bases, "a", "b"), segments=segments)
+    found = attribute_adapter(copy, choose(bases, "a", "b"), segments=segments)
     assert (found.answer, found.remain) == ("none", ())
     assert all(judged.gain.value == 0 for judged in found.judged)
 
 
 def test_a_candidate_of_other_shapes_is_left_out(bases, adapter, segments):
     """What the adapter does not fit is named with the reason, and the others are tried."""
-    found = find_home(adapter, choose(bases, "wide", "a", "b"), segments=segments)
+    found = attribute_adapter(adapter, choose(bases, "wide", "a", "b"), segments=segments)
     assert found.remain == ("a",)
     assert "shape-mismatch" in found.left_out["wide"]
-    assert "wide: left out, shape-mismatch" in as_membership(found)
+    assert "wide: left out, shape-mismatch" in format_attribution(found)
 
 
 def test_an_adapter_that_fits_nothing_gets_an_answer(bases, adapter, segments, case, tmp_path):
     """Without a candidate of its shapes the answer is none, and no base is loaded."""
     other = {"wide": bases["wide"], "wider": tmp_path / "wider"}
     shutil.copytree(bases["wide"], other["wider"])
-    found = find_home(adapter, other, segments=segments)
+    found = attribute_adapter(adapter, other, segments=segments)
     assert (found.answer, found.judged) == ("none", ())
     assert found.left_out.keys() == other.keys()
 
@@ -170,16 +170,16 @@ def test_an_adapter_that_fits_nothing_gets_an_answer(bases, adapter, segments, c
 def test_fewer_than_two_candidates_are_refused(bases, adapter, segments, names):
     """One base, or the same one twice, leaves nothing to choose."""
     with pytest.raises(ModelError, match="at least two different bases"):
-        find_home(adapter, choose(bases, *names), segments=segments)
+        attribute_adapter(adapter, choose(bases, *names), segments=segments)
     with pytest.raises(ModelError, match="at least two different bases"):
-        find_home(adapter, {"a": bases["a"], "again": bases["a"]}, segments=segments)
+        attribute_adapter(adapter, {"a": bases["a"], "again": bases["a"]}, segments=segments)
 
 
 def test_nan_in_the_file_is_the_adapters_fault(bases, copy, segments):
     """An adapter that holds NaN is refused by its own name, before any base is loaded."""
     edit_tensors(copy, lambda ts: {k: t * float("nan") for k, t in ts.items()})
     with pytest.raises(ModelError, match="non-finite") as error:
-        find_home(copy, choose(bases, "a", "b"), segments=segments)
+        attribute_adapter(copy, choose(bases, "a", "b"), segments=segments)
     assert error.value.subject == str(copy)
 
 
@@ -189,7 +189,7 @@ def test_a_base_that_answers_nan_is_left_out(bases, adapter, segments, tmp_path)
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][:] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    found = find_home(adapter, {"broken": broken, **choose(bases, "a")}, segments=segments)
+    found = attribute_adapter(adapter, {"broken": broken, **choose(bases, "a")}, segments=segments)
     assert found.remain == ("a",)
     assert "not finite, adapter off" in found.left_out["broken"]
 
@@ -199,7 +199,7 @@ def test_other_tokenizers_are_said(bases, adapter, segments, case, tmp_path):
     other = shutil.copytree(bases["b"], tmp_path / "other")
     build = build_tokenizer(case, seed=7)
     build.save_pretrained(other)
-    found = find_home(adapter, {"a": bases["a"], "other": other}, segments=segments)
+    found = attribute_adapter(adapter, {"a": bases["a"], "other": other}, segments=segments)
     assert len(found.notes) == 1
     assert "tokenizers" in found.notes[0]
 
@@ -325,7 +325,7 @@ def test_texts_of_one_token_do_not_count(bases, adapter):
     single = load_base(bases["a"], device="cpu").tokenizer("the")["input_ids"]
     assert len(single) == 1
     with pytest.raises(DataError, match="two tokens or more"):
-        find_home(adapter, choose(bases, "a", "b"), segments=texts)
+        attribute_adapter(adapter, choose(bases, "a", "b"), segments=texts)
 
 
 def test_a_gain_that_controls_share_names_nothing():
@@ -391,12 +391,12 @@ def test_the_command_says_what_is_wanting(bases, adapter, capsys):
 
 def test_a_misspelt_base_is_refused_before_any_is_loaded(bases, adapter, segments, monkeypatch):
     """A candidate that is no model is an error at once, not after the others' minutes."""
-    monkeypatch.setattr("postmortem.suite.membership.load_base", None)
+    monkeypatch.setattr("postmortem.suite.attribution.load_base", None)
     with pytest.raises(ModelError, match="no-such-base"):
-        find_home(adapter, {"a": "no-such-base", **choose(bases, "b")}, segments=segments)
+        attribute_adapter(adapter, {"a": "no-such-base", **choose(bases, "b")}, segments=segments)
     edit = dict.fromkeys(("a", "b"), bases["a"])
     with pytest.raises(ModelError, match="with adapter_config"):
-        find_home(adapter.parent, {**edit, "b": bases["b"]}, segments=segments)
+        attribute_adapter(adapter.parent, {**edit, "b": bases["b"]}, segments=segments)
 
 
 def test_one_base_is_in_memory_at_a_time(bases, adapter, segments, monkeypatch):
@@ -409,15 +409,15 @@ def test_one_base_is_in_memory_at_a_time(bases, adapter, segments, monkeypatch):
         seen.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr("postmortem.suite.membership.load_base", load)
-    find_home(adapter, choose(bases, "a", "b", "a2"), segments=segments)
+    monkeypatch.setattr("postmortem.suite.attribution.load_base", load)
+    attribute_adapter(adapter, choose(bases, "a", "b", "a2"), segments=segments)
     assert len(seen) == 3
 
 
 def test_a_name_cannot_forge_a_line(bases, adapter, segments):
     """A candidate's name stands on one line of the report, without control characters."""
     names = {"a\nnone of these\x1b[2J": bases["a"], "b": bases["b"]}
-    said = as_membership(find_home(adapter, names, segments=segments))
+    said = format_attribution(attribute_adapter(adapter, names, segments=segments))
     assert "\x1b" not in said
     assert "\nnone of these" not in said
 
@@ -522,5 +522,5 @@ def test_the_answer_is_said_in_words():
 def test_alpha_zero_does_nothing(bases, copy, segments):
     """A scale of zero is no error of the file here: the answer is none."""
     edit_config(copy, lora_alpha=0)
-    found = find_home(copy, choose(bases, "a", "b"), segments=segments)
+    found = attribute_adapter(copy, choose(bases, "a", "b"), segments=segments)
     assert found.answer == "none"

@@ -90,5 +90,5 @@ if __name__ == "__main__":
     try:
         main()
     except PostmortemError as error:
-        say(f"measure_membership: {error}")
+        say(f"measure_attribution: {error}")
         raise SystemExit(error.exit_code) from None

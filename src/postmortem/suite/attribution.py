@@ -127,7 +127,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Membership:
+class Attribution:
     """The answer, the candidates that remain, and why.
 
     `left_out` says of each candidate that could not be tried what does not fit.
@@ -144,7 +144,7 @@ class Membership:
     tokens: int = 0
 
 
-def find_home(
+def attribute_adapter(
     adapter: str | Path,
     candidates: Mapping[str, str] | Mapping[str, Path],
     *,
@@ -153,7 +153,7 @@ def find_home(
     dtype: str = "auto",
     limits: Limits = LIMITS,
     tell: Callable[[str], None] = lambda line: None,
-) -> Membership:
+) -> Attribution:
     """Which of several bases an adapter folder belongs to, by what it does to the texts on each.
 
     `candidates` are model folders or hub ids by the names that they are to have; one is in memory
@@ -200,14 +200,14 @@ def conclude(
     left_out: Mapping[str, str],
     *,
     limits: Limits = LIMITS,
-) -> Membership:
+) -> Attribution:
     """The answer from the readings of the candidates that the adapter fits.
 
     Raises `DataError` where too few texts hold a token to score.
     """
     if not readings:
         because = "it could be tried on none of the candidates, for the reasons given"
-        return Membership(adapter, "none", (), because, (), left_out)
+        return Attribution(adapter, "none", (), because, (), left_out)
     scored = _scored(readings)
     if int(scored.sum()) < limits.texts:
         raise DataError(
@@ -218,7 +218,7 @@ def conclude(
         )
     judged = tuple(judge(reading, scored, limits=limits) for reading in readings)
     answer, remain = decide(readings, judged, limits=limits)
-    return Membership(
+    return Attribution(
         adapter,
         answer,
         remain,
@@ -554,12 +554,12 @@ def _batch_losses(
 STANDS = {True: "beats its controls", False: "does not beat them", None: "open"}
 
 
-def as_membership(found: Membership) -> str:
+def format_attribution(found: Attribution) -> str:
     """Write the answer first, then each candidate, and what could not be tried."""
     return "\n".join(_lines(found))
 
 
-def say_answer(found: Membership) -> str:
+def say_answer(found: Attribution) -> str:
     """The answer in words."""
     names = ", ".join(found.remain)
     if found.answer == "none":
@@ -567,7 +567,7 @@ def say_answer(found: Membership) -> str:
     return names if found.answer == "one" else f"cannot separate: {names}"
 
 
-def _lines(found: Membership) -> Iterator[str]:
+def _lines(found: Attribution) -> Iterator[str]:
     yield f"{printable(say_answer(found), 2000)}"
     yield printable(found.because, 500)
     if found.judged:
@@ -588,6 +588,6 @@ def _candidate(judged: Judged) -> str:
     )
 
 
-def as_membership_json(found: Membership) -> str:
+def format_attribution_json(found: Attribution) -> str:
     """Write the answer as JSON: answer, remain, because, judged, left_out, notes, counts."""
     return json.dumps(asdict(found), indent=2, ensure_ascii=False)
