@@ -27,11 +27,11 @@ from postmortem.suite.attribution import (
     attribute_adapter,
     conclude,
     encode_segments,
+    format_answer,
     format_attribution,
     mean_losses,
     read_candidate,
     read_texts,
-    say_answer,
 )
 from tools import attribution, siblings
 from tools.embedded_world import BaseSpec, build_tokenizer, make_adapter, new_base, save_member
@@ -512,9 +512,9 @@ def test_a_profile_of_one_base_says_so(session, quick):
 def test_the_answer_is_said_in_words():
     """One base by its name, several as a group, none as such."""
     one = conclude("x", [make_reading("a", 0.5), make_reading("bb", -0.3)], {})
-    assert say_answer(one) == "a"
-    assert say_answer(replace(one, answer="none", remain=())) == "none of these"
-    assert say_answer(replace(one, answer="cannot separate", remain=("a", "b"))) == (
+    assert format_answer(one) == "a"
+    assert format_answer(replace(one, answer="none", remain=())) == "none of these"
+    assert format_answer(replace(one, answer="cannot separate", remain=("a", "b"))) == (
         "cannot separate: a, b"
     )
 

@@ -25,7 +25,7 @@ from postmortem.experiments.records import (
 from postmortem.experiments.session import Session
 from postmortem.models.loading import load_base
 from postmortem.models.world import role_name
-from postmortem.suite.attribution import attribute_adapter, say
+from postmortem.suite.attribution import attribute_adapter, format_gain
 from postmortem.suite.scoring import Bench
 from tools import cause_profiles, train_world
 from tools.attribution import world_questions, world_texts
@@ -149,7 +149,7 @@ def test_an_adapter_is_given_to_its_base_as_on_record(ask):
         for row in rows_of("attribution.jsonl", "membership.world_bases")
         if row["adapter"] == one.title
     }
-    assert {judged.name: say(judged.gain) for judged in found.judged} == {
+    assert {judged.name: format_gain(judged.gain) for judged in found.judged} == {
         name: gains[name] for name in bases
     }
 

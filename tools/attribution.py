@@ -21,8 +21,8 @@ from postmortem.suite.attribution import (
     Reading,
     Segment,
     attribute_adapter,
-    say,
-    say_answer,
+    format_answer,
+    format_gain,
 )
 from tools.embedded_world import END_OF_TURN, NUMERIC, RECIPES, Recipe
 from tools.siblings import (
@@ -86,7 +86,7 @@ def record_trials(session: Session, trials: Sequence[Trial]) -> None:
     session.table(
         f"{KEY}.missed",
         ("adapter", "what stands to choose from", "answer"),
-        [(trial.pupil, trial.kind, say_answer(trial.found)) for trial in missed],
+        [(trial.pupil, trial.kind, format_answer(trial.found)) for trial in missed],
     )
     columns = ("what stands to choose from", "questions", *OUTCOMES, "share right")
     session.table("membership.trials", columns, rows)
@@ -122,7 +122,7 @@ def record_example(
             session.measure(f"membership.example.{base}.{name}", gains, unit="nat")
         rows.append(
             (
-                *(base, say(judged.gain), judged.control, say(judged.over_control)),
+                *(base, format_gain(judged.gain), judged.control, format_gain(judged.over_control)),
                 STANDS[judged.stands],
             )
         )
@@ -203,7 +203,7 @@ def record_world(session: Session) -> None:
             found = attribute_adapter(
                 one.folder, bases, segments=world_texts(session, one.recipe), device="cpu"
             )
-        rows.append((one.title, one.home, say_answer(found), found.because))
+        rows.append((one.title, one.home, format_answer(found), found.because))
         details += _details(one.title, found)
         missed += [] if one.home in found.remain else [one.title]
     session.table("membership.world", columns, rows)
@@ -215,5 +215,5 @@ def record_world(session: Session) -> None:
 
 
 def _details(title: str, found: Attribution) -> list[tuple[Cell, ...]]:
-    tried = [(title, j.name, say(j.gain), STANDS[j.stands]) for j in found.judged]
+    tried = [(title, j.name, format_gain(j.gain), STANDS[j.stands]) for j in found.judged]
     return [*tried, *((title, name, "–", escaped(why)) for name, why in found.left_out.items())]

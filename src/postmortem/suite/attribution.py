@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional
 
 from postmortem.checker.checks import inspect_adapter
@@ -21,6 +22,7 @@ from postmortem.models.loading import LoadedBase, attached, check_adapter_folder
 from postmortem.models.scoring import batches, with_budget
 
 Answer = Literal["one", "cannot separate", "none"]
+Tell = Callable[[str], None]
 # Findings that make an adapter unusable whatever the base, and those under which it does nothing.
 UNUSABLE = {
     *("non-finite", "corrupt-weights", "missing-weights", "unsafe-pickle"),
@@ -30,6 +32,8 @@ INERT = {"untrained", "scale-zero"}
 # Numbers of a batch's log-probabilities: 512 MiB of float32.
 LOGITS = 1 << 27
 OFF = "adapter off"
+# What is said of an adapter on a candidate, by `Judged.stands`.
+STANDS = {True: "beats its controls", False: "does not beat them", None: "open"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,7 @@ class Limits:
     `trace`: another candidate whose gain lies wholly below this share of the leader's is out. A
     light fine-tune keeps more than half of it, and a base trained apart next to nothing.
 
-    `room`: where a base alone reads with less loss, in nats a token, hardly a gain can show. This
-    one was added when an adapter of the embedded world had nothing to gain on its own base.
+    `room`: where a base alone reads with less loss, in nats a token, hardly a gain can show.
 
     `rotations`: random controls, of which the luckiest is the one to beat. On another base an
     adapter is one more random update: it beats three such by luck one time in four.
@@ -71,7 +74,7 @@ LIMITS = Limits()
 
 
 class UnfitError(ModelError):
-    """PEFT does not load the adapter on this base."""
+    """An adapter does not load on a base, or what they answer together is not finite."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,6 @@ class Reading:
     def gains(self) -> np.ndarray:
         """By how much the adapter lowers the negative log-likelihood of each text."""
         return self.off - self.on
-
-    @property
-    def unusable(self) -> str:
-        """Which of the losses are not finite; empty where all are."""
-        named = {OFF: self.off, "adapter on": self.on, **self.controls}
-        return next((name for name, found in named.items() if not np.isfinite(found).all()), "")
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def attribute_adapter(
     device: str = "auto",
     dtype: str = "auto",
     limits: Limits = LIMITS,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Tell = lambda line: None,
 ) -> Attribution:
     """Which of several bases an adapter folder belongs to, by what it does to the texts on each.
 
@@ -170,28 +167,43 @@ def attribute_adapter(
         )
     check_adapter_folder(adapter)
     # All of them before the first is loaded: a misspelt name should not cost the others' minutes.
-    left_out = {name: fit_of(adapter, source) for name, source in candidates.items()}
+    misfits = {name: find_misfit(adapter, source) for name, source in candidates.items()}
+    left_out = {name: why for name, why in misfits.items() if why}
     readings: list[Reading] = []
-    for name, source in candidates.items():
-        if left_out[name]:
-            continue
+    for name in [name for name in candidates if name not in left_out]:
         tell(f"{name}: reading {len(segments)} texts")
-        base = load_base(source, device=device, dtype=dtype)
         try:
-            reading = read_candidate(
-                adapter, base, name=name, segments=segments, limits=limits, tell=tell
+            base = load_base(candidates[name], device=device, dtype=dtype)
+            readings.append(
+                read_candidate(
+                    adapter, base, name=name, segments=segments, limits=limits, tell=tell
+                )
             )
         except UnfitError as error:
             left_out[name] = error.found
-            continue
-        finally:
-            # The next one is loaded into the room that this one leaves.
-            del base
-            gc.collect()
-        left_out[name] = reading.unusable and f"its losses are not finite, {reading.unusable}"
-        readings += [] if left_out[name] else [reading]
-    unfit = {name: why for name, why in left_out.items() if why}
-    return conclude(str(adapter), readings, unfit, limits=limits)
+        # The next one is loaded into the room that this one leaves.
+        del base
+        gc.collect()
+    in_order = {name: left_out[name] for name in candidates if name in left_out}
+    return conclude(str(adapter), readings, in_order, limits=limits)
+
+
+def find_misfit(adapter: str | Path, base: str | Path) -> str:
+    """Why the adapter's files do not fit this base, by the checker; empty where they do.
+
+    Raises `ModelError` where the adapter itself is unusable, whatever the base.
+    """
+    report = inspect_adapter(str(adapter), str(base)).report
+    errors = [found for found in report.findings if found.severity == "error"]
+    for found in errors:
+        if found.id in UNUSABLE:
+            raise ModelError(
+                adapter,
+                expected="an adapter whose weights can be used",
+                found=f"{found.id}, {found.evidence}",
+                remedy=found.remedy,
+            )
+    return next((f"{f.id}, {f.evidence}" for f in errors if f.id not in INERT), "")
 
 
 def conclude(
@@ -208,7 +220,7 @@ def conclude(
     if not readings:
         because = "it could be tried on none of the candidates, for the reasons given"
         return Attribution(adapter, "none", (), because, (), left_out)
-    scored = _scored(readings)
+    scored = _find_scored(readings)
     if int(scored.sum()) < limits.texts:
         raise DataError(
             "the texts",
@@ -231,7 +243,7 @@ def conclude(
     )
 
 
-def _scored(readings: Sequence[Reading]) -> np.ndarray:
+def _find_scored(readings: Sequence[Reading]) -> np.ndarray:
     """Which texts have a scored token on every candidate."""
     return np.all([reading.counts > 0 for reading in readings], axis=0)
 
@@ -241,20 +253,20 @@ def judge(reading: Reading, scored: np.ndarray, *, limits: Limits = LIMITS) -> J
     # The plainest control is the base alone.
     losses = {OFF: reading.off, **reading.controls}
     leads = {name: mean_estimate((loss - reading.on)[scored]) for name, loss in losses.items()}
-    best = min(leads, key=lambda name: _value(leads[name].value))
-    own = losses[best] - reading.on - limits.share * reading.gains
+    best = min(leads, key=lambda name: _known(leads[name].value))
     stands: bool | None = None
-    if any(_value(lead.high) < limits.gain for lead in leads.values()):
+    if any(_known(lead.high) < limits.gain for lead in leads.values()):
         stands = False
-    elif all(_value(lead.low) > limits.gain for lead in leads.values()):
-        stands = is_above(own[scored]) or None
+    elif all(_known(lead.low) > limits.gain for lead in leads.values()):
+        share = losses[best] - reading.on - limits.share * reading.gains
+        stands = is_above(share[scored]) or None
     level = float(reading.on[scored].mean())
     return Judged(reading.name, leads[OFF], best, leads[best], stands, level)
 
 
 def is_above(values: np.ndarray, least: float = 0.0) -> bool:
     """Whether the interval of the mean lies wholly above the least value."""
-    return _value(mean_estimate(values).low) > least
+    return _known(mean_estimate(values).low) > least
 
 
 def decide(
@@ -266,16 +278,16 @@ def decide(
     already, or where the one with the greatest gain beats it. Nothing is named that has not beaten
     its own controls.
     """
-    scored = _scored(readings)
+    scored = _find_scored(readings)
     alive = [
         place
         for place, found in enumerate(judged)
-        if found.stands is not False or knew(place, readings, judged, scored=scored, limits=limits)
+        if found.stands is not False or knew(place, readings, scored=scored, limits=limits)
     ]
     standing = [place for place in alive if judged[place].stands]
     if not standing:
         return ("cannot separate" if alive else "none"), tuple(judged[k].name for k in alive)
-    leader = max(standing, key=lambda place: _value(judged[place].gain.value))
+    leader = max(standing, key=lambda place: _known(judged[place].gain.value))
     remain = tuple(
         judged[place].name
         for place in alive
@@ -286,12 +298,7 @@ def decide(
 
 
 def knew(
-    place: int,
-    readings: Sequence[Reading],
-    judged: Sequence[Judged],
-    *,
-    scored: np.ndarray,
-    limits: Limits = LIMITS,
+    place: int, readings: Sequence[Reading], *, scored: np.ndarray, limits: Limits = LIMITS
 ) -> bool:
     """Whether a base alone reads the texts nearly without loss, or better than all others ever do.
 
@@ -299,9 +306,8 @@ def knew(
     Where the adapter does harm, it speaks against the base all the same.
     """
     one = readings[place]
-    others = [reading for reading in readings if reading is not one]
-    does_nothing = np.array_equal(one.on, one.off)
-    if does_nothing or _value(judged[place].gain.high) < 0:
+    others = [*readings[:place], *readings[place + 1 :]]
+    if np.array_equal(one.on, one.off) or is_above(-one.gains[scored]):
         return False
     if float(one.off[scored].mean()) < limits.room:
         return True
@@ -322,10 +328,9 @@ def beats(leader: Reading, other: Reading, *, scored: np.ndarray, limits: Limits
     """
     # Tokens of two tokenizers are not the same unit, so losses compare only within one.
     alike = leader.encoding == other.encoding
-    knew_more = alike and is_above((leader.on - other.off)[scored], limits.gain)
     if is_above((limits.trace * leader.gains - other.gains)[scored]):
-        harmed = _value(mean_estimate(other.gains[scored]).high) < 0
-        return harmed or not knew_more
+        knew_more = alike and is_above((leader.on - other.off)[scored], limits.gain)
+        return not knew_more or is_above(-other.gains[scored])
     return (
         alike
         and is_above((leader.gains - other.gains)[scored])
@@ -333,38 +338,35 @@ def beats(leader: Reading, other: Reading, *, scored: np.ndarray, limits: Limits
     )
 
 
-def _value(end: float | None) -> float:
+def _known(end: float | None) -> float:
+    """A number of an estimate that rests on at least one text."""
     assert end is not None
     return end
 
 
 def _because(answer: Answer, remain: Sequence[str], judged: Sequence[Judged]) -> str:
-    stood = [found for found in judged if found.stands]
     if answer == "one":
         found = next(found for found in judged if found.name == remain[0])
         return (
-            f"the adapter gains {say(found.gain)} nat a token there and beats its best control, "
-            f"{found.control}, by {say(found.over_control)}; no other candidate comes near"
+            f"the adapter gains {format_gain(found.gain)} nat a token there and beats its best "
+            f"control, {found.control}, by {format_gain(found.over_control)}; no other candidate "
+            "comes near"
         )
     if answer == "none":
-        best = max(judged, key=lambda found: _value(found.over_control.value))
+        best = max(judged, key=lambda found: _known(found.over_control.value))
         return (
             "on no candidate does the adapter beat its controls with these texts; nearest is "
-            f"{best.name}, {say(best.over_control)} nat a token over {best.control}"
+            f"{best.name}, {format_gain(best.over_control)} nat a token over {best.control}"
         )
+    stood = ", ".join(found.name for found in judged if found.stands)
     if stood:
         return (
-            f"the adapter beats its controls on {', '.join(found.name for found in stood)}, and "
-            "these texts do not rule out the others that are named"
+            f"the adapter beats its controls on {stood}, and these texts do not rule out the "
+            "others that are named"
         )
     return (
         "it is shown to beat its controls on none, and these texts do not rule the named ones out"
     )
-
-
-def say(found: Estimate) -> str:
-    """A gain with its interval, signed."""
-    return say_estimate(found, "+z.3f")
 
 
 def _notes(readings: Sequence[Reading]) -> tuple[str, ...]:
@@ -387,7 +389,8 @@ def read_texts(path: str | Path, *, limits: Limits = LIMITS) -> tuple[Segment, .
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(path, expected="a text file in UTF-8", found=_first_line(error)) from None
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(path, expected="a text file in UTF-8", found=reason) from None
     found = _read_jsonl(path, content) if path.suffix == ".jsonl" else _split(content)
     segments = tuple(segment for segment in found if segment.text.strip())
     if len(segments) < limits.texts:
@@ -401,51 +404,25 @@ def read_texts(path: str | Path, *, limits: Limits = LIMITS) -> tuple[Segment, .
 
 
 def _split(content: str) -> Iterator[Segment]:
-    content = content.replace("\r\n", "\n").strip("\n")
-    parts = content.split("\n\n") if "\n\n" in content else content.split("\n")
+    content = content.strip("\n")
+    parts = content.split("\n\n" if "\n\n" in content else "\n")
     return (Segment(part.strip("\n")) for part in parts)
 
 
 def _read_jsonl(path: Path, content: str) -> Iterator[Segment]:
+    line_type = TypeAdapter(Segment)
     # Only "\n" ends a line: a text may hold what splitlines() splits at.
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            parts = row["text"], row.get("prompt", "")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            parts = (None, None)
-        if not all(isinstance(part, str) for part in parts):
+            yield line_type.validate_json(line)
+        except ValidationError:
             raise DataError(
                 f"{path}, line {number}",
                 expected="a JSON object with `text`, and perhaps `prompt`, as strings",
                 found=line[:60],
-            )
-        yield Segment(*parts)
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def fit_of(adapter: str | Path, base: str | Path) -> str:
-    """Why the adapter's files do not fit this base, by the checker; empty where they do.
-
-    Raises `ModelError` where the adapter itself is unusable, whatever the base.
-    """
-    report = inspect_adapter(str(adapter), str(base)).report
-    errors = [found for found in report.findings if found.severity == "error"]
-    for found in errors:
-        if found.id in UNUSABLE:
-            raise ModelError(
-                adapter,
-                expected="an adapter whose weights can be used",
-                found=f"{found.id}, {found.evidence}",
-                remedy=found.remedy,
-            )
-    unfit = [found for found in errors if found.id not in INERT]
-    return f"{unfit[0].id}, {unfit[0].evidence}" if unfit else ""
+            ) from None
 
 
 def read_candidate(
@@ -455,29 +432,32 @@ def read_candidate(
     name: str,
     segments: Sequence[Segment],
     limits: Limits = LIMITS,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Tell = lambda line: None,
 ) -> Reading:
     """Score the texts on one candidate: without the adapter, with it, and with each control.
 
     A file that brings base weights along changes the loaded base for good. Raises `UnfitError`
-    where the adapter does not load.
+    where the adapter does not load, and where a loss is not finite.
     """
     rows, starts = encode_segments(segments, base.tokenizer, limits=limits)
 
-    def losses(model: Any) -> np.ndarray:
-        return mean_losses(model, rows, starts, tell=tell)
+    def measure(title: str, model: Any) -> np.ndarray:
+        losses = mean_losses(model, rows, starts, tell=tell)
+        if not np.isfinite(losses).all():
+            raise UnfitError(name, found=f"its losses are not finite, {title}")
+        return losses
 
-    off = losses(base.model)
+    off = measure(OFF, base.model)
     with ExitStack() as stack:
         try:
             loaded = stack.enter_context(attached(base, adapter))
         except ModelError as error:
             raise UnfitError(name, found=" ".join(error.found.split())[:200]) from None
-        on, controls = losses(loaded.model), {}
-        # What is not finite has no directions to turn.
-        rotations = limits.rotations if np.isfinite(on).all() else 0
-        for title in each_control(loaded.model, rotations=rotations):
-            controls[title] = losses(loaded.model)
+        on = measure("adapter on", loaded.model)
+        controls = {
+            title: measure(title, loaded.model)
+            for title in each_control(loaded.model, rotations=limits.rotations)
+        }
     counts = np.array([len(row) - start for row, start in zip(rows, starts, strict=True)])
     encoding = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
     return Reading(name, off, on, controls, np.maximum(counts, 0), encoding)
@@ -503,24 +483,21 @@ def mean_losses(
     rows: Sequence[Sequence[int]],
     starts: Sequence[int],
     *,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Tell = lambda line: None,
 ) -> np.ndarray:
     """Mean negative log-likelihood of each row's tokens from its start on, nats, float64.
 
     A row without a scored token is 0.
     """
-    device = next(model.parameters()).device
     found = np.zeros(len(rows))
-    done: set[int] = set()
+    left = [index for index, row in enumerate(rows) if len(row) > starts[index]]
 
     def work(budget: int) -> None:
-        left = [i for i, row in enumerate(rows) if i not in done and len(row) > starts[i]]
-        for places in batches([len(rows[i]) for i in left], budget):
+        for places in batches([len(rows[index]) for index in left], budget):
             batch = [left[place] for place in places]
             found[batch] = _batch_losses(
-                model, [rows[i] for i in batch], [starts[i] for i in batch], device=device
+                model, [rows[index] for index in batch], [starts[index] for index in batch]
             )
-            done.update(batch)
 
     with torch.inference_mode():
         with_budget(
@@ -532,11 +509,9 @@ def mean_losses(
     return found
 
 
-def _batch_losses(
-    model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int], *, device: torch.device
-) -> np.ndarray:
+def _batch_losses(model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> np.ndarray:
     """Padding stands right, where no scored token can see it."""
-    width = max(map(len, rows))
+    width, device = max(map(len, rows)), next(model.parameters()).device
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
     ends = torch.tensor([len(row) for row in rows], device=device)
     places = torch.arange(width, device=device)
@@ -551,15 +526,12 @@ def _batch_losses(
     return (total / scored.sum(1)).cpu().numpy()
 
 
-STANDS = {True: "beats its controls", False: "does not beat them", None: "open"}
+def format_gain(found: Estimate) -> str:
+    """A gain with its interval, signed."""
+    return say_estimate(found, "+z.3f")
 
 
-def format_attribution(found: Attribution) -> str:
-    """Write the answer first, then each candidate, and what could not be tried."""
-    return "\n".join(_lines(found))
-
-
-def say_answer(found: Attribution) -> str:
+def format_answer(found: Attribution) -> str:
     """The answer in words."""
     names = ", ".join(found.remain)
     if found.answer == "none":
@@ -567,27 +539,26 @@ def say_answer(found: Attribution) -> str:
     return names if found.answer == "one" else f"cannot separate: {names}"
 
 
-def _lines(found: Attribution) -> Iterator[str]:
-    yield f"{printable(say_answer(found), 2000)}"
-    yield printable(found.because, 500)
+def format_attribution(found: Attribution) -> str:
+    """The answer first, then each candidate, and what could not be tried."""
+    lines = [printable(format_answer(found), 2000), printable(found.because, 500)]
     if found.judged:
-        yield ""
-        yield f"{found.texts} texts, {found.tokens:,} tokens; nat a token, with 95 % intervals"
-    yield from (_candidate(judged) for judged in found.judged)
-    yield from (
+        lines += [
+            "",
+            f"{found.texts} texts, {found.tokens:,} tokens; nat a token, with 95 % intervals",
+        ]
+    lines += [
+        f"  {printable(one.name)}: gain {format_gain(one.gain)}, over {one.control} "
+        f"{format_gain(one.over_control)}: {STANDS[one.stands]}"
+        for one in found.judged
+    ]
+    lines += [
         f"  {printable(name)}: left out, {printable(why, 240)}"
         for name, why in found.left_out.items()
-    )
-    yield from (f"note: {note}" for note in found.notes)
-
-
-def _candidate(judged: Judged) -> str:
-    return (
-        f"  {printable(judged.name)}: gain {say(judged.gain)}, over {judged.control} "
-        f"{say(judged.over_control)}: {STANDS[judged.stands]}"
-    )
+    ]
+    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
 
 
 def format_attribution_json(found: Attribution) -> str:
-    """Write the answer as JSON: answer, remain, because, judged, left_out, notes, counts."""
+    """The answer as JSON: answer, remain, because, judged, left_out, notes, counts."""
     return json.dumps(asdict(found), indent=2, ensure_ascii=False)
