@@ -1,6 +1,5 @@
 """Where the graph runs: on cores of this machine, or through an executor plugin of Snakemake's."""
 
-import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +9,6 @@ from postmortem.checker.errors import ClusterError
 
 PROFILES = Path(__file__).with_name("profiles")
 SHIPPED = ("slurm", "kubernetes")
-PROFILE_FILE = "config.yaml"
 # What a process of ours takes beside the weights: libraries, rows, log-probabilities.
 FIXED_MB = 2000
 # Files of 16 bits are 32 in memory on a CPU, and half as much again goes to keys, values and
@@ -31,8 +29,8 @@ def place_options(executor: str, *, cores: int, out: Path | None = None) -> list
     """
     if not executor:
         return ["--cores", str(cores)]
-    profile = find_profile(executor)
-    name = executor_of(profile)
+    profile = (PROFILES / executor if executor in SHIPPED else Path(executor)).resolve()
+    name = read_executor(profile)
     require_plugin(name)
     options = ["--profile", str(profile), *(["--jobs", str(cores)] if cores else [])]
     if name == "slurm":
@@ -42,25 +40,18 @@ def place_options(executor: str, *, cores: int, out: Path | None = None) -> list
     return options
 
 
-def find_profile(executor: str) -> Path:
-    """The folder of a profile, shipped or one's own."""
-    folder = PROFILES / executor if executor in SHIPPED else Path(executor)
-    if not (folder / PROFILE_FILE).is_file():
-        raise ClusterError(
-            f"executor {executor!r}",
-            expected=f"{' or '.join(SHIPPED)}, or a folder with a Snakemake profile",
-            found=f"no {PROFILE_FILE} in such a folder",
-        )
-    return folder.resolve()
-
-
-def executor_of(profile: Path) -> str:
-    """The executor that a profile names."""
-    path = profile / PROFILE_FILE
-    found = read_yaml(path, kind="profile", remedy="Give its folder.")
+def read_executor(profile: Path) -> str:
+    """The executor that a profile names; without one Snakemake would run everything here."""
+    path = profile / "config.yaml"
+    found = read_yaml(path, kind="profile", remedy="") if path.is_file() else "no such file"
     name = found.get("executor") if isinstance(found, dict) else None
-    if not isinstance(name, str) or not name.isprintable():
-        raise ClusterError(path, expected="an executor's name under `executor`", found=repr(name))
+    if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+        raise ClusterError(
+            path,
+            expected="a Snakemake profile with the name of its `executor`",
+            found=repr(found)[:200],
+            remedy=f"Give {' or '.join(SHIPPED)}, or the folder of such a profile.",
+        )
     return name
 
 
@@ -83,26 +74,18 @@ def slurm_options() -> list[str]:
     Its usual status command, `sacct`, waits for ever where jobs are not accounted for, and an
     account cannot be guessed there. Raises `ClusterError` where no controller answers.
     """
-    lacking = [name for name in ("sbatch", "scontrol", "squeue") if shutil.which(name) is None]
-    if lacking:
-        raise ClusterError(
-            "executor 'slurm'",
-            expected="SLURM's commands on the PATH",
-            found=f"no {', '.join(lacking)}",
-            remedy="Run it on a login node, or start a cluster of one node: "
-            "tools/start_slurm.sh start.",
+    try:
+        asked = subprocess.run(
+            ["scontrol", "show", "config"], capture_output=True, text=True, check=True
         )
-    asked = subprocess.run(
-        ["scontrol", "show", "config"], capture_output=True, text=True, check=False
-    )
-    if asked.returncode:
+    except (OSError, subprocess.CalledProcessError) as error:
         raise ClusterError(
             "executor 'slurm'",
             expected="a controller that answers `scontrol show config`",
-            found=" ".join(asked.stderr.split())[:200],
-            remedy="Name the cluster's file with SLURM_CONF, or start one: "
-            "tools/start_slurm.sh start.",
-        )
+            found=" ".join((getattr(error, "stderr", "") or str(error)).split())[:200],
+            remedy="Run it on a login node, name the cluster's file with SLURM_CONF, or start a "
+            "cluster of one node: tools/start_slurm.sh start.",
+        ) from None
     accounted = NO_ACCOUNTING not in asked.stdout
     return [] if accounted else ["--slurm-status-command", "squeue", "--slurm-no-account"]
 
