@@ -197,11 +197,27 @@ def test_adapters_are_found_once_and_in_order(tmp_path):
     assert [path.name for path in found] == ["[c]", "a", "b"]
 
 
-def test_a_plan_is_read_back_as_written(place, tmp_path):
-    """What the steps read is what the command wrote."""
-    plan = make_plan(place / "suite.yml")
+def test_a_plan_is_read_back_as_written(untrained, tmp_path):
+    """What the steps read is what the command wrote, also of a folder whose name is no Unicode."""
+    for name in ("plain", os.fsdecode(b"\xff\xfe")):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+    plan = make_plan(write_spec(tmp_path, untrained / "base"))
     write_plan(plan, tmp_path)
     assert read_plan(tmp_path) == plan
+    assert all(Path(entry.folder).is_dir() for entry in read_plan(tmp_path).entries)
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(RecordError, match="expected a plan"):
+        read_plan(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"title": "other"}, {"ask": ["long", "short"]}])
+def test_a_new_title_or_first_prompt_is_judged_again(untrained, tmp_path, changes):
+    """The heading of the results and the prompt that decides are part of what is judged."""
+    (tmp_path / "adapters/a").mkdir(parents=True)
+    both = {"ask": ["short", "long"], "prompts": {"short": ASKED, "long": ASKED}}
+    first = make_plan(write_spec(tmp_path, untrained / "base", **both))
+    other = make_plan(write_spec(tmp_path, untrained / "base", **both | changes))
+    assert (first.run, first.judged != other.judged) == (other.run, True)
 
 
 HOSTILE = ("=cmd|'x'!A1", "+1", "@a", 'a,b"c', "<script>", "a\nb", "\u202egnp", "-x", "a\tb")

@@ -27,7 +27,7 @@ rule results:
         "summary.txt",
     params:
         judged=PLAN["judged"],
-        asked=PLAN["asked"],
+        asked=[PLAN["run"], PLAN["chunks"]],
         command=POSTMORTEM,
     shell:
         "{params.command:q} step suite-results --into $(dirname {output[0]:q})"
@@ -38,7 +38,7 @@ rule chunk:
     output:
         "chunks/{number}.done",
     params:
-        asked=lambda wildcards: PLAN["asked"][wildcards.number],
+        asked=lambda wildcards: [PLAN["run"], PLAN["chunks"][wildcards.number]],
         command=POSTMORTEM,
     threads: PLAN["threads"] or config.get("threads") or workflow.cores or 1
     resources:

@@ -27,7 +27,6 @@ from postmortem.suite.suite import (
     Plan,
     Reading,
     Scored,
-    digest_judgement,
     read_result,
 )
 
@@ -123,7 +122,7 @@ def collect(plan: Plan, out: Path, *, into: Path | None = None) -> Results:
         title=plan.suite.title,
         decided_by=plan.suite.ask[0],
         run=plan.run,
-        judged=digest_judgement(plan.suite),
+        judged=plan.judged,
     )
     into = into or out
     write_text(into / "results.csv", as_csv(results))

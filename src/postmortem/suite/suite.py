@@ -4,12 +4,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SkipValidation, ValidationError
 
 from postmortem.case.files import write_text
 from postmortem.case.load import explain_errors, load_case, read_yaml
@@ -142,33 +141,36 @@ class Scored(Frozen):
     readings: dict[str, Reading] = Field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Entry:
+# A folder's name as the system gives it: it need not be valid Unicode.
+Folder = Annotated[str, SkipValidation]
+
+
+class Entry(Frozen):
     """An adapter of a plan: its name on pages, its folder, and the digest of its files."""
 
     name: str
-    folder: str
+    folder: Folder
     digest: str
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Frozen):
     """A suite with its names resolved, as it stands in the output folder for every step.
 
     `chunks` holds the entries by the number of their chunk, `run` the digest that the results
-    must carry, `threads` is 0 where a step takes all cores, `base_bytes` the size of the base's
-    weights.
+    must carry and `judged` that of what makes verdicts of them. `threads` is 0 where a step takes
+    all cores, `base_bytes` the size of the base's weights.
     """
 
     suite: Suite
-    place: str
-    base: str
+    place: Folder
+    base: Folder
     base_digest: str
     base_bytes: int
     prompts: dict[str, PromptTemplate]
     run: str
+    judged: str
     threads: int
-    chunks: dict[str, tuple[Entry, ...]]
+    chunks: dict[str, list[Entry]]
 
     @property
     def entries(self) -> list[Entry]:
@@ -178,7 +180,7 @@ class Plan:
     @property
     def alone(self) -> Entry:
         """The base alone, which is asked as every adapter is."""
-        return Entry("", "", self.base_digest)
+        return Entry(name="", folder="", digest=self.base_digest)
 
     @property
     def rows(self) -> Rows:
@@ -216,6 +218,7 @@ def make_plan(path: str | Path) -> Plan:
         base_bytes=size,
         prompts=prompts,
         run=digest_run(suite, base=base_digest, rows=rows, prompts=prompts),
+        judged=digest_judgement(suite),
         threads=1 if size < SMALL else 0,
         chunks=cut_chunks(entries, suite.chunk),
     )
@@ -275,7 +278,7 @@ def name_adapters(folders: Sequence[Path], place: Path) -> list[Entry]:
             number += 1
             name = f"{plain} ({number})"
         taken.add(name)
-        entries.append(Entry(name, str(folder), digest_adapter(folder)))
+        entries.append(Entry(name=name, folder=str(folder), digest=digest_adapter(folder)))
     return entries
 
 
@@ -287,59 +290,38 @@ def digest_adapter(folder: Path) -> str:
         return UNREADABLE
 
 
-def cut_chunks(entries: Sequence[Entry], size: int) -> dict[str, tuple[Entry, ...]]:
+def cut_chunks(entries: list[Entry], size: int) -> dict[str, list[Entry]]:
     """Entries in chunks of a size, by number."""
     starts = range(0, len(entries), size)
-    return {f"{i:04d}": tuple(entries[at : at + size]) for i, at in enumerate(starts)}
+    return {f"{i:04d}": entries[at : at + size] for i, at in enumerate(starts)}
 
 
 def digest_run(suite: Suite, *, base: str, rows: Rows, prompts: dict[str, PromptTemplate]) -> str:
     """Digest of everything beside an adapter that can change its numbers."""
-    parts = [
-        *(base, rows.digest, {name: p.model_dump() for name, p in prompts.items()}),
-        *(suite.max_new_tokens, suite.max_prompt_tokens, suite.device, suite.dtype),
-        *(digest_library(), package_versions()),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    asked = {name: prompt.model_dump() for name, prompt in prompts.items()}
+    settings = (suite.max_new_tokens, suite.max_prompt_tokens, suite.device, suite.dtype)
+    return _digest([base, rows.digest, asked, settings, digest_library(), package_versions()])
 
 
 def digest_judgement(suite: Suite) -> str:
-    """Digest of what turns measurements into verdicts."""
-    parts = [suite.limits.model_dump(), digest_library()]
+    """Digest of what turns measurements into verdicts, and of what the results are headed with."""
+    return _digest([suite.title, suite.ask, suite.limits.model_dump(), digest_library()])
+
+
+def _digest(parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_plan(plan: Plan, out: Path) -> None:
-    """Write the plan for the steps, with what tells the graph which of them are out of date."""
-    content = {
-        **asdict(plan),
-        "suite": plan.suite.model_dump(),
-        "prompts": {name: prompt.model_dump() for name, prompt in plan.prompts.items()},
-        "asked": {
-            number: [plan.run, *(entry.digest for entry in chunk)]
-            for number, chunk in plan.chunks.items()
-        },
-        "judged": digest_judgement(plan.suite),
-    }
-    # Escaped to ASCII, since a folder's name need not be valid Unicode.
-    write_text(out / PLAN, json.dumps(content, indent=1) + "\n")
+    """Write the plan for the steps and for the graph, escaped to ASCII."""
+    write_text(out / PLAN, json.dumps(plan.model_dump(), indent=1) + "\n")
 
 
 def read_plan(out: Path) -> Plan:
     """Read a plan back; `RecordError` where it is missing or altered beyond use."""
     try:
-        data = json.loads((out / PLAN).read_text(encoding="utf-8"))
-        names = ("place", "base", "base_digest", "base_bytes", "run", "threads")
-        return Plan(
-            suite=Suite.model_validate(data["suite"]),
-            prompts={n: PromptTemplate.model_validate(p) for n, p in data["prompts"].items()},
-            chunks={
-                number: tuple(Entry(**entry) for entry in chunk)
-                for number, chunk in data["chunks"].items()
-            },
-            **{name: data[name] for name in names},
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Plan.model_validate(json.loads((out / PLAN).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise RecordError(out / PLAN, expected="a plan", found=str(error)[:200]) from None
 
 
