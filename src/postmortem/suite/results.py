@@ -2,12 +2,12 @@
 
 import csv
 import io
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 
 from postmortem.case.files import write_text
@@ -144,43 +144,50 @@ def judge_suite(
 ) -> Results:
     """Put measured adapters through both filters, and build the ensembles of what passes."""
     judgements = judge_adapters(scored, labels=labels, limits=limits, prompt=decided_by)
-    odds = {
-        s.name: np.array(s.readings[decided_by].log_odds, dtype=np.float64)
-        for s in scored
-        if s.status == "ok" and s.readings[decided_by].finite
-    }
+    readings = {s.name: s.readings[decided_by] for s in scored if s.status == "ok"}
+    odds = {name: _odds_of(reading) for name, reading in readings.items() if reading.finite}
     groups = list_members(judgements, odds)
-    control = np.array(base.readings[decided_by].log_odds, dtype=np.float64)
-    best = find_best({name: odds[name] for name in groups["kept"]}, labels)
-    means = {kind: mean_ranks([odds[n] for n in names]) for kind, names in groups.items() if names}
+    kept = {name: odds[name] for name in groups["kept"]}
+    means = {
+        kind: mean_ranks([odds[name] for name in names]) for kind, names in groups.items() if names
+    }
+    control = _odds_of(base.readings[decided_by])
+    truth = labels if name_labels(labels) == "two classes" else None
+    best = find_best(kept, truth)
     ensembles = {
-        kind: _measure_ensemble(
-            *(mean, [odds[name] for name in groups["kept"]]),
-            labels=labels,
+        kind: Ensemble(
             members=len(groups[kind]),
-            best=odds.get(best),
-            control=control,
+            auc=UNKNOWN if truth is None else auc_estimate(truth, mean),
+            gain_over_best=_gain(truth, mean, kept.get(best)),
+            held_out=_gain_held_out(truth, mean, list(kept.values())),
+            gain_over_base=_gain(truth, mean, control),
         )
         for kind, mean in means.items()
     }
-    kept = means.get("kept")
-    gains = {f"over_{kind}": _gain(labels, kept, means.get(kind)) for kind in ("write_up", "all")}
     return Results(
         title=title,
         run=run,
         judged=judged,
         rows=len(control),
-        labels=_name_labels(labels),
+        labels=name_labels(labels),
         decided_by=decided_by,
         limits=limits,
         counts=count_verdicts(judgements),
         best_single=best,
-        best_auc=next((s.readings[decided_by].auc for s in scored if s.name == best), UNKNOWN),
+        best_auc=readings[best].auc if best else UNKNOWN,
         base=base,
         ensembles=ensembles,
-        gains=gains,
+        gains={
+            f"over_{kind}": _gain(truth, means.get("kept"), means.get(kind))
+            for kind in ("write_up", "all")
+        },
         adapters=judgements,
     )
+
+
+def _odds_of(reading: Reading) -> np.ndarray:
+    """The log-odds of the rows, float64, (rows,); NaN where one is not finite."""
+    return np.array(reading.log_odds, dtype=np.float64)
 
 
 def count_verdicts(judgements: Sequence[Judged]) -> dict[str, int]:
@@ -210,34 +217,49 @@ def judge_adapters(
     scored: Sequence[Scored], *, labels: np.ndarray | None, limits: Limits, prompt: str
 ) -> list[Judged]:
     """Both verdicts of each adapter; duplicates and directions are seen across all of them."""
-    reasons = {s.name: list(find_faults(s, limits=limits, prompt=prompt)) for s in scored}
-    open_ = {s.name: _ranking_unknown(s, labels, limits=limits, prompt=prompt) for s in scored}
-    able = [s for s in scored if not reasons[s.name]]
-    for name in find_reversed(able, prompt=prompt) if _name_labels(labels) != "two classes" else ():
-        reasons[name].append("ranks the rows against most of the others")
-    for name, twin in find_duplicates(
-        [s for s in able if not reasons[s.name]], prompt=prompt, alike=limits.alike.value
-    ).items():
-        reasons[name].append(f"answers as {twin} does")
-    judged = []
-    for s in scored:
-        verdict: Kept = "dropped"
-        told = reasons[s.name]
-        if not told and open_[s.name]:
-            verdict, told = "cannot tell", [open_[s.name]]
-        elif not told:
-            verdict, told = "kept", [_praise(s.readings[prompt])]
-        blocked = apply_write_up(s, limits=limits, prompt=prompt)
-        judged.append(
-            Judged(
-                scored=s,
-                write_up=not blocked,
-                write_up_because=blocked,
-                verdict=verdict,
-                because=told,
-            )
-        )
-    return judged
+    faults = {s.name: list(find_faults(s, limits=limits, prompt=prompt)) for s in scored}
+    if name_labels(labels) != "two classes":
+        sound = [s for s in scored if not faults[s.name]]
+        for name in find_reversed(sound, prompt=prompt):
+            faults[name].append("ranks the rows against most of the others")
+    sound = [s for s in scored if not faults[s.name]]
+    for name, twin in find_duplicates(sound, prompt=prompt, alike=limits.alike.value).items():
+        faults[name].append(f"answers as {twin} does")
+    unknown = explain_unknown_ranking(labels, limits)
+    return [
+        _judge(s, faults[s.name], unknown=unknown, limits=limits, prompt=prompt) for s in scored
+    ]
+
+
+def _judge(
+    scored: Scored, faults: list[str], *, unknown: str, limits: Limits, prompt: str
+) -> Judged:
+    verdict: Kept = "dropped"
+    because = faults
+    if not faults:
+        verdict = "cannot tell" if unknown else "kept"
+        because = [unknown or _praise(scored.readings[prompt])]
+    blocked = apply_write_up(scored, limits=limits, prompt=prompt)
+    return Judged(
+        scored=scored,
+        write_up=not blocked,
+        write_up_because=blocked,
+        verdict=verdict,
+        because=because,
+    )
+
+
+def explain_unknown_ranking(labels: np.ndarray | None, limits: Limits) -> str:
+    """Why nobody can tell on these rows whether an adapter ranks; nothing where it can be told."""
+    kind = name_labels(labels)
+    if labels is not None and kind == "two classes" and len(labels) >= limits.rows.value:
+        return ""
+    why = {
+        "none": "the rows have no labels",
+        "one class": "the labels hold one class alone",
+        "two classes": f"fewer than {limits.rows.value:g} rows",
+    }
+    return f"whether it ranks cannot be told: {why[kind]}"
 
 
 def _praise(reading: Reading) -> str:
@@ -297,23 +319,6 @@ def _rank_faults(reading: Reading, limits: Limits) -> Iterable[str]:
         yield f"it ranks worse than the base alone: gain {say_estimate(gain, '+z.3f')}, {told}"
 
 
-def _ranking_unknown(
-    scored: Scored, labels: np.ndarray | None, *, limits: Limits, prompt: str
-) -> str:
-    """Why nobody can tell whether an adapter ranks; nothing where that is known or beside it."""
-    reading = scored.readings.get(prompt)
-    kind = _name_labels(labels)
-    enough = kind == "two classes" and len(reading.log_odds if reading else []) >= limits.rows.value
-    if reading is None or enough:
-        return ""
-    why = {
-        "none": "the rows have no labels",
-        "one class": "the labels hold one class alone",
-        "two classes": f"fewer than {limits.rows.value:g} rows",
-    }[kind]
-    return f"whether it ranks cannot be told: {why}"
-
-
 def find_reversed(scored: Sequence[Scored], *, prompt: str) -> list[str]:
     """Adapters whose ranks run against the mean of the others'; fewer than three tell nothing."""
     if len(scored) < 3:
@@ -327,25 +332,20 @@ def find_reversed(scored: Sequence[Scored], *, prompt: str) -> list[str]:
 
 def find_duplicates(scored: Sequence[Scored], *, prompt: str, alike: float) -> dict[str, str]:
     """Adapters whose log-odds all lie within `alike` of an earlier one's, with its name."""
-    odds = np.array([s.readings[prompt].log_odds for s in scored], dtype=np.float64)
-    # Twins are near in the first row already: only neighbours there are compared.
-    seen: list[tuple[float, int]] = []
+    if not scored:
+        return {}
+    tree = cKDTree([s.readings[prompt].log_odds for s in scored])
+    # The largest number below `alike`, which itself is not near enough.
+    radius = np.nextafter(alike, 0)
+    firsts: set[int] = set()
     found = {}
-    for number, s in enumerate(scored):
-        first = odds[number, 0]
-        low, high = (bisect_left(seen, (first + 2 * step, 0)) for step in (-alike, alike))
-        twin = next(
-            (
-                other
-                for other in sorted(other for _, other in seen[low:high])
-                if np.abs(odds[number] - odds[other]).max() < alike
-            ),
-            None,
-        )
+    for number, odds in enumerate(tree.data):
+        near = tree.query_ball_point(odds, radius, p=np.inf, return_sorted=True)
+        twin = next((other for other in near if other in firsts), None)
         if twin is None:
-            insort(seen, (first, number))
+            firsts.add(number)
         else:
-            found[s.name] = scored[twin].name
+            found[scored[number].name] = scored[twin].name
     return found
 
 
@@ -354,52 +354,33 @@ def mean_ranks(odds: Sequence[np.ndarray]) -> np.ndarray:
     return np.mean([rankdata(row) / len(row) for row in odds], axis=0)
 
 
-def find_best(odds: Mapping[str, np.ndarray], labels: np.ndarray | None) -> str:
+def find_best(odds: Mapping[str, np.ndarray], truth: np.ndarray | None) -> str:
     """The name with the largest AUC, the first of equals; nothing where there is no AUC."""
-    if _name_labels(labels) != "two classes" or not odds:
+    if truth is None or not odds:
         return ""
-    assert labels is not None
-    return max(odds, key=lambda name: auc(labels, odds[name]) or 0.0)
-
-
-def _measure_ensemble(
-    mean: np.ndarray,
-    singles: Sequence[np.ndarray],
-    *,
-    labels: np.ndarray | None,
-    members: int,
-    best: np.ndarray | None,
-    control: np.ndarray,
-) -> Ensemble:
-    known = labels if _name_labels(labels) == "two classes" else None
-    return Ensemble(
-        members=members,
-        auc=UNKNOWN if known is None else auc_estimate(known, mean),
-        gain_over_best=_gain(known, mean, best),
-        held_out=_gain_held_out(known, mean, singles),
-        gain_over_base=_gain(known, mean, control),
-    )
+    return max(odds, key=lambda name: auc(truth, odds[name]) or 0.0)
 
 
 def _gain(
-    labels: np.ndarray | None, scores: np.ndarray | None, control: np.ndarray | None
+    truth: np.ndarray | None, scores: np.ndarray | None, control: np.ndarray | None
 ) -> Estimate:
-    if labels is None or scores is None or control is None or not np.isfinite(control).all():
+    if truth is None or scores is None or control is None or not np.isfinite(control).all():
         return UNKNOWN
-    return auc_gain_estimate(labels, scores, control)
+    return auc_gain_estimate(truth, scores, control)
 
 
 def _gain_held_out(
-    labels: np.ndarray | None, mean: np.ndarray, singles: Sequence[np.ndarray]
+    truth: np.ndarray | None, mean: np.ndarray, singles: Sequence[np.ndarray]
 ) -> Estimate:
-    if labels is None or not singles:
+    if truth is None or not singles:
         return UNKNOWN
     chosen, judged = slice(0, None, 2), slice(1, None, 2)
-    best = max(singles, key=lambda odds: auc(labels[chosen], odds[chosen]) or 0.0)
-    return _gain(labels[judged], mean[judged], best[judged])
+    best = max(singles, key=lambda odds: auc(truth[chosen], odds[chosen]) or 0.0)
+    return _gain(truth[judged], mean[judged], best[judged])
 
 
-def _name_labels(labels: np.ndarray | None) -> Literal["two classes", "one class", "none"]:
+def name_labels(labels: np.ndarray | None) -> Literal["two classes", "one class", "none"]:
+    """What the labels hold, which decides whether a ranking can be judged."""
     if labels is None:
         return "none"
     return "two classes" if len(set(labels.tolist())) > 1 else "one class"
