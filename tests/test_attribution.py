@@ -113,12 +113,6 @@ def make_reading(name, gain, *, controls=(0.0,), off=4.0, texts=40, noise=0.05, 
     return Reading(name, base, on, others, np.full(texts, 9), encoding)
 
 
-def answer_of(*readings):
-    """What is concluded from readings."""
-    found = conclude("x", readings, {})
-    return found.answer, found.remain
-
-
 def test_the_home_is_told_from_a_base_trained_apart(bases, adapter, segments):
     """An adapter is given to the base that it was trained on, whatever the order."""
     for names in (("a", "b"), ("b", "a")):
@@ -141,19 +135,35 @@ def test_without_its_home_nothing_is_named(bases, adapter, segments, case, tmp_p
     assert found.answer != "one"
 
 
-def test_an_adapter_that_does_nothing_belongs_nowhere(bases, copy, segments):
-    """lora_B zero changes no loss, so that no candidate is named."""
-    edit_tensors(copy, lambda ts: {k: t * ("lora_A" in k) for k, t in ts.items()})
+@pytest.mark.parametrize(
+    "silence",
+    [
+        lambda folder: edit_config(folder, lora_alpha=0),
+        lambda folder: edit_tensors(
+            folder, lambda tensors: {k: t * ("lora_A" in k) for k, t in tensors.items()}
+        ),
+    ],
+    ids=["alpha zero", "lora_B zero"],
+)
+def test_an_adapter_that_does_nothing_belongs_nowhere(bases, copy, segments, silence):
+    """A scale of zero and a zero B are no misfits: no loss changes, and no candidate is named."""
+    silence(copy)
     found = attribute_adapter(copy, choose(bases, "a", "b"), segments=segments)
     assert (found.answer, found.remain) == ("none", ())
     assert all(judged.gain.value == 0 for judged in found.judged)
 
 
-def test_a_candidate_of_other_shapes_is_left_out(bases, adapter, segments):
-    """What the adapter does not fit is named with the reason, and the others are tried."""
-    found = attribute_adapter(adapter, choose(bases, "wide", "a", "b"), segments=segments)
+def test_candidates_that_cannot_be_tried_are_left_out(bases, adapter, segments, tmp_path):
+    """Other shapes and losses that are not finite take a candidate out, with the reason."""
+    broken = shutil.copytree(bases["b"], tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    candidates = {"broken": broken, **choose(bases, "wide", "a")}
+    found = attribute_adapter(adapter, candidates, segments=segments)
     assert found.remain == ("a",)
-    assert "shape-mismatch" in found.left_out["wide"]
+    assert list(found.left_out) == ["broken", "wide"]
+    assert "not finite, adapter off" in found.left_out["broken"]
     assert "wide: left out, shape-mismatch" in format_attribution(found)
 
 
@@ -181,17 +191,6 @@ def test_nan_in_the_file_is_the_adapters_fault(bases, copy, segments):
     with pytest.raises(ModelError, match="non-finite") as error:
         attribute_adapter(copy, choose(bases, "a", "b"), segments=segments)
     assert error.value.subject == str(copy)
-
-
-def test_a_base_that_answers_nan_is_left_out(bases, adapter, segments, tmp_path):
-    """Losses that are not finite on one candidate take that one out and no other."""
-    broken = shutil.copytree(bases["b"], tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][:] = float("nan")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    found = attribute_adapter(adapter, {"broken": broken, **choose(bases, "a")}, segments=segments)
-    assert found.remain == ("a",)
-    assert "not finite, adapter off" in found.left_out["broken"]
 
 
 def test_other_tokenizers_are_said(bases, adapter, segments, case, tmp_path):
@@ -272,14 +271,6 @@ def test_long_texts_are_cut(bases):
     assert (len(rows[0]), starts) == (8, [4])
 
 
-def test_where_there_is_no_room_for_a_gain_no_gain_says_nothing():
-    """A base that reads the texts nearly without loss is ruled out by harm alone."""
-    full = make_reading("full", 0.001, off=0.05, noise=0.001)
-    assert answer_of(full, make_reading("other", -0.3)) == ("cannot separate", ("full",))
-    harmed = make_reading("harmed", -0.2, off=0.05, noise=0.001)
-    assert answer_of(harmed, make_reading("other", -0.3)) == ("none", ())
-
-
 @pytest.mark.parametrize(
     ("content", "name", "first", "count"),
     [
@@ -328,34 +319,48 @@ def test_texts_of_one_token_do_not_count(bases, adapter):
         attribute_adapter(adapter, choose(bases, "a", "b"), segments=texts)
 
 
-def test_a_gain_that_controls_share_names_nothing():
-    """On texts that any update makes likelier, beating the controls by little is not enough."""
-    lucky = make_reading("lucky", 1.0, controls=(0.8, 0.2))
-    assert answer_of(lucky, make_reading("other", -0.2)) == ("cannot separate", ("lucky",))
-    assert answer_of(make_reading("own", 1.0, controls=(0.5,)), lucky)[1][0] == "own"
+LUCKY = make_reading("lucky", 1.0, controls=(0.8, 0.2))
+OWN = make_reading("own", 0.3, off=4.0)
+KNOWING = make_reading("knowing", 0.0, off=3.0)
 
 
-def test_nothing_beats_its_controls():
-    """Where the adapter does harm everywhere, none of the candidates is its base."""
-    assert answer_of(make_reading("x", -0.2), make_reading("yy", -0.1)) == ("none", ())
-
-
-def test_a_greater_gain_with_a_higher_loss_decides_nothing():
-    """A fine-tune that forgot the texts gains more from its base's adapter and ends above it."""
-    own = make_reading("own", 0.3, off=4.0)
-    forgot = make_reading("forgetful", 0.5, off=4.6)
-    assert answer_of(own, forgot) == ("cannot separate", ("own", "forgetful"))
-    better = make_reading("better", 0.5, off=4.0)
-    assert answer_of(own, better) == ("one", ("better",))
-
-
-def test_a_base_that_knew_the_texts_is_not_ruled_out():
-    """Where the base alone reads better than the others ever do, no gain says nothing."""
-    knowing = make_reading("knowing", 0.0, off=3.0)
-    assert answer_of(make_reading("a", 0.3), knowing)[1] == ("a", "knowing")
-    assert answer_of(make_reading("a", -0.3), knowing) == ("cannot separate", ("knowing",))
-    # Harm speaks against it all the same.
-    assert answer_of(make_reading("a", 0.3), make_reading("harmed", -0.3, off=3.0))[1] == ("a",)
+@pytest.mark.parametrize(
+    ("readings", "answer", "remain"),
+    [
+        # On texts that any update makes likelier, beating the controls by little is not enough.
+        ((LUCKY, make_reading("other", -0.2)), "cannot separate", ("lucky",)),
+        ((make_reading("own", 1.0, controls=(0.5,)), LUCKY), "cannot separate", ("own", "lucky")),
+        # Where the adapter does harm everywhere, none of the candidates is its base.
+        ((make_reading("x", -0.2), make_reading("yy", -0.1)), "none", ()),
+        # A fine-tune that forgot the texts gains more from its base's adapter and ends above it.
+        (
+            (OWN, make_reading("forgetful", 0.5, off=4.6)),
+            "cannot separate",
+            ("own", "forgetful"),
+        ),
+        ((OWN, make_reading("better", 0.5, off=4.0)), "one", ("better",)),
+        # Where a base alone reads better than the others ever do, no gain says nothing.
+        ((make_reading("a", 0.3), KNOWING), "cannot separate", ("a", "knowing")),
+        ((make_reading("a", -0.3), KNOWING), "cannot separate", ("knowing",)),
+        # Harm speaks against it all the same.
+        ((make_reading("a", 0.3), make_reading("harmed", -0.3, off=3.0)), "one", ("a",)),
+        # A base that reads the texts nearly without loss is ruled out by harm alone.
+        (
+            (make_reading("full", 0.001, off=0.05, noise=0.001), make_reading("other", -0.3)),
+            "cannot separate",
+            ("full",),
+        ),
+        (
+            (make_reading("harmed", -0.2, off=0.05, noise=0.001), make_reading("other", -0.3)),
+            "none",
+            (),
+        ),
+    ],
+)
+def test_readings_decide(readings, answer, remain):
+    """A candidate is named that beats its controls and that no other candidate beats."""
+    found = conclude("x", readings, {})
+    assert (found.answer, found.remain) == (answer, remain)
 
 
 def test_the_command_takes_candidates_in_a_row(bases, adapter, texts_file, capsys):
@@ -517,10 +522,3 @@ def test_the_answer_is_said_in_words():
     assert format_answer(replace(one, answer="cannot separate", remain=("a", "b"))) == (
         "cannot separate: a, b"
     )
-
-
-def test_alpha_zero_does_nothing(bases, copy, segments):
-    """A scale of zero is no error of the file here: the answer is none."""
-    edit_config(copy, lora_alpha=0)
-    found = attribute_adapter(copy, choose(bases, "a", "b"), segments=segments)
-    assert found.answer == "none"
