@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Notebooks that read files and records alone.
-WITHOUT_MODEL = ("files",)
+WITHOUT_MODEL = ("files", "diagnosis")
 
 
 def imports_of(notebook):
