@@ -26,7 +26,7 @@ from postmortem.experiments.records import (
 )
 
 PROVENANCE = Provenance(
-    notebook="01_v1_run",
+    notebook="attempt",
     case="qwen-lora",
     profile="embedded",
     parameters={"rows": 0, "fast": True, "share": 1.0, "data": "", "labels": None},

@@ -149,7 +149,7 @@ def session(case, untrained_world, tmp_path):
     small = Replays(adapters="adapters", rows=4)
     profile = case.profile("embedded").model_copy(update={"replays": small})
     return Session(
-        notebook=tmp_path / "07_replay.ipynb",
+        notebook=tmp_path / "replay.ipynb",
         case=case.model_copy(update={"profiles": {"embedded": profile}}),
         profile_name="embedded",
         world=untrained_world,

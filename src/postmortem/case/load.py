@@ -171,7 +171,7 @@ class _Loader(_YAML):
 
 
 def load_case(path: str | Path) -> Case:
-    """Read and check a case file, in its full form or in the short one of `own_case`.
+    """Read and check a case file, in its full form or in the short one.
 
     Raises `CaseError` naming the file, the key, what was expected and what was found.
     """
