@@ -3,10 +3,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from postmortem.experiments.ask import BASE, System, ask
 from postmortem.experiments.controls import shuffle_posts
 from postmortem.models.changes import CHANGES, NothingToChange, edit_tensors
+from postmortem.models.loading import load_base
 from postmortem.models.world import Member
 
 SUSPECT = System("suspect", "suspect")
@@ -49,6 +51,26 @@ def test_base_weights_in_a_file_do_not_reach_what_is_asked_next(session, tmp_pat
     after = ask(session, BASE, "yes_no")
     assert not np.array_equal(changed.first_log_probs, before.first_log_probs)
     assert np.array_equal(after.first_log_probs, before.first_log_probs)
+
+
+def test_base_weights_in_a_file_are_seen_below_the_adapted_layers(session, tmp_path):
+    """What lower layers computed of the base alone is not taken for that of a changed base."""
+    upper = tmp_path / "upper"
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1])
+    adapted = get_peft_model(load_base(session.world.path("base"), device="cpu").model, config)
+    adapted.save_pretrained(upper)
+    for role in ("suspect", "reference", "no_op", "donor_adapter"):
+        give(session, role, upper)
+    assert session.shared.depth == 1
+    alone = ask(session, BASE, "yes_no")
+    weights = session.base.model.get_input_embeddings().weight.detach().roll(1, 0).contiguous()
+    edit_tensors(upper, lambda t: t | {EMBEDDING: weights})
+    off = ask(session, System("suspect_disabled", "suspect", off=True), "yes_no")
+    base = load_base(session.world.path("base"), device="cpu")
+    base.model.get_input_embeddings().weight.data.copy_(weights)
+    changed = ask(session, System("changed", base=base), "yes_no")
+    assert not np.allclose(off.first_log_probs, alone.first_log_probs, atol=1e-3)
+    assert np.allclose(off.first_log_probs, changed.first_log_probs, atol=1e-5)
 
 
 def test_an_adapter_that_does_not_load_is_a_finding(session, tmp_path):

@@ -163,12 +163,12 @@ def ask(
     try:
         with (
             session.timed(_name_step(system, prompt, rows_name)),
-            _put_on(session, system) as (model, base),
+            _put_on(session, system) as put_on,
         ):
-            answers = _score(session, model, base, system=system, prompt=prompt, rows=chosen)
+            answers = _score(session, put_on, system=system, prompt=prompt, rows=chosen)
     except NoAnswer as why:
         return no_answers(system.name, prompt, contract, reason=str(why))
-    if base.dtype == "float16" and system.adapter is None and answers.lacking:
+    if put_on.base.dtype == "float16" and system.adapter is None and answers.lacking:
         raise ModelError(
             f"{system.name} on {prompt}",
             expected="finite read-outs",
@@ -192,32 +192,45 @@ def _name_step(system: System, prompt: str, rows_name: str) -> str:
     return f"{system.name} on {prompt}" + (f", {rows_name}" if rows_name else "")
 
 
+@dataclass(frozen=True)
+class PutOn:
+    """The model that answers for a system and the base below it.
+
+    `intact` tells whether the base's own weights are those that it was loaded with.
+    """
+
+    model: Any
+    base: LoadedBase
+    intact: bool = True
+
+
 @contextmanager
-def _put_on(session: Session, system: System) -> Iterator[tuple[Any, LoadedBase]]:
-    """The model that answers for a system, and the base below it, for the length of a `with`.
+def _put_on(session: Session, system: System) -> Iterator[PutOn]:
+    """What answers for a system, for the length of a `with`.
 
     Raises `NoAnswer` where there is no such adapter or it does not load.
     """
     adapter = _find_adapter(session, system)
     base = _find_base(session, system)
     if adapter is None:
-        yield base.model, base
+        yield PutOn(base.model, base)
         return
     before = footprint(base.model)
     try:
         with ExitStack() as stack:
             try:
                 folder = stack.enter_context(_changed(adapter, system.change))
-                put_on = attached(
-                    base, folder, ignore_mismatched_sizes=system.ignore_mismatched_sizes
+                loaded = stack.enter_context(
+                    attached(base, folder, ignore_mismatched_sizes=system.ignore_mismatched_sizes)
                 )
-                loaded = stack.enter_context(put_on)
             except ModelError as error:
                 raise NoAnswer(describe_refusal(error)) from None
             _note_warnings(session, system.name, loaded)
             if system.off:
                 stack.enter_context(loaded.model.disable_adapter())
-            yield loaded.model, base
+            # With the adapter on, the base's tensors have other names and are the same ones.
+            intact = set(before.values()) <= set(footprint(base.model).values())
+            yield PutOn(loaded.model, base, intact)
     finally:
         # A file that brings base weights along has changed them for all that come after it.
         if footprint(base.model) != before:
@@ -284,10 +297,9 @@ def _note_warnings(session: Session, system: str, loaded: AttachedAdapter) -> No
         session.text(f"{session.name}.warning.{system}.{number}", line)
 
 
-def _score(
-    session: Session, model: Any, base: LoadedBase, *, system: System, prompt: str, rows: Rows
-) -> Answers:
+def _score(session: Session, put_on: PutOn, *, system: System, prompt: str, rows: Rows) -> Answers:
     """Encode the rows, score them in batches that fit the memory, and read the replies."""
+    model, base = put_on.model, put_on.base
     template, decoding = session.case.prompt(prompt), session.case.decoding(prompt)
     prompts = encode_rows(
         template, rows, tokenizer=base.tokenizer, limit=decoding.max_prompt_tokens
@@ -310,7 +322,7 @@ def _score(
             max_new_tokens=decoding.max_new_tokens,
             numbers=template.reads_numbers,
             answers=template.answers[::-1],
-            shared=session.shared if system.base == "base" else None,
+            shared=session.shared if system.base == "base" and put_on.intact else None,
             budget=session.budget,
             tell=session.shrink,
             progress=progress,
