@@ -9,6 +9,20 @@ from postmortem.experiments.session import Session
 ROOT = Path(__file__).parents[1]
 
 
+def parameters_of(notebook, folder, **given):
+    """The parameters of a session of the shipped case on the models described in a folder."""
+    return {
+        "notebook": str(ROOT / f"notebooks/{notebook}.ipynb"),
+        "case": str(ROOT / "cases/qwen-lora.yml"),
+        "profile": "embedded",
+        "world": str(folder / "world.json"),
+        "records": str(folder / f"records/{notebook}.jsonl"),
+        "device": "cpu",
+        "dtype": "auto",
+        **given,
+    }
+
+
 def cells_of(notebook):
     """The code cells of a notebook, the one with its parameters first and apart."""
     cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text())["cells"]

@@ -104,22 +104,12 @@ def shipped_world(case):
 
 
 @pytest.fixture
-def session(untrained_world, tmp_path, pytestconfig):
+def session(untrained_world, tmp_path):
     """A session on eight generated rows of the untrained world."""
+    from chapters import parameters_of
+
     from postmortem.experiments.session import open_session
     from postmortem.models.world import write_world
 
     write_world(untrained_world, tmp_path / "world.json")
-    root = pytestconfig.rootpath
-    return open_session(
-        {
-            "notebook": str(root / "notebooks/attempt.ipynb"),
-            "case": str(root / "cases/qwen-lora.yml"),
-            "profile": "embedded",
-            "world": str(tmp_path / "world.json"),
-            "records": str(tmp_path / "records/v1.jsonl"),
-            "rows": 8,
-            "device": "cpu",
-            "dtype": "auto",
-        }
-    )
+    return open_session(parameters_of("attempt", tmp_path, rows=8))

@@ -1,10 +1,11 @@
 import shutil
 
+import nbformat
 import own
 import pytest
 import yaml
 
-from postmortem.book.site import stage_site
+from postmortem.book.site import as_page, list_attempts, stage_site
 from postmortem.case.load import load_case
 from postmortem.case.site import SCAFFOLD, site_of
 
@@ -87,3 +88,34 @@ def test_two_cases_are_built_apart(tmp_path):
     first, second = own_site(tmp_path), own_site(tmp_path, "books")
     assert {first.staged, first.out, first.summary} & {second.staged, second.out} == set()
     assert first.summary != second.summary
+
+
+def test_each_attempt_stands_in_the_place_of_all(tmp_path):
+    """A table of contents that names the attempts once lists one for each prompt of the case."""
+    prompts = {"one": own.SENTIMENT, "two": own.SENTIMENT}
+    toc = list_attempts(
+        (SCAFFOLD / "_toc.yml").read_text(), own_site(tmp_path, prompts=prompts).runs
+    )
+    listed = [
+        e["file"]
+        for part in yaml.safe_load(toc)["parts"]
+        for c in part["chapters"]
+        for e in c.get("sections", [])
+    ]
+    assert listed[:4] == [
+        "notebooks/files",
+        "notebooks/attempt_one",
+        "notebooks/attempt_two",
+        "notebooks/adapter_swap",
+    ]
+
+
+def test_a_warning_of_a_library_is_on_no_page(tmp_path):
+    """What went to the error stream names files of the machine and is left out; the rest stays."""
+    streams = [
+        nbformat.v4.new_output("stream", name=name, text=name) for name in ("stdout", "stderr")
+    ]
+    cell = nbformat.v4.new_code_cell("x", outputs=streams, execution_count=1)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
+    (page,) = as_page(tmp_path / "n.ipynb").cells
+    assert [output.text for output in page.outputs] == ["stdout"]

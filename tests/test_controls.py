@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from chapters import recorded, run_chapter
+from chapters import parameters_of, recorded, run_chapter
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,15 +29,8 @@ def run(untrained_world, tmp_path):
 
     def run_with(prepare=lambda session: None):
         write_world(untrained_world, tmp_path / "world.json")
-        return run_chapter(
-            "controls",
-            prepare=prepare,
-            profile="embedded",
-            world=str(tmp_path / "world.json"),
-            records=str(tmp_path / "controls.jsonl"),
-            rows=8,
-            device="cpu",
-        )
+        given = parameters_of("controls", tmp_path, rows=8)
+        return run_chapter("controls", prepare=prepare, **given)
 
     return run_with
 

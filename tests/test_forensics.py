@@ -4,7 +4,7 @@ from itertools import accumulate, combinations
 
 import numpy as np
 import pytest
-from chapters import run_chapter
+from chapters import parameters_of, run_chapter
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,22 +28,10 @@ RECORDERS = (
 
 
 @pytest.fixture
-def session(untrained_world, tmp_path, pytestconfig):
+def session(untrained_world, tmp_path):
     """A session of the forensic notebook on the untrained world."""
     write_world(untrained_world, tmp_path / "world.json")
-    root = pytestconfig.rootpath
-    return open_session(
-        {
-            "notebook": str(root / "notebooks/files.ipynb"),
-            "case": str(root / "cases/qwen-lora.yml"),
-            "profile": "embedded",
-            "world": str(tmp_path / "world.json"),
-            "records": str(tmp_path / "files.jsonl"),
-            "rows": 2,
-            "device": "cpu",
-            "dtype": "auto",
-        }
-    )
+    return open_session(parameters_of("files", tmp_path, rows=2))
 
 
 def change(model, **changes):

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from chapters import parameters_of
 from safetensors.torch import load_file
 
 from postmortem.checker.adapter import WEIGHTS_FILE
@@ -25,22 +26,10 @@ from tools.faults import Reproduction, record_reproductions
 
 
 @pytest.fixture
-def session(untrained_world, tmp_path, pytestconfig):
+def session(untrained_world, tmp_path):
     """A session of the inventory notebook on the untrained world."""
     write_world(untrained_world, tmp_path / "world.json")
-    root = pytestconfig.rootpath
-    return open_session(
-        {
-            "notebook": str(root / "notebooks/files.ipynb"),
-            "case": str(root / "cases/qwen-lora.yml"),
-            "profile": "embedded",
-            "world": str(tmp_path / "world.json"),
-            "records": str(tmp_path / "files.jsonl"),
-            "rows": 2,
-            "device": "cpu",
-            "dtype": "auto",
-        }
-    )
+    return open_session(parameters_of("files", tmp_path, rows=2))
 
 
 def recorded(session, kind):

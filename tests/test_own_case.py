@@ -6,6 +6,7 @@ import own
 import pandas as pd
 import pytest
 import torch
+from chapters import parameters_of
 from safetensors.torch import load_file, save_file
 
 from postmortem.case.load import load_case
@@ -42,18 +43,9 @@ def open_own(case, folder, rows=0):
     """A session of the case, as a notebook opens it."""
     loaded = load_case(case)
     write_world(resolve_world(loaded, loaded.default_profile), folder / "world.json")
-    return open_session(
-        {
-            "notebook": "notebooks/attempt.ipynb",
-            "case": str(case),
-            "profile": "",
-            "world": str(folder / "world.json"),
-            "records": str(folder / "records/own.jsonl"),
-            "rows": rows,
-            "device": "cpu",
-            "dtype": "auto",
-        }
-    )
+    records = str(folder / "records/own.jsonl")
+    given = {"case": str(case), "profile": "", "records": records, "rows": rows}
+    return open_session(parameters_of("attempt", folder, **given))
 
 
 def test_the_short_form_is_a_case(place, tmp_path):

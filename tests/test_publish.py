@@ -3,7 +3,12 @@ import shutil
 
 import pytest
 
-from postmortem.book.publish import add_case_values, collect_values, publish
+from postmortem.book.publish import (
+    add_case_values,
+    add_suite_costs,
+    collect_values,
+    publish,
+)
 from postmortem.case.load import load_case
 from postmortem.case.rows import choose_rows
 from postmortem.case.schema import RunTest
@@ -12,6 +17,8 @@ from postmortem.checker.errors import RecordError
 from postmortem.experiments.records import (
     Measure,
     Provenance,
+    RecordFile,
+    Timing,
     Verdict,
     input_digests,
     write_records,
@@ -214,3 +221,24 @@ def test_two_notebooks_may_not_record_one_key(tmp_path):
     file = read_records(tmp_path / "attempt.jsonl")
     with pytest.raises(RecordError, match="recorded once"):
         collect_values([file, file])
+
+
+def test_a_larger_suite_costs_in_proportion():
+    """The table of costs multiplies what an adapter took; where none answered it says so."""
+
+    def record(answered):
+        made = [
+            Measure(key="suite.count.answered", value=answered),
+            Measure(key="suite.bytes.adapter", value=5e6),
+            Measure(key="suite.bytes.result", value=1e3),
+            Timing(key="suite: adapters that answer", seconds=36.0),
+        ]
+        return RecordFile.model_construct(records=tuple(made))
+
+    values = {"tables": {}}
+    add_suite_costs(values, record(0))
+    assert values["tables"]["suite.costs"]["rows"][0][0] == "not available"
+    add_suite_costs(values, record(10))
+    rows = values["tables"]["suite.costs"]["rows"]
+    assert rows[0] == ["200", 0.2, 1.0, 0.0002]
+    assert [row[1] for row in rows] == [0.2, 10.0, 100.0]

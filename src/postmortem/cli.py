@@ -257,8 +257,8 @@ def diagnose(
 ) -> None:
     """Find the cause: run what tells most a minute, or weigh the evidence of an incident.
 
-    A case is examined in its time box. Of one that lists what was observed the causes are
-    ranked by that evidence and the kept replays, with what to run next.
+    A case at hand is examined in its time box. Of one with attempts, which are over, the causes
+    are ranked by the evidence on record and the kept replays, with what to run next.
     """
     from postmortem.case.load import load_case
 
@@ -267,7 +267,7 @@ def diagnose(
     loaded = load_case(case)
     chosen = profile or loaded.default_profile
     loaded.profile(chosen)
-    if not loaded.observed:
+    if not loaded.attempts:
         _diagnose_own(
             loaded,
             profile=chosen,

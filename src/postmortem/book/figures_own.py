@@ -144,7 +144,7 @@ def draw_controls(sheet: Sheet, source: Source) -> str:
     titles = {"suspect": "suspect", **COPIES}
 
     def place(name: str) -> str:
-        return f"suspect.{source.case.swapped[-1]}" if name == "suspect" else name
+        return f"suspect.{source.case.compared_prompts[-1]}" if name == "suspect" else name
 
     def list_rows(measure: str) -> list[Row]:
         return [

@@ -70,8 +70,8 @@ def publish(
     values["texts"]["rows.source"] = scored.source
     values["measures"]["rows.count"] = _number(len(scored))
     add_asked(values, case.asked)
-    # A case without hypotheses of its own is held against those that fit any adapter.
-    if case.hypotheses:
+    # A case without attempts tells no story of its own: it is held against what fits any adapter.
+    if case.attempts:
         drawings, missing = _add_incident(values, case, files=files)
     else:
         add_any_case(values, case, rows=scored)
@@ -477,7 +477,9 @@ def add_suite_costs(values: Values, file: RecordFile) -> None:
     measures = {record.key: record.value or 0.0 for record in file.of(Measure)}
     seconds = {record.key: record.seconds for record in file.of(Timing)}
     answered = measures.get("suite.count.answered")
+    columns = ("adapters", "core-hours", "GB of adapters", "GB of results")
     if not answered:
+        add_table(values, "suite.costs", columns, [("not available", None, None, None)])
         return
     hours = seconds["suite: adapters that answer"] / answered / 3600
     gigabytes = [measures[f"suite.bytes.{name}"] / 1e9 for name in ("adapter", "result")]
@@ -486,7 +488,6 @@ def add_suite_costs(values: Values, file: RecordFile) -> None:
         [f"{count:,}", *(float(f"{count * one:.2g}") for one in (hours, *gigabytes))]
         for count in SUITES
     ]
-    columns = ("adapters", "core-hours", "GB of adapters", "GB of results")
     add_table(values, "suite.costs", columns, rows)
 
 

@@ -531,7 +531,7 @@ class Case(Frozen):
         return next(iter(self.prompts))
 
     @property
-    def swapped(self) -> tuple[str, ...]:
+    def compared_prompts(self) -> tuple[str, ...]:
         """The prompts under which systems are compared."""
         return tuple(self.compared or self.prompts)
 
