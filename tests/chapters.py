@@ -35,7 +35,7 @@ def cells_of(notebook):
     return parameters, [text for tags, text in sources if "parameters" not in tags]
 
 
-def run_chapter(notebook, *, prepare=lambda session: None, **given):
+def run_chapter(notebook, /, *, prepare=lambda session: None, **given):
     """Run a notebook's cells with these parameters; return its session, which is not sealed.
 
     `prepare` changes the session right after it was opened.

@@ -93,15 +93,10 @@ def test_two_cases_are_built_apart(tmp_path):
 def test_each_attempt_stands_in_the_place_of_all(tmp_path):
     """A table of contents that names the attempts once lists one for each prompt of the case."""
     prompts = {"one": own.SENTIMENT, "two": own.SENTIMENT}
-    toc = list_attempts(
-        (SCAFFOLD / "_toc.yml").read_text(), own_site(tmp_path, prompts=prompts).runs
-    )
-    listed = [
-        e["file"]
-        for part in yaml.safe_load(toc)["parts"]
-        for c in part["chapters"]
-        for e in c.get("sections", [])
-    ]
+    runs = own_site(tmp_path, prompts=prompts).runs
+    toc = yaml.safe_load(list_attempts((SCAFFOLD / "_toc.yml").read_text(), runs))
+    sections = [c.get("sections", []) for part in toc["parts"] for c in part["chapters"]]
+    listed = [entry["file"] for found in sections for entry in found]
     assert listed[:4] == [
         "notebooks/files",
         "notebooks/attempt_one",
