@@ -20,7 +20,7 @@ BIN := $(abspath $(VENV))/bin
 # The graph calls `postmortem` and `snakemake` of this environment by name.
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := book
-.PHONY: book world replay looks record confirm bench suite membership weights test test-slow lint \
+.PHONY: book world replay cause-profiles record confirm bench suite membership weights test test-slow lint \
   clean environment cluster
 
 # With uv on the path the environment is there in a third of the time.
@@ -56,7 +56,7 @@ world: environment
 	@$(BIN)/python -m tools.train_world --case "$(CASE)" --cores "$(CORES)" \
 	  --against results/embedded
 
-looks: environment
+cause-profiles: environment
 	@$(BIN)/python -m tools.cause_profiles --case "$(CASE)" --cores "$(CORES)"
 
 record: environment

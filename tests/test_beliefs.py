@@ -3,7 +3,7 @@ from replays import replay
 
 from postmortem.case.schema import Observed
 from postmortem.checker.errors import DiagnosisError
-from postmortem.diagnosis.beliefs import (
+from postmortem.diagnosis.inquiry import (
     ROOM,
     TIME_BOX,
     as_diagnosis,
@@ -13,7 +13,7 @@ from postmortem.diagnosis.beliefs import (
     record_next_steps,
     record_trust,
 )
-from postmortem.diagnosis.symptom import list_replays
+from postmortem.diagnosis.likelihoods import list_replays
 from postmortem.experiments.records import Measure, Provenance, RecordFile, Table, Text, Verdict
 
 # Three causes that the tests below tell apart, and one that does what another does.
@@ -177,7 +177,7 @@ def test_worlds_are_held_out_whole(case):
     odd = OUTCOMES | {"zero-b": OUTCOMES["other-shapes"]}
     files = [*(make_file(seed) for seed in range(5)), make_file(5, odd)]
     found = evaluate_replays(case, list_replays(files))
-    assert {miss.cause for miss in found.misses} == {"zero-b"}
+    assert {miss.replay.cause for miss in found.misses} == {"zero-b"}
 
 
 def make_file(seed, outcomes=OUTCOMES):

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from postmortem.diagnosis.examine import EXAMS
+from postmortem.diagnosis.battery import TESTS
 from postmortem.models.world import Member
 from tools import cause_profiles as module
 from tools.cause_profiles import (
@@ -47,7 +47,7 @@ def test_every_cause_is_planted_and_met_with_every_experiment(site, monkeypatch,
     for replay in replays:
         assert {"inspect", "load", "base-alone", "reference"} <= replay.outcomes.keys()
         for test, outcome in replay.outcomes.items():
-            assert outcome in EXAMS[test].outcomes
+            assert outcome in TESTS[test].outcomes
     found = {replay.cause: replay.outcomes for replay in replays}
     assert found["zero-b"]["effect"] == "none"
     assert found["other-shapes"]["load"] == "raises"

@@ -12,7 +12,7 @@ from conftest import EMBEDDED, ROOT
 
 from postmortem.case.rows import choose_rows, generate_rows
 from postmortem.diagnosis.causes import CAUSES, Materials
-from postmortem.diagnosis.looks import read_looks
+from postmortem.diagnosis.likelihoods import read_profiles
 from postmortem.diagnosis.replay import _replay_cause, make_bench
 from postmortem.experiments.records import (
     Measure,
@@ -169,7 +169,7 @@ def test_what_diagnose_knows_of_causes_is_what_they_show(ask, monkeypatch, tmp_p
     rows = generate_rows(
         cause_profiles.ROWS, cause_profiles.FIRST_SEED, columns=session.case.columns
     )
-    kept = {replay.key: replay for replay in read_looks().of(Replay)}
+    kept = {replay.key: replay for replay in read_profiles().of(Replay)}
     found = list(cause_profiles._replay_site(session, site, name="number", rows=rows))
     assert len(found) == len(planted)
     for again in found:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from replays import WORDS, experiment, ledgers, replay, table
 
 from postmortem.checker.errors import DiagnosisError
-from postmortem.diagnosis.beliefs import Ledger, Prior, sensitivity
+from postmortem.diagnosis.beliefs import Ledger, Prior
 from postmortem.diagnosis.likelihoods import Hypothesis, Likelihoods, by_cause, measure_likelihoods
 
 CONTROL = experiment("control")
@@ -239,20 +239,6 @@ def test_observation_that_cannot_be(observed, message):
     """An experiment or an outcome that the table does not know is refused at once."""
     with pytest.raises(DiagnosisError, match=message):
         Ledger(SEPARATED, observed)
-
-
-def test_sensitivity_gives_the_extremes():
-    """The posterior of each cause is given for each prior, with the least and the greatest."""
-    priors = {"flat": Prior(), "sceptical": Prior({"no-op": 1, "sibling": 1, "healthy": 98})}
-    ledger = Ledger(SEPARATED, {"control": "yes"})
-    found = sensitivity(ledger, priors)
-    flat, sceptical = (
-        replace(ledger, prior=prior).posterior(draws=10).causes["no-op"].value
-        for prior in priors.values()
-    )
-    assert found["no-op"].by_prior == {"flat": flat, "sceptical": sceptical}
-    assert (found["no-op"].low, found["no-op"].high) == (sceptical, flat)
-    assert sceptical < 0.1 < flat
 
 
 def test_least_disconfirmed_counts_inconsistencies():

@@ -6,8 +6,8 @@ from replays import replay
 from postmortem.checker.catalogue import finding
 from postmortem.checker.errors import DiagnosisError
 from postmortem.diagnosis import examination as module
+from postmortem.diagnosis.battery import TESTS, Found
 from postmortem.diagnosis.examination import Examination, describe_judgements, parse_told, stand
-from postmortem.diagnosis.examine import EXAMS, Found
 
 SEEN = {
     "healthy": {"inspect": "nothing", "answers": "varies", "effect": "clear", "home": "at home"},
@@ -61,14 +61,14 @@ def examine(monkeypatch):
     """A function that examines a stub whose experiments come out as those of a cause."""
 
     def run(cause, *, minutes=10.0, told=None, **changes):
-        seen = {**dict.fromkeys(EXAMS), **SEEN[cause]}
+        seen = {**dict.fromkeys(TESTS), **SEEN[cause]}
         exams = {
             name: exam.__class__(**{**vars(exam), "run": lambda s, n=name: Found(seen[n], "")})
-            for name, exam in EXAMS.items()
+            for name, exam in TESTS.items()
             if seen[name] is not None
         }
         monkeypatch.setattr(module, "CONTROLS", [n for n in module.CONTROLS if n in exams])
-        monkeypatch.setattr(module, "EXAMS", exams)
+        monkeypatch.setattr(module, "TESTS", exams)
         monkeypatch.setattr(module, "spread", lambda rows, count: rows[:count])
         lines = []
         examination = Examination(

@@ -5,10 +5,9 @@ from replays import replay
 
 from postmortem.checker.errors import RecordError
 from postmortem.diagnosis.causes import CAUSES
+from postmortem.diagnosis.likelihoods import list_replays, open_replays
 from postmortem.diagnosis.symptom import (
     FEATURES,
-    list_replays,
-    open_replays,
     record_again,
     record_kept_replays,
     record_replays,

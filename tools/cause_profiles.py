@@ -2,7 +2,7 @@
 
 Usage: python -m tools.cause_profiles [--worlds 2] [--cores 0]
 The first world is the shipped one, further ones are trained. The record is what `diagnose` knows of
-causes: `src/postmortem/diagnosis/looks.jsonl`.
+causes: `src/postmortem/diagnosis/cause_profiles.jsonl`.
 """
 
 import argparse
@@ -23,11 +23,10 @@ from postmortem.case.load import load_case
 from postmortem.case.rows import generate_rows
 from postmortem.case.schema import Case, PromptTemplate
 from postmortem.checker.errors import PostmortemError
+from postmortem.diagnosis.battery import BASE, REFERENCE, TESTS, Subject, why_not, writes_order
 from postmortem.diagnosis.causes import CAUSES, Materials, Run, edit_each
 from postmortem.diagnosis.examination import describe_judgements
-from postmortem.diagnosis.examine import BASE, EXAMS, REFERENCE, Subject, why_not, writes_order
-from postmortem.diagnosis.likelihoods import NO_SEVERITY
-from postmortem.diagnosis.looks import SHIPPED, write_looks
+from postmortem.diagnosis.likelihoods import NO_SEVERITY, SHIPPED, write_profiles
 from postmortem.experiments.records import Replay
 from postmortem.experiments.session import Session
 from postmortem.models.world import Member, World, digest_model, resolve_world
@@ -242,12 +241,12 @@ def replay_world(
     case = with_choices(case)
     with TemporaryDirectory() as scratch:
         session = Session(
-            notebook=Path("looks"),
+            notebook=Path("cause_profiles"),
             case=case,
             profile_name=world.profile,
             world=world,
             rows=generate_rows(ROWS, FIRST_SEED, columns=case.columns),
-            records_path=Path(scratch, "looks.jsonl"),
+            records_path=Path(scratch, "cause_profiles.jsonl"),
             parameters={},
             device="cpu",
         )
@@ -341,9 +340,9 @@ KEPT = (BASE, REFERENCE)
 def observe_all(subject: Subject) -> dict[str, str]:
     """The outcome of every experiment that is to be had."""
     outcomes: dict[str, str] = {}
-    for name, exam in EXAMS.items():
+    for name, test in TESTS.items():
         if not why_not(name, subject, outcomes):
-            outcomes[name] = exam.run(subject).outcome
+            outcomes[name] = test.run(subject).outcome
     return outcomes
 
 
@@ -383,8 +382,8 @@ def main() -> None:
             pool.submit(replay_seed, chosen.case, place, seed) for seed, place in folders.items()
         ]
         replays = [replay for found in running for replay in found.result()]
-    write_looks(SHIPPED, replays, case=case, worlds=folders)
-    print(f"looks: {len(replays)} replays, {describe_judgements(replays)}")
+    write_profiles(SHIPPED, replays, case=case, worlds=folders)
+    print(f"cause profiles: {len(replays)} replays, {describe_judgements(replays)}")
 
 
 if __name__ == "__main__":

@@ -277,8 +277,8 @@ def diagnose(
             is_json=output is Format.JSON,
         )
         return
-    from postmortem.diagnosis.beliefs import as_diagnosis, open_inquiry
-    from postmortem.diagnosis.symptom import list_replays
+    from postmortem.diagnosis.inquiry import as_diagnosis, open_inquiry
+    from postmortem.diagnosis.likelihoods import list_replays
     from postmortem.experiments.records import read_replays
 
     inquiry = open_inquiry(loaded, list_replays(read_replays(loaded)))

@@ -53,8 +53,8 @@ def replay(settings: Settings, *, cores: int, executor: str = "") -> str:
     The kept replays are left as they are.
     """
     # These load scipy, which no other command of the graph waits for.
-    from postmortem.diagnosis.beliefs import describe_trust, evaluate_replays
-    from postmortem.diagnosis.symptom import list_replays
+    from postmortem.diagnosis.inquiry import describe_trust, evaluate_replays
+    from postmortem.diagnosis.likelihoods import list_replays
 
     settings = check_settings(settings)
     case = load_case(str(settings["case"]))

@@ -18,19 +18,28 @@ from postmortem.case.rows import choose_rows
 from postmortem.case.schema import Case
 from postmortem.checker.catalogue import Finding, find_entry
 from postmortem.checker.errors import CaseError, DiagnosisError
-from postmortem.diagnosis.beliefs import DRAWS, Ledger, plan
-from postmortem.diagnosis.examine import (
-    EXAMS,
+from postmortem.diagnosis.battery import (
     FIRST,
     SAVED,
+    TESTS,
     Subject,
-    list_experiments,
     spread,
     why_not,
+    written_scores,
 )
-from postmortem.diagnosis.examine import _written as as_scores
-from postmortem.diagnosis.likelihoods import HEALTHY, Hypothesis, by_cause, memberships
-from postmortem.diagnosis.looks import FAMILIES, SERVING, meanings, measure_looks, read_looks
+from postmortem.diagnosis.beliefs import DRAWS, Ledger, plan
+from postmortem.diagnosis.likelihoods import (
+    FAMILIES,
+    HEALTHY,
+    SERVING,
+    Hypothesis,
+    by_cause,
+    list_experiments,
+    meanings,
+    measure_profiles,
+    memberships,
+    read_profiles,
+)
 from postmortem.experiments.measure import escaped, shown
 from postmortem.experiments.metrics import THRESHOLDS, Estimate, auc_estimate
 from postmortem.experiments.records import Replay
@@ -158,8 +167,10 @@ class Examination:
     @property
     def ledger(self) -> Ledger:
         """Beliefs after the outcomes so far; the experiments at what they cost now."""
-        minutes = {name: self.cost(name) / 60 for name in EXAMS}
-        return Ledger(measure_looks(self.replays, list_experiments(minutes)), self.evidence)
+        minutes = {name: self.cost(name) / 60 for name in TESTS}
+        return Ledger(
+            measure_profiles(self.replays, list_experiments(TESTS, minutes)), self.evidence
+        )
 
     @cached_property
     def known_findings(self) -> frozenset[str]:
@@ -197,7 +208,7 @@ class Examination:
         for exam in CONTROLS:
             if self.fatal is not None or self.seconds_left <= 0:
                 break
-            if EXAMS[exam].states and not self.is_paced:
+            if TESTS[exam].states and not self.is_paced:
                 self._fit_rows()
             if self._is_open(exam) and self._fits(exam):
                 self._run(exam)
@@ -208,7 +219,7 @@ class Examination:
     def cost(self, exam: str) -> float:
         """Seconds that an experiment is expected to take; what was asked before costs nothing."""
         subject = self.subject
-        missing = [state for state in EXAMS[exam].states if state not in subject.asked]
+        missing = [state for state in TESTS[exam].states if state not in subject.asked]
         each = subject.pace * len(subject.rows) + subject.overhead
         return MARGIN * each * len(missing)
 
@@ -220,7 +231,7 @@ class Examination:
 
     def _run(self, exam: str) -> None:
         start = time.perf_counter()
-        found = EXAMS[exam].run(self.subject)
+        found = TESTS[exam].run(self.subject)
         outcome = self._known_outcome() if exam == "inspect" else found.outcome
         step = Step(exam, outcome, found.measured, time.perf_counter() - start)
         self.steps.append(step)
@@ -235,8 +246,8 @@ class Examination:
         """Take as many rows as let all experiments fit into the time left."""
         subject, self.is_paced = self.subject, True
         subject.ask(FIRST)
-        open_ = [name for name in EXAMS if self._is_open(name)]
-        states = {s for name in open_ for s in EXAMS[name].states if s not in subject.asked}
+        open_ = [name for name in TESTS if self._is_open(name)]
+        states = {s for name in open_ for s in TESTS[name].states if s not in subject.asked}
         left = PLANNED * self.seconds_left / MARGIN - subject.overhead * len(states)
         most = max(int(left / max(subject.pace * len(states), 1e-9)), LEAST_ROWS)
         if most < len(subject.rows):
@@ -247,7 +258,7 @@ class Examination:
         """The experiment with the most expected bits a minute that fits; None where it is over."""
         ledger = self.ledger
         causes = by_cause(ledger.likelihoods)
-        open_ = [name for name in EXAMS if self._is_open(name) and self._fits(name)]
+        open_ = [name for name in TESTS if self._is_open(name) and self._fits(name)]
         settled = max(ledger.marginal(causes).values()) >= SETTLED
         if self.fatal is not None or settled or not open_:
             return None
@@ -278,7 +289,7 @@ def order_written(subject: Subject) -> Estimate | None:
     if SAVED not in subject.asked or not subject.labelled:
         return None
     assert subject.rows.labels is not None
-    return auc_estimate(subject.rows.labels, as_scores(subject.ask(SAVED)))
+    return auc_estimate(subject.rows.labels, written_scores(subject.ask(SAVED)))
 
 
 def judge(ledger: Ledger, *, works: bool | None, draws: int = DRAWS) -> Conclusion:
@@ -342,7 +353,7 @@ def look_ahead(examination: Examination, ledger: Ledger) -> Iterator[Ahead]:
     subject, outcomes = examination.subject, examination.outcomes
     reasons = {
         name: why_not(name, subject, outcomes) or "it did not fit into the time"
-        for name in EXAMS
+        for name in TESTS
         if name not in outcomes
     }
     # What cannot be had by giving more is not held out.
@@ -374,11 +385,11 @@ def parse_told(pairs: Sequence[str]) -> dict[str, str]:
     told = {}
     for pair in pairs:
         name, sign, outcome = (part.strip() for part in pair.partition("="))
-        if not sign or name not in EXAMS:
-            expected = f"TEST=OUTCOME with a test among {', '.join(EXAMS)}"
+        if not sign or name not in TESTS:
+            expected = f"TEST=OUTCOME with a test among {', '.join(TESTS)}"
             raise DiagnosisError("an observed outcome", expected=expected, found=repr(pair))
-        if outcome not in EXAMS[name].outcomes:
-            expected = f"an outcome among {', '.join(EXAMS[name].outcomes)}"
+        if outcome not in TESTS[name].outcomes:
+            expected = f"an outcome among {', '.join(TESTS[name].outcomes)}"
             raise DiagnosisError(f"test {name!r}", expected=expected, found=repr(outcome))
         told[name] = outcome
     return told
@@ -404,7 +415,7 @@ def judge_others(replays: Sequence[Replay]) -> Iterator[tuple[Replay, str]]:
         others = [replay for replay in replays if replay.seed // WORLD != world]
         if not others:
             return
-        table = measure_looks(others, list_experiments())
+        table = measure_profiles(others, list_experiments(TESTS))
         for replay in replays:
             if replay.seed // WORLD == world:
                 works = bool(replay.features["works"])
@@ -452,7 +463,7 @@ def examine_session(
         scratch=scratch,
         reference=world.path("reference") if world.has("reference") else None,
     )
-    replays = read_looks().of(Replay)
+    replays = read_profiles().of(Replay)
     examination = Examination(subject, replays, minutes, parse_told(told), report=report)
     return examination, examination.run()
 
@@ -567,7 +578,7 @@ def as_text(examination: Examination, conclusion: Conclusion) -> str:
         lines += [f"{rest:6.1%}  {len(conclusion.ranking) - SHOWN} other causes", ""]
         lines += _weight_lines(conclusion)
     lines += [
-        f"not run  {a.exam}: {EXAMS[a.exam].title} (about {say_minutes(a.minutes)}, "
+        f"not run  {a.exam}: {TESTS[a.exam].title} (about {say_minutes(a.minutes)}, "
         f"{a.bits:.2f} bits); {a.why}"
         for a in conclusion.ahead
     ]
@@ -645,7 +656,7 @@ def _record_conclusion(session: Session, examination: Examination, conclusion: C
         OUTCOMES,
         [
             (
-                *(step.exam, EXAMS[step.exam].title, step.outcome),
+                *(step.exam, TESTS[step.exam].title, step.outcome),
                 shown(step.measured.replace(folder, "the adapter"), limit=200),
             )
             for step in examination.steps
@@ -663,7 +674,7 @@ def _record_conclusion(session: Session, examination: Examination, conclusion: C
         "diagnosis.next",
         NEXT_COLUMNS,
         [
-            (a.exam, EXAMS[a.exam].title, round(a.bits, 2), math.ceil(a.minutes), a.why)
+            (a.exam, TESTS[a.exam].title, round(a.bits, 2), math.ceil(a.minutes), a.why)
             for a in conclusion.ahead
         ],
     )

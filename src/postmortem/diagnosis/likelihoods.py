@@ -4,10 +4,13 @@ A hypothesis is a cause on a kind of base: the same fault looks different on a b
 symptom by itself.
 """
 
+import csv
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +18,22 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from scipy.special import expit
 
+from postmortem.case.load import case_digest
+from postmortem.case.schema import Case
 from postmortem.checker.errors import DiagnosisError
-from postmortem.experiments.records import Replay
+from postmortem.experiments.records import (
+    Provenance,
+    RecordFile,
+    Replay,
+    Seal,
+    digest_files,
+    find_commit,
+    package_versions,
+    read_records,
+    read_replays,
+    write_records,
+)
+from postmortem.experiments.session import Session
 
 # The weight of the prior on each row of the table, in replays. It is spread as the outcomes of all
 # causes are on that kind of base: what most causes do is the best guess for one that was replayed
@@ -46,12 +63,21 @@ Labels = Mapping[Hypothesis, str]
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """Something one can do, the words for how it can come out, and what it costs in minutes.
+class Test:
+    """An experiment: what is done, and the outcomes that it can have.
 
-    A `pooled` experiment looks at files, prompts or settings alone: what it finds follows from the
-    cause, so replays on every kind of base count together.
+    A `pooled` test looks at files, prompts or settings alone: what it finds follows from the cause,
+    so replays on every kind of base count together.
     """
+
+    title: str
+    outcomes: tuple[str, ...]
+    pooled: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A test by its name, with what it costs in minutes."""
 
     name: str
     title: str
@@ -67,6 +93,17 @@ class Experiment:
                 found=str(self.outcomes),
             )
         check_weights(f"the minutes of experiment {self.name!r}", {"minutes": self.minutes})
+
+
+def list_experiments(
+    tests: Mapping[str, Test], minutes: Mapping[str, float] | None = None
+) -> tuple[Experiment, ...]:
+    """Tests with what each costs in minutes, nothing where left out."""
+    costs = minutes or {}
+    return tuple(
+        Experiment(name, test.title, test.outcomes, costs.get(name, 0.0), test.pooled)
+        for name, test in tests.items()
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,3 +360,134 @@ def _check_unique(subject: str, names: list[str]) -> None:
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise DiagnosisError(f"the {subject}", expected="different names", found=f"{name!r} twice")
+
+
+def open_replays(session: Session) -> list[Replay]:
+    """The kept replays of every training of the world, which the session then names as an input.
+
+    A key begins with the training's seed. Raises `RecordError` as `read_replays` does.
+    """
+    files = read_replays(session.case)
+    session.replays = digest_files(files)
+    return list_replays(files)
+
+
+def list_replays(files: Sequence[RecordFile]) -> list[Replay]:
+    """The replays of worlds trained apart, each key with the seed of its world before it.
+
+    Of several worlds a replay's seed is that of its world; in one alone another seed is another
+    training of the adapters.
+    """
+    replays = []
+    for file in files:
+        for replay in file.of(Replay):
+            seed = file.provenance.seed if len(files) > 1 else replay.seed
+            key = f"{file.provenance.seed}.{replay.key}"
+            replays.append(replay.model_copy(update={"seed": seed, "key": key}))
+    return replays
+
+
+SHIPPED = Path(__file__).with_name("cause_profiles.jsonl")
+REMEDY = "Restore the file, or run `make cause-profiles` to make it again."
+# What these find follows from the base and the rows, whatever the cause.
+ALONE_TESTS = ("base-alone", "base-ranks")
+# Kinds of fault, whose causes call for a look at the same thing.
+FAMILIES = {
+    "sound": "no fault in the adapter, its base or the prompt",
+    "inert": "the adapter changes nothing as it is saved",
+    "foreign": "its weights do not belong on this base, or not in this place",
+    "incomplete": "the file holds more than the configuration uses, or weights of a base",
+    "strong": "its update is too large",
+    "weak": "its update is too small",
+    "training": "it was trained for something else",
+}
+# Causes that a case's files cannot show, since they lie in the code that serves the adapter.
+SERVING = {
+    "no-adapter": "the adapter was never on the model",
+    "disabled": "it is loaded and does not answer",
+    "parser": "the parser makes the values",
+    "prompt-cut": "the prompt is cut on its way to the model",
+    "other-template": "the prompt comes in another markup than the model's own",
+}
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What is said of a cause: its family, what it means, what settles it and what to do."""
+
+    cause: str
+    family: str
+    title: str
+    means: str
+    settles: str
+    remedy: str
+
+
+class CauseProfiles(Likelihoods):
+    """A table in which what the base does alone is one quantity for each kind of base."""
+
+    def draw(self, experiment: str, outcome: str, *, draws: int, seed: int) -> np.ndarray:
+        """As of any table; what is one quantity is drawn once."""
+        drawn = super().draw(experiment, outcome, draws=draws, seed=seed)
+        if experiment not in ALONE_TESTS:
+            return drawn
+        bases = [hypothesis.base for hypothesis in self.hypotheses]
+        return drawn[:, [bases.index(base) for base in bases]]
+
+
+@cache
+def meanings() -> Mapping[str, Meaning]:
+    """What each cause means and what to do, by its name; from cause_profiles.csv."""
+    with Path(__file__).with_name("cause_profiles.csv").open(encoding="utf-8", newline="") as file:
+        return {row["cause"]: Meaning(**row) for row in csv.DictReader(file)}
+
+
+def write_profiles(
+    path: Path, replays: Iterable[Replay], *, case: Case, worlds: Iterable[int]
+) -> Seal:
+    """Write replays of embedded worlds, by the worlds' seeds, with what they were made from."""
+    seeds = sorted(worlds)
+    provenance = Provenance(
+        notebook="cause_profiles",
+        case=case.name,
+        profile="embedded",
+        parameters={"worlds": ", ".join(map(str, seeds))},
+        digests={"case": case_digest(case, "embedded")},
+        versions=package_versions(),
+        device="cpu",
+        dtype="float32",
+        seed=seeds[0],
+        aside={"made": time.strftime("%Y-%m-%d", time.gmtime()), "commit": find_commit()},
+    )
+    return write_records(path, provenance, records=replays)
+
+
+@cache
+def read_profiles() -> RecordFile:
+    """The shipped record; `RecordError` where it is missing or was changed by hand."""
+    return read_records(SHIPPED, remedy=REMEDY)
+
+
+def measure_profiles(replays: Iterable[Replay], experiments: Sequence[Experiment]) -> Likelihoods:
+    """How often each outcome came up for each cause.
+
+    A replay's seed stands for its world, stage and trained adapter.
+    """
+    # Whatever was planted on one trained adapter counts as one observation of that cause.
+    trials = [replay.model_copy(update={"severity": NO_SEVERITY}) for replay in replays]
+    table = measure_likelihoods(trials, experiments)
+    return CauseProfiles(
+        table.experiments, table.hypotheses, _share_base_counts(table), table.replays
+    )
+
+
+def _share_base_counts(table: Likelihoods) -> np.ndarray:
+    """The counts, where what the base does alone is the same whatever was done to the adapter."""
+    counts = table.counts.copy()
+    bases = np.array([hypothesis.base for hypothesis in table.hypotheses])
+    for name in ALONE_TESTS:
+        if name in table.blocks:
+            for base in table.bases:
+                rows = bases == base
+                counts[rows, table.blocks[name]] = counts[rows, table.blocks[name]].mean(axis=0)
+    return counts

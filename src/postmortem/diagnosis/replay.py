@@ -20,8 +20,8 @@ from postmortem.case.rows import GENERATORS, Rows
 from postmortem.case.schema import Attempt, Case
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import ModelError
+from postmortem.diagnosis.battery import choose_scale, decide_home, tell_order
 from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Run, Unavailable
-from postmortem.diagnosis.examine import choose_scale, decide_home, tell_order
 from postmortem.diagnosis.symptom import EFFECTS, TESTS
 from postmortem.experiments.metrics import THRESHOLDS, auc, describe, kl_divergence
 from postmortem.experiments.records import Cell, Replay

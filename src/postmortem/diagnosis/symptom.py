@@ -9,9 +9,9 @@ import numpy as np
 from postmortem.case.schema import Attempt, Case
 from postmortem.checker.catalogue import catalogue
 from postmortem.diagnosis.causes import CAUSES
-from postmortem.diagnosis.likelihoods import HEALTHY, Experiment
+from postmortem.diagnosis.likelihoods import HEALTHY, Test
 from postmortem.experiments.metrics import rate_estimate
-from postmortem.experiments.records import Cell, RecordFile, Replay, digest_files, read_replays
+from postmortem.experiments.records import Cell, Replay
 from postmortem.experiments.session import Session
 
 # Sizes of an effect by its KL in nats, in steps of ten; below the first it is rounding.
@@ -25,96 +25,131 @@ INSPECTED = ("nothing", *catalogue(), "no adapter")
 
 
 @dataclass(frozen=True)
-class Test:
-    """An experiment: what is done, the outcomes that it can have, and what it costs.
+class ReplayedTest(Test):
+    """A test that the replays of the incident run, with what it would have cost on its machine.
 
     `hands` are a person's minutes, a judgement of ours; `loads` counts models loaded, and `passes`
-    runs over the incident's rows as long as the second attempt's. What a `pooled` test finds
-    follows from files, prompts or settings alone, whatever the base.
+    runs over the incident's rows as long as the second attempt's.
     """
 
-    title: str
-    outcomes: tuple[str, ...]
-    hands: float
+    hands: float = 0.0
     loads: int = 0
     passes: float = 0.0
-    pooled: bool = False
 
 
-TESTS: Mapping[str, Test] = {
-    "load": Test(
+NO_ANSWER = "no answer"
+TESTS: Mapping[str, ReplayedTest] = {
+    "load": ReplayedTest(
         "load the adapter and read what PEFT says of the weights",
         ("silent", "warns", "raises"),
-        *(1, 1, 0.0, True),
+        pooled=True,
+        hands=1,
+        loads=1,
     ),
     # Fifty new tokens where the second prompt's answer took about four steps.
-    "v1": Test("ask the first prompt", SYMPTOM, 5, 1, 12.0),
-    "v2": Test("ask the second prompt", SYMPTOM, 5, 1, 1.0),
-    "names": Test(
+    "v1": ReplayedTest("ask the first prompt", SYMPTOM, hands=5, loads=1, passes=12.0),
+    "v2": ReplayedTest("ask the second prompt", SYMPTOM, hands=5, loads=1, passes=1.0),
+    "names": ReplayedTest(
         "compare the name of the base in the config with the base",
         ("the same", "another", "no adapter"),
-        *(5, 0, 0.0, True),
+        pooled=True,
+        hands=5,
     ),
-    "settings": Test(
+    "settings": ReplayedTest(
         "change the temperature and generate again",
-        ("unchanged", "changed", "no answer"),
-        *(1, 1, 2.0, True),
+        ("unchanged", "changed", NO_ANSWER),
+        pooled=True,
+        hands=1,
+        loads=1,
+        passes=2.0,
     ),
-    "inspect": Test("check the adapter's files against the base", INSPECTED, 1, pooled=True),
-    "status": Test(
+    "inspect": ReplayedTest(
+        "check the adapter's files against the base", INSPECTED, pooled=True, hands=1
+    ),
+    "status": ReplayedTest(
         "ask PEFT which adapter answers",
         ("active", "disabled", "another", "none"),
-        *(1, 1, 0.0, True),
+        pooled=True,
+        hands=1,
+        loads=1,
     ),
-    "prompt": Test(
+    "prompt": ReplayedTest(
         "print the tokens that the model receives",
         ("whole", "cut", "another markup"),
-        *(2, 0, 0.0, True),
+        pooled=True,
+        hands=2,
     ),
-    "fingerprint": Test(
+    "fingerprint": ReplayedTest(
         "compare the base's weights with the published ones, before and after loading",
         ("as published", "differs", "differs after loading"),
-        *(5, 1, 0.0, True),
+        pooled=True,
+        hands=5,
+        loads=1,
     ),
-    "finite": Test(
-        "look for NaN in the logits", ("finite", "not finite", "no answer"), 2, 1, 0.1, True
+    "finite": ReplayedTest(
+        "look for NaN in the logits",
+        ("finite", "not finite", NO_ANSWER),
+        pooled=True,
+        hands=2,
+        loads=1,
+        passes=0.1,
     ),
-    "raw-text": Test(
+    "raw-text": ReplayedTest(
         "print what is generated, before any parser",
-        ("a decimal", "a bare digit", "a word", "a tag", "nothing", "no answer"),
-        *(1, 1, 0.3),
+        ("a decimal", "a bare digit", "a word", "a tag", "nothing", NO_ANSWER),
+        hands=1,
+        loads=1,
+        passes=0.3,
     ),
-    "parsers": Test(
+    "parsers": ReplayedTest(
         "read the generated text with a second, strict parser",
-        ("agree", "disagree", "no number", "no answer"),
-        *(2, 1, 1.0),
+        ("agree", "disagree", "no number", NO_ANSWER),
+        hands=2,
+        loads=1,
+        passes=1.0,
     ),
-    "base-alone": Test("ask the base without the adapter", SYMPTOM, 2, 1, 1.0),
-    "effect": Test(
+    "base-alone": ReplayedTest(
+        "ask the base without the adapter", SYMPTOM, hands=2, loads=1, passes=1.0
+    ),
+    "effect": ReplayedTest(
         "compare answers with the adapter on and off",
-        (*EFFECTS, "not finite", "no answer"),
-        *(3, 1, 2.0),
+        (*EFFECTS, "not finite", NO_ANSWER),
+        hands=3,
+        loads=1,
+        passes=2.0,
     ),
-    "number-log-odds": Test("rank the rows by the number's log-odds", RANKS, 5, 1, 1.0),
-    "yes-no": Test("ask yes or no, and rank by the log-odds", RANKS, 5, 1, 0.3),
-    "scale": Test(
+    "number-log-odds": ReplayedTest(
+        "rank the rows by the number's log-odds", RANKS, hands=5, loads=1, passes=1.0
+    ),
+    "yes-no": ReplayedTest(
+        "ask yes or no, and rank by the log-odds", RANKS, hands=5, loads=1, passes=0.3
+    ),
+    "scale": ReplayedTest(
         "scale the adapter to an eighth, and eightfold",
-        ("no effect", "no better", "better at 1/8", "better at 8", "no answer"),
-        *(4, 1, 2.0),
+        ("no effect", "no better", "better at 1/8", "better at 8", NO_ANSWER),
+        hands=4,
+        loads=1,
+        passes=2.0,
     ),
-    "home": Test(
-        "hold the log-odds against the adapter's sign flipped and its layers turned",
-        ("no effect", "at home", "not at home", "no answer"),
-        *(10, 1, 4.0),
+    "home": ReplayedTest(
+        "hold the log-odds against the adapter's sign flipped and its layers shifted",
+        ("no effect", "at home", "not at home", NO_ANSWER),
+        hands=10,
+        loads=1,
+        passes=4.0,
     ),
-    "reference": Test(
-        "put a sound adapter through the same steps", ("works", "does not work"), 10, 1, 1.0
+    "reference": ReplayedTest(
+        "put a sound adapter through the same steps",
+        ("works", "does not work"),
+        hands=10,
+        loads=1,
+        passes=1.0,
     ),
 }
 
 
-def experiments_of(case: Case) -> tuple[Experiment, ...]:
-    """The tests with their cost in minutes, at the speed that the incident's log shows.
+def price_tests(case: Case) -> dict[str, float]:
+    """Minutes of each test, at the speed that the incident's log shows.
 
     Without a log only a person's minutes count.
     """
@@ -123,14 +158,10 @@ def experiments_of(case: Case) -> tuple[Experiment, ...]:
     if facts is not None:
         load = facts.log.loading[1] - facts.log.loading[0]
         rows = facts.log.ticks[-1] - facts.log.ticks[0]
-    return tuple(
-        Experiment(
-            *(name, test.title, test.outcomes),
-            minutes=test.hands + (test.loads * load + test.passes * rows) / 60,
-            pooled=test.pooled,
-        )
+    return {
+        name: test.hands + (test.loads * load + test.passes * rows) / 60
         for name, test in TESTS.items()
-    )
+    }
 
 
 @dataclass(frozen=True)
@@ -175,31 +206,6 @@ def symptom_of(replay: Replay, case: Case) -> dict[str, bool | None]:
         else False
         for name, feature in FEATURES.items()
     }
-
-
-def open_replays(session: Session) -> list[Replay]:
-    """The kept replays of every training of the world, which the session then names as an input.
-
-    A key begins with the training's seed. Raises `RecordError` as `read_replays` does.
-    """
-    files = read_replays(session.case)
-    session.replays = digest_files(files)
-    return list_replays(files)
-
-
-def list_replays(files: Sequence[RecordFile]) -> list[Replay]:
-    """The replays of worlds trained apart, each key with the seed of its world before it.
-
-    Of several worlds a replay's seed is that of its world; in one alone another seed is another
-    training of the adapters.
-    """
-    replays = []
-    for file in files:
-        for replay in file.of(Replay):
-            seed = file.provenance.seed if len(files) > 1 else replay.seed
-            key = f"{file.provenance.seed}.{replay.key}"
-            replays.append(replay.model_copy(update={"seed": seed, "key": key}))
-    return replays
 
 
 def record_kept_replays(session: Session, replays: Sequence[Replay], absent: Absent) -> None:

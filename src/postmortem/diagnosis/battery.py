@@ -21,7 +21,7 @@ from postmortem.case.rows import Rows
 from postmortem.checker.catalogue import Finding, catalogue
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import ModelError
-from postmortem.diagnosis.likelihoods import Experiment
+from postmortem.diagnosis.likelihoods import Test
 from postmortem.experiments.ask import Answers, System, ask
 from postmortem.experiments.metrics import THRESHOLDS, auc, auc_gain_estimate, kl_divergence
 from postmortem.experiments.records import Text
@@ -42,10 +42,10 @@ FEW_TEXTS, COVERED = 3, 0.9
 ANSWER = re.compile(r"\d*\.?\d+\W*|\W*(yes|no)\b.*", re.IGNORECASE | re.DOTALL)
 LEVEL = 0.05
 
-BASE, FIRST, SAVED, OFF, EIGHTH, EIGHTFOLD, FLIPPED, TURNED, REFERENCE = (
-    *("base", "base on few rows", "as saved", "off", "at 1/8", "at 8"),
-    *("sign flipped", "layers turned", "reference"),
-)
+# The states in which an adapter is asked; of `FIRST` and `OFF` on few rows.
+BASE, FIRST, SAVED, OFF = "base", "base on few rows", "as saved", "off"
+EIGHTH, EIGHTFOLD, FLIPPED = "at 1/8", "at 8", "sign flipped"
+SHIFTED, REFERENCE = "layers shifted", "reference"
 ALONE = (BASE, FIRST)
 # What is compared by its whole distribution and not by its answers.
 COMPARED = (*ALONE, SAVED, OFF)
@@ -162,45 +162,31 @@ class Subject:
             return self.adapter
 
 
-@dataclass(frozen=True)
-class Exam:
-    """An experiment: what is done, the outcomes it can have, and how it is run.
+@dataclass(frozen=True, kw_only=True)
+class AdapterTest(Test):
+    """A test on an adapter at hand: how it is run, and what it needs.
 
     `states` are those of the adapter that are asked on all rows; asked before, they cost nothing.
-    What a `pooled` one finds follows from the files alone, whatever the base does.
+    It may need `labels`, or an adapter whose `effect` can be changed.
     """
 
-    title: str
-    outcomes: tuple[str, ...]
     run: Callable[[Subject], Found]
     states: tuple[str, ...] = ()
-    pooled: bool = False
     labels: bool = False
     effect: bool = False
 
 
-def list_experiments(minutes: Mapping[str, float] | None = None) -> tuple[Experiment, ...]:
-    """The battery as experiments; `minutes` are what each costs now, nothing where left out."""
-    costs = minutes or {}
-    return tuple(
-        Experiment(
-            *(name, exam.title, exam.outcomes), minutes=costs.get(name, 0.0), pooled=exam.pooled
-        )
-        for name, exam in EXAMS.items()
-    )
-
-
-def why_not(exam: str, subject: Subject, known: Mapping[str, str]) -> str:
-    """Why an experiment is not to be had, given the outcomes so far; nothing where it is."""
-    chosen = EXAMS[exam]
-    adapted = exam == "off" or any(s not in (BASE, REFERENCE) for s in chosen.states)
+def why_not(test: str, subject: Subject, known: Mapping[str, str]) -> str:
+    """Why a test is not to be had, given the outcomes so far; nothing where it is."""
+    chosen = TESTS[test]
+    adapted = test == "off" or any(s not in (BASE, REFERENCE) for s in chosen.states)
     if adapted and known.get("load") == "raises":
         return "the adapter does not load"
     if chosen.labels and not subject.labelled:
         return f"it takes labels, of at least {THRESHOLDS.rows // 2} rows of either class"
     if chosen.effect and known.get("effect") in ("none", "not finite"):
         return "the adapter has no effect that could be changed"
-    if exam == "reference" and subject.reference is None:
+    if test == "reference" and subject.reference is None:
         return "no sound adapter is given to compare with"
     return ""
 
@@ -335,7 +321,7 @@ def writes_order(subject: Subject) -> Found | None:
     """Whether what is written with the adapter orders the rows; None where it was not asked."""
     if SAVED not in subject.asked or not subject.labelled:
         return None
-    return tell_order(subject.rows.labels, _written(subject.ask(SAVED)))
+    return tell_order(subject.rows.labels, written_scores(subject.ask(SAVED)))
 
 
 def tell_order(labels: np.ndarray | None, scores: np.ndarray) -> Found:
@@ -351,7 +337,7 @@ def tell_order(labels: np.ndarray | None, scores: np.ndarray) -> Found:
     return Found("ranks" if found > THRESHOLDS.chance else "ranks in reverse", measured)
 
 
-def _written(answers: Answers) -> np.ndarray:
+def written_scores(answers: Answers) -> np.ndarray:
     """What is written, as scores; an answer of another form says nothing either way."""
     return np.array([0.5 if v is None else v for v in answers.strict_values], dtype=float)
 
@@ -360,7 +346,7 @@ def _try_scales(subject: Subject) -> Found:
     labels = subject.rows.labels
     assert labels is not None
     states = {"no better": SAVED, "better at 1/8": EIGHTH, "better at 8": EIGHTFOLD}
-    found = {w: auc(labels, _written(subject.ask(s))) or 0.0 for w, s in states.items()}
+    found = {w: auc(labels, written_scores(subject.ask(s))) or 0.0 for w, s in states.items()}
     measured = ", ".join(f"{states[word]} {value:.2f}" for word, value in found.items())
     return Found(choose_scale(found), f"AUC of what is written: {measured}")
 
@@ -374,12 +360,12 @@ def _find_home(subject: Subject) -> Found:
     """Whether the adapter moves the log-odds the right way, and only as it was saved."""
     labels = subject.rows.labels
     assert labels is not None
-    odds = {state: _odds(subject, state) for state in (SAVED, FLIPPED, TURNED)}
+    odds = {state: _odds(subject, state) for state in (SAVED, FLIPPED, SHIFTED)}
     if not np.isfinite([*odds.values()]).all():
         return Found("not finite", "log-odds that are not finite")
     side = np.where(labels == 1, 1.0, -1.0)
     means = ", ".join(f"{s} {(side * values).mean():+.2f}" for s, values in odds.items())
-    word = decide_home(labels, odds[SAVED], others=(odds[FLIPPED], odds[TURNED]))
+    word = decide_home(labels, odds[SAVED], others=(odds[FLIPPED], odds[SHIFTED]))
     return Found(word, f"mean log-odds of the true answer: {means}")
 
 
@@ -403,7 +389,7 @@ def _exceeds(values: np.ndarray, others: np.ndarray) -> bool:
 
 
 def _try_reference(subject: Subject) -> Found:
-    found = tell_order(subject.rows.labels, _written(subject.ask(REFERENCE)))
+    found = tell_order(subject.rows.labels, written_scores(subject.ask(REFERENCE)))
     return Found("works" if found.outcome == "ranks" else "does not work", found.measured)
 
 
@@ -412,70 +398,74 @@ CHANGED: Mapping[str, Change] = {
     EIGHTH: CHANGES["eighth"],
     EIGHTFOLD: CHANGES["eightfold"],
     FLIPPED: CHANGES["flipped"],
-    TURNED: CHANGES["shifted"],
+    SHIFTED: CHANGES["shifted"],
 }
 # In the order in which an engineer would: the files, the controls, and what takes more.
-EXAMS: Mapping[str, Exam] = {
-    "inspect": Exam(
+TESTS: Mapping[str, AdapterTest] = {
+    "inspect": AdapterTest(
         "check the adapter's files against the base",
         ("nothing", *catalogue()),
-        _inspect,
         pooled=True,
+        run=_inspect,
     ),
-    "load": Exam(
+    "load": AdapterTest(
         "load the adapter and read what PEFT says of the weights",
         ("silent", "warns", "raises"),
-        _load,
         pooled=True,
+        run=_load,
     ),
-    "base-alone": Exam("ask the base without the adapter", BASE_ANSWERED, _tell_base, (BASE,)),
-    "base-ranks": Exam(
+    "base-alone": AdapterTest(
+        "ask the base without the adapter", BASE_ANSWERED, run=_tell_base, states=(BASE,)
+    ),
+    "base-ranks": AdapterTest(
         "rank the rows by the base's log-odds",
         ("ranks", "does not rank"),
-        _rank_alone,
-        (BASE,),
+        run=_rank_alone,
+        states=(BASE,),
         labels=True,
     ),
-    "answers": Exam("ask with the adapter", ANSWERED, _tell_answers, (BASE, SAVED)),
-    "effect": Exam(
+    "answers": AdapterTest(
+        "ask with the adapter", ANSWERED, run=_tell_answers, states=(BASE, SAVED)
+    ),
+    "effect": AdapterTest(
         "compare the answers with the adapter and without",
         ("none", "faint", "clear", "not finite"),
-        _measure_effect,
-        (BASE, SAVED),
+        run=_measure_effect,
+        states=(BASE, SAVED),
     ),
-    "off": Exam(
+    "off": AdapterTest(
         "switch the adapter off and compare with the base",
         ("is the base", "is not the base"),
-        _switch_off,
+        run=_switch_off,
     ),
-    "order": Exam(
+    "order": AdapterTest(
         "rank the rows by the log-odds with the adapter, and hold that against the base",
         ORDERS,
-        _compare_order,
-        (BASE, SAVED),
+        run=_compare_order,
+        states=(BASE, SAVED),
         labels=True,
     ),
-    "scale": Exam(
+    "scale": AdapterTest(
         "scale the adapter to an eighth, and eightfold",
         ("no better", "better at 1/8", "better at 8"),
-        _try_scales,
-        (SAVED, EIGHTH, EIGHTFOLD),
+        run=_try_scales,
+        states=(SAVED, EIGHTH, EIGHTFOLD),
         labels=True,
         effect=True,
     ),
-    "home": Exam(
-        "hold it against its own sign flipped and its layers turned",
+    "home": AdapterTest(
+        "hold it against its own sign flipped and its layers shifted",
         ("at home", "not at home", "not finite"),
-        _find_home,
-        (SAVED, FLIPPED, TURNED),
+        run=_find_home,
+        states=(SAVED, FLIPPED, SHIFTED),
         labels=True,
         effect=True,
     ),
-    "reference": Exam(
+    "reference": AdapterTest(
         "put a sound adapter through the same steps",
         ("works", "does not work"),
-        _try_reference,
-        (REFERENCE,),
+        run=_try_reference,
+        states=(REFERENCE,),
         labels=True,
     ),
 }

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 
 from postmortem.case.rows import Rows
-from postmortem.diagnosis.examine import (
-    EXAMS,
+from postmortem.diagnosis.battery import (
     FEW,
+    TESTS,
     Subject,
     _form_of,
     classify_values,
@@ -108,15 +108,15 @@ def subject(session, tmp_path):
 def test_every_experiment_has_one_of_its_outcomes(subject):
     """All experiments run on a session, and what was asked once is not asked again."""
     outcomes = {}
-    for name, exam in EXAMS.items():
+    for name, test in TESTS.items():
         assert not why_not(name, subject, outcomes)
-        outcomes[name] = exam.run(subject).outcome
-        assert outcomes[name] in exam.outcomes
+        outcomes[name] = test.run(subject).outcome
+        assert outcomes[name] in test.outcomes
     assert outcomes["inspect"] == "nothing"
     assert outcomes["off"] == "is the base"
     assert outcomes["effect"] != "none"
     asked = len(subject.session.records)
-    EXAMS["home"].run(subject)
+    TESTS["home"].run(subject)
     assert len(subject.session.records) == asked
     assert subject.pace > 0
 
@@ -135,13 +135,13 @@ def test_what_cannot_be_had_says_why(subject):
 def test_an_untrained_adapter_is_inert(subject):
     """lora_B of zeros has no effect, and the checker says why."""
     subject.adapter = subject.session.world.path("no_op")
-    assert EXAMS["inspect"].run(subject).outcome == "untrained"
-    assert EXAMS["effect"].run(subject).outcome == "none"
+    assert TESTS["inspect"].run(subject).outcome == "untrained"
+    assert TESTS["effect"].run(subject).outcome == "none"
 
 
 def test_loading_that_raises_is_an_outcome(subject):
     """An adapter of other shapes raises, and the words are kept."""
     subject.adapter = subject.session.world.path("donor_adapter")
-    found = EXAMS["load"].run(subject)
+    found = TESTS["load"].run(subject)
     assert found.outcome == "raises"
     assert "tensor(s) do not fit" in found.measured
