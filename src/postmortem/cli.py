@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -563,10 +565,36 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _find_extra(module: str) -> str:
+    """The extra of this package that brings a module; nothing where none does."""
+    package = module.partition(".")[0]
+    for line in requires("lora-postmortem") or ():
+        requirement, _, marker = line.partition(";")
+        name = re.split(r"[^\w-]", requirement)[0].replace("-", "_")
+        extra = re.search(r"""extra == ['"](\w+)""", marker)
+        if extra and name.lower() == package.lower():
+            return extra[1]
+    return ""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; a `PostmortemError` becomes one clear message and its exit code."""
+    """Run a command; a `PostmortemError` becomes one clear message and its exit code.
+
+    So does a library that is missing because its extra was not installed.
+    """
     try:
         app(args=list(arguments) if arguments is not None else None)
     except PostmortemError as error:
         print(f"postmortem: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except ModuleNotFoundError as error:
+        extra = _find_extra(error.name or "")
+        if not extra:
+            raise
+        wanted = f"pip install 'lora-postmortem[{extra}]'"
+        print(
+            f"postmortem: this command needs {error.name}, which the extra `{extra}` brings. "
+            f"Install it: {wanted}",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
