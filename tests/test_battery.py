@@ -5,12 +5,16 @@ import pandas as pd
 import pytest
 
 from postmortem.case.rows import Rows
-from postmortem.diagnosis.battery import (
+from postmortem.checker.errors import ModelError
+from postmortem.diagnosis.battery import OF_ADAPTER, TESTS
+from postmortem.diagnosis.causes import Run
+from postmortem.diagnosis.subject import (
     FEW,
-    TESTS,
+    RUN,
     Subject,
     _form_of,
     classify_values,
+    run_test,
     spread,
     tell_order,
     why_not,
@@ -38,7 +42,7 @@ def answers(texts, *, values=None, contract="choice"):
 )
 def test_values_have_the_same_words_under_every_contract(values, contract, word):
     """A value is told by its form; of a class only which is the likelier counts."""
-    assert classify_values(answers([""] * 3, values=values, contract=contract)) == word
+    assert classify_values(values, contract) == word
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,7 @@ def test_texts_of_another_form_are_held_against_the_bases(texts, alone, word):
 def test_an_order_takes_more_than_luck(scores, word):
     """Rows are ranked, ranked in reverse or not, by a rank test."""
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    assert tell_order(labels, np.array(scores, dtype=float)).outcome == word
+    assert tell_order(labels, np.array(scores, dtype=float)).word == word
 
 
 def make_rows(labels, count=None):
@@ -92,37 +96,50 @@ def test_rows_are_spread_over_both_classes():
 
 
 @pytest.fixture
-def subject(session, tmp_path):
+def subject(session):
     """The untrained world's suspect."""
-    return Subject(
+    with Subject(
         session=session,
+        run=Run("base", session.world.path("suspect")),
         prompt="v2",
-        adapter=session.world.path("suspect"),
         rows=session.rows,
         base_folder=session.world.path("base"),
-        scratch=tmp_path / "changed",
         reference=session.world.path("reference"),
-    )
+    ) as opened:
+        yield opened
 
 
-def test_every_experiment_has_one_of_its_outcomes(subject):
-    """All experiments run on a session, and what was asked once is not asked again."""
+def test_every_test_is_declared_and_run():
+    """The battery declares each test once, and each has its way of being run."""
+    assert set(RUN) == set(TESTS)
+    assert set(OF_ADAPTER) < set(TESTS)
+
+
+def test_every_test_has_one_of_its_outcomes(subject):
+    """All tests run on a session, and what was asked once is not asked again."""
     outcomes = {}
-    for name, test in TESTS.items():
+    for name in OF_ADAPTER:
         assert not why_not(name, subject, outcomes)
-        outcomes[name] = test.run(subject).outcome
-        assert outcomes[name] in test.outcomes
+        outcomes[name] = run_test(name, subject).word
+        assert outcomes[name] in TESTS[name].outcomes
     assert outcomes["inspect"] == "nothing"
     assert outcomes["off"] == "is the base"
     assert outcomes["effect"] != "none"
-    asked = len(subject.session.records)
-    TESTS["home"].run(subject)
-    assert len(subject.session.records) == asked
+    asked = dict(subject.asked)
+    run_test("home", subject)
+    assert subject.asked == asked
     assert subject.pace > 0
 
 
+def test_fewer_rows_leave_the_control_of_the_base(subject):
+    """Switched off, an adapter is compared with the base on the same rows, whatever rows follow."""
+    assert run_test("load", subject).word == "silent"
+    subject.rows = spread(subject.rows, 5)
+    assert run_test("off", subject).word == "is the base"
+
+
 def test_what_cannot_be_had_says_why(subject):
-    """Without labels, a reference, an adapter that loads or an effect an experiment is not run."""
+    """Without labels, a reference, an adapter that loads or an effect a test is not run."""
     assert "does not load" in why_not("answers", subject, {"load": "raises"})
     assert not why_not("base-alone", subject, {"load": "raises"})
     assert "no effect" in why_not("scale", subject, {"effect": "none"})
@@ -134,14 +151,21 @@ def test_what_cannot_be_had_says_why(subject):
 
 def test_an_untrained_adapter_is_inert(subject):
     """lora_B of zeros has no effect, and the checker says why."""
-    subject.adapter = subject.session.world.path("no_op")
-    assert TESTS["inspect"].run(subject).outcome == "untrained"
-    assert TESTS["effect"].run(subject).outcome == "none"
+    subject.run = Run("base", subject.session.world.path("no_op"))
+    assert run_test("inspect", subject).word == "untrained"
+    assert run_test("effect", subject).word == "none"
 
 
 def test_loading_that_raises_is_an_outcome(subject):
     """An adapter of other shapes raises, and the words are kept."""
-    subject.adapter = subject.session.world.path("donor_adapter")
-    found = TESTS["load"].run(subject)
-    assert found.outcome == "raises"
+    subject.run = Run("base", subject.session.world.path("donor_adapter"))
+    found = run_test("load", subject)
+    assert found.word == "raises"
     assert "tensor(s) do not fit" in found.measured
+
+
+def test_a_reference_that_does_not_load_is_an_error_with_its_name(subject):
+    """Whose file it is, and why, is said; it is no outcome of the suspect's."""
+    subject.reference = subject.session.world.path("donor_adapter")
+    with pytest.raises(ModelError, match=r"donor.*an adapter that loads"):
+        run_test("reference", subject)

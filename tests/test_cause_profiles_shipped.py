@@ -4,7 +4,7 @@ from postmortem.case.load import case_digest
 from postmortem.checker.catalogue import catalogue
 from postmortem.checker.errors import RecordError
 from postmortem.diagnosis import likelihoods
-from postmortem.diagnosis.battery import TESTS
+from postmortem.diagnosis.battery import OF_ADAPTER, TESTS, list_experiments
 from postmortem.diagnosis.causes import CAUSES
 from postmortem.diagnosis.examination import judge_others
 from postmortem.diagnosis.likelihoods import (
@@ -12,7 +12,6 @@ from postmortem.diagnosis.likelihoods import (
     HEALTHY,
     SERVING,
     SHIPPED,
-    list_experiments,
     meanings,
     measure_profiles,
     read_profiles,
@@ -86,7 +85,7 @@ def test_other_worlds_are_judged_well():
 
 def test_what_the_base_does_alone_is_one_quantity():
     """Causes on one kind of base share what the base does alone, in the mean and in each draw."""
-    table = measure_profiles(read_profiles().of(Replay), list_experiments(TESTS))
+    table = measure_profiles(read_profiles().of(Replay), list_experiments(OF_ADAPTER))
     first = table.hypotheses[0].base
     own = [place for place, found in enumerate(table.hypotheses) if found.base == first]
     assert len({tuple(row) for row in table.of("base-alone")[own].tolist()}) == 1

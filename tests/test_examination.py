@@ -6,8 +6,9 @@ from replays import replay
 from postmortem.checker.catalogue import finding
 from postmortem.checker.errors import DiagnosisError
 from postmortem.diagnosis import examination as module
-from postmortem.diagnosis.battery import TESTS, Found
+from postmortem.diagnosis.battery import OF_ADAPTER
 from postmortem.diagnosis.examination import Examination, describe_judgements, parse_told, stand
+from postmortem.diagnosis.subject import Outcome
 
 SEEN = {
     "healthy": {"inspect": "nothing", "answers": "varies", "effect": "clear", "home": "at home"},
@@ -46,7 +47,7 @@ class Stub(SimpleNamespace):
             findings=findings,
             labelled=labelled,
             reference=None,
-            asked={},
+            has_asked=lambda state: False,
             ask=lambda state: None,
             prompt="ask",
             session=SimpleNamespace(case=SimpleNamespace(prompt=lambda name: asked)),
@@ -61,14 +62,11 @@ def examine(monkeypatch):
     """A function that examines a stub whose experiments come out as those of a cause."""
 
     def run(cause, *, minutes=10.0, told=None, **changes):
-        seen = {**dict.fromkeys(TESTS), **SEEN[cause]}
-        exams = {
-            name: exam.__class__(**{**vars(exam), "run": lambda s, n=name: Found(seen[n], "")})
-            for name, exam in TESTS.items()
-            if seen[name] is not None
-        }
-        monkeypatch.setattr(module, "CONTROLS", [n for n in module.CONTROLS if n in exams])
-        monkeypatch.setattr(module, "TESTS", exams)
+        seen = SEEN[cause]
+        tests = tuple(name for name in OF_ADAPTER if name in seen)
+        monkeypatch.setattr(module, "CONTROLS", [n for n in module.CONTROLS if n in seen])
+        monkeypatch.setattr(module, "OF_ADAPTER", tests)
+        monkeypatch.setattr(module, "run_test", lambda name, subject: Outcome(seen[name]))
         monkeypatch.setattr(module, "spread", lambda rows, count: rows[:count])
         lines = []
         examination = Examination(

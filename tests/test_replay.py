@@ -1,62 +1,84 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from peft import LoraConfig
 
 from postmortem.case.rows import generate_rows
 from postmortem.case.schema import Replays
 from postmortem.diagnosis import replay as module
+from postmortem.diagnosis.battery import NO_ANSWER, OF_INCIDENT, TESTS
 from postmortem.diagnosis.causes import CAUSES, Materials, Run
-from postmortem.diagnosis.replay import (
-    Bench,
-    ask_status,
+from postmortem.diagnosis.replay import Bench, replay_all, replay_causes, replay_once
+from postmortem.diagnosis.subject import (
+    classify_symptom,
     classify_texts,
-    classify_values,
     compare_parsers,
-    observe,
-    replay_all,
-    replay_causes,
-    replay_once,
+    run_test,
 )
-from postmortem.diagnosis.symptom import TESTS
 from postmortem.experiments.session import Session
-from postmortem.models.loading import attached, load_base
 
 
 @pytest.fixture(scope="module")
 def bench(case, untrained_world, tmp_path_factory):
-    """A bench of six generated rows on the untrained base."""
-    base = load_base(untrained_world.path("base"), device="cpu")
+    """A bench of twelve generated rows on the untrained base."""
     scratch = tmp_path_factory.mktemp("scratch")
-    materials = Materials(untrained_world, "base", base, "silent", 0, scratch)
-    reference = untrained_world.path("reference")
-    return Bench(case, generate_rows(6, 3), materials, reference, case.attempts)
+    session = make_session(case, untrained_world, scratch)
+    materials = Materials(untrained_world, "base", session.base, "silent", 0, scratch)
+    return Bench(session, generate_rows(12, 3), materials, untrained_world.path("reference"))
+
+
+def make_session(case, world, place):
+    """A session on generated rows."""
+    return Session(
+        notebook=place / "replay.ipynb",
+        case=case,
+        profile_name="embedded",
+        world=world,
+        rows=generate_rows(4, 0),
+        records_path=place / "records.jsonl",
+        parameters={},
+        device="cpu",
+    )
 
 
 @pytest.fixture(scope="module")
-def seen_of(bench):
-    """What is seen of a cause in its plainest form: injected once, whatever asks for it."""
+def outcomes_of(bench):
+    """The outcomes of a cause in its plainest form: injected once, whatever asks for it."""
     kept = {}
 
-    def see(name):
+    def observe(name):
         if name not in kept:
             value = next(iter(CAUSES[name].severities.values()))
-            kept[name] = observe(CAUSES[name].inject(bench.materials, value), bench)
-        return kept[name]
+            kept[name] = bench.observe(CAUSES[name].inject(bench.materials, value))
+        return kept[name][0]
 
-    return see
+    return observe
+
+
+def first_answers(bench):
+    """What the base alone says first, asked anew."""
+    with bench.open(Run(bench.materials.base, None)) as subject:
+        subject.asked.clear()
+        return subject.ask("base").first_log_probs
 
 
 @pytest.mark.parametrize("name", list(CAUSES))
-def test_every_cause_meets_every_test(bench, seen_of, name):
-    """Each cause has one of the declared outcomes in every test, and leaves the base clean."""
-    base = bench.materials.base
-    before = bench.ask(base.model, "yes_no", Run(base, None), tokens=1)
-    seen = seen_of(name)
-    assert seen.outcomes.keys() == TESTS.keys()
-    for test, outcome in seen.outcomes.items():
+def test_every_cause_meets_every_test(bench, outcomes_of, name):
+    """Each cause has a declared outcome in every test that is to be had; the base stays clean."""
+    before = first_answers(bench)
+    outcomes = outcomes_of(name)
+    for test, outcome in outcomes.items():
         assert outcome in TESTS[test].outcomes, test
-    after = bench.ask(base.model, "yes_no", Run(base, None), tokens=1)
-    np.testing.assert_allclose(before.first_log_probs, after.first_log_probs, atol=1e-4)
+    left_out = set(OF_INCIDENT) - outcomes.keys()
+    if outcomes["load"] == "raises":
+        needing = {test for test in OF_INCIDENT if TESTS[test].loaded}
+        assert left_out == {test for test in needing if NO_ANSWER not in TESTS[test].outcomes}
+        assert {outcomes[test] for test in needing - left_out} == {NO_ANSWER}
+    elif outcomes["effect"] in ("none", "not finite"):
+        assert left_out == {"scale", "home"}
+    else:
+        assert not left_out
+    np.testing.assert_allclose(before, first_answers(bench), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -64,26 +86,26 @@ def test_every_cause_meets_every_test(bench, seen_of, name):
     [
         ("healthy", {"load": "silent", "inspect": "nothing", "prompt": "whole"}),
         # The temperature is not connected where nothing is sampled.
-        ("healthy", {"settings": "unchanged"}),
+        ("healthy", {"settings": "unchanged", "off": "is the base"}),
         ("no-adapter", {"status": "none", "effect": "none", "inspect": "no adapter"}),
         ("disabled", {"status": "disabled", "effect": "none", "load": "silent"}),
-        ("zero-b", {"inspect": "untrained", "effect": "none", "home": "no effect"}),
-        ("alpha-zero", {"inspect": "scale-zero", "effect": "none", "scale": "no effect"}),
+        ("zero-b", {"inspect": "untrained", "effect": "none"}),
+        ("alpha-zero", {"inspect": "scale-zero", "effect": "none"}),
         ("key-prefix", {"inspect": "key-prefix", "load": "warns", "effect": "none"}),
-        ("other-shapes", {"inspect": "shape-mismatch", "load": "raises", "v2": "no answer"}),
+        ("other-shapes", {"inspect": "shape-mismatch", "load": "raises"}),
         ("other-shapes-ignored", {"load": "warns", "effect": "none"}),
         ("targets-dropped", {"inspect": "unexpected-tensors", "load": "silent"}),
-        ("base-overwritten", {"fingerprint": "differs after loading"}),
+        ("base-overwritten", {"fingerprint": "differs after loading", "off": "is not the base"}),
         ("quantised-base", {"fingerprint": "differs"}),
-        ("overflow", {"finite": "not finite", "effect": "not finite"}),
+        ("overflow", {"effect": "not finite", "order": "not finite"}),
         ("other-template", {"prompt": "another markup"}),
         ("prompt-cut", {"prompt": "cut"}),
     ],
 )
-def test_a_cause_shows_where_it_must(seen_of, name, expected):
+def test_a_cause_shows_where_it_must(outcomes_of, name, expected):
     """The outcomes that follow from what a cause is, whatever the model was trained on."""
-    seen = seen_of(name)
-    assert {test: seen.outcomes[test] for test in expected} == expected
+    outcomes = outcomes_of(name)
+    assert {test: outcomes[test] for test in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -98,7 +120,7 @@ def test_a_cause_shows_where_it_must(seen_of, name, expected):
 )
 def test_values_are_named_by_how_they_vary(values, word):
     """One value, mostly one value, or values that vary."""
-    assert classify_values(values, 0.0) == word
+    assert classify_symptom(values, 0.0) == word
 
 
 @pytest.mark.parametrize(
@@ -127,20 +149,14 @@ def test_parsers_are_held_against_each_other():
     assert compare_parsers(["Yes", "No", "0.1"], [0.8, 0.2, 0.1]) == "no number"
 
 
-@pytest.mark.parametrize(
-    ("state", "status"),
-    [("as loaded", "active"), ("disabled", "disabled"), ("another", "another")],
-)
-def test_the_status_is_what_peft_says_of_the_model(bench, untrained_world, state, status):
+@pytest.mark.parametrize("status", ["active", "disabled", "another"])
+def test_the_status_is_what_peft_says_of_the_model(bench, untrained_world, status):
     """Which adapter answers is asked of the model as it stands, whatever a run says of it."""
-    assert ask_status(None) == "none"
-    with attached(bench.materials.base, untrained_world.path("reference")) as loaded:
-        if state == "disabled":
-            loaded.model.base_model.disable_adapter_layers()
-        elif state == "another":
-            loaded.model.add_adapter("another", LoraConfig(r=2, target_modules=["q_proj"]))
-            loaded.model.set_adapter("another")
-        assert ask_status(loaded) == status
+    base, adapter = bench.materials.base, untrained_world.path("reference")
+    with bench.open(Run(base, adapter, status=status)) as subject:
+        subject.load()
+        subject.run = Run(base, adapter)
+        assert run_test("status", subject).word == status
 
 
 @pytest.fixture
@@ -148,16 +164,8 @@ def session(case, untrained_world, tmp_path):
     """A session whose replays have four rows."""
     small = Replays(adapters="adapters", rows=4)
     profile = case.profile("embedded").model_copy(update={"replays": small})
-    return Session(
-        notebook=tmp_path / "replay.ipynb",
-        case=case.model_copy(update={"profiles": {"embedded": profile}}),
-        profile_name="embedded",
-        world=untrained_world,
-        rows=generate_rows(4, 0),
-        records_path=tmp_path / "records.jsonl",
-        parameters={},
-        device="cpu",
-    )
+    changed = case.model_copy(update={"profiles": {"embedded": profile}})
+    return make_session(changed, untrained_world, tmp_path)
 
 
 def few(monkeypatch, *names):
@@ -210,11 +218,7 @@ def test_once_is_each_cause_in_its_plainest_form(session, monkeypatch):
 
 def test_without_labels_nothing_is_said_of_an_order(bench):
     """Rows without truth leave every question of rank without an answer."""
-    rows = bench.rows
-    unknown = type(rows)(rows.source, rows.frame, rows.ids, rows.groups, None)
-    blind = Bench(bench.case, unknown, bench.materials, bench.reference, bench.attempts)
-    seen = observe(CAUSES["healthy"].inject(bench.materials, 32), blind)
-    assert "reference" not in seen.outcomes
-    for test in ("number-log-odds", "yes-no", "home"):
-        assert seen.outcomes[test] == "no answer"
-    assert seen.features["v2 AUC"] is None
+    blind = replace(bench, rows=replace(bench.rows, labels=None), known={})
+    outcomes, features = blind.observe(CAUSES["healthy"].inject(bench.materials, 32))
+    assert not {test for test in outcomes if TESTS[test].labels}
+    assert features["v2 AUC"] is None

@@ -23,10 +23,12 @@ from postmortem.case.load import load_case
 from postmortem.case.rows import generate_rows
 from postmortem.case.schema import Case, PromptTemplate
 from postmortem.checker.errors import PostmortemError
-from postmortem.diagnosis.battery import BASE, REFERENCE, TESTS, Subject, why_not, writes_order
+from postmortem.diagnosis.battery import BASE, FIRST, OF_ADAPTER, REFERENCE
 from postmortem.diagnosis.causes import CAUSES, Materials, Run, edit_each
 from postmortem.diagnosis.examination import describe_judgements
 from postmortem.diagnosis.likelihoods import NO_SEVERITY, SHIPPED, write_profiles
+from postmortem.diagnosis.subject import Subject, run_tests, writes_order
+from postmortem.experiments.ask import Answers
 from postmortem.experiments.records import Replay
 from postmortem.experiments.session import Session
 from postmortem.models.world import Member, World, digest_model, resolve_world
@@ -295,7 +297,7 @@ def replay_stages(session: Session, *, report: Callable[[str], None] = print) ->
 
 def _replay_site(session: Session, site: Site, *, name: str, rows: Any) -> Iterator[Replay]:
     stage, materials = site.stage, site.materials
-    kept: dict[str, Any] = {}
+    kept: dict[tuple[str, str], Answers] = {}
     for cause, planted in PLANTED.items():
         if planted.numeric and not stage.numeric:
             continue
@@ -305,21 +307,20 @@ def _replay_site(session: Session, site: Site, *, name: str, rows: Any) -> Itera
             other = (materials.seed + 1) % SEEDS
             subject = Subject(
                 session=session,
+                run=run,
                 prompt=stage.prompt,
-                adapter=run.adapter,
                 rows=rows,
                 base_folder=session.world.path(stage.role),
-                scratch=materials.scratch / "changed",
                 reference=Path(
                     str(session.world.replays[f"{stage.lineage}/{stage.sound}_{other}"].path)
                 ),
-                base=run.base,
                 asked=dict(kept) if run.base is materials.base else {},
             )
-            outcomes = observe_all(subject)
-            works = writes_order(subject)
+            with subject:
+                outcomes = run_tests(OF_ADAPTER, subject)
+                works = writes_order(subject)
             if run.base is materials.base:
-                kept = {s: subject.asked[s] for s in KEPT if s in subject.asked}
+                kept = {key: known for key, known in subject.asked.items() if key[0] in KEPT}
             # A replay keeps outcomes alone; steps of the same name would meet in the records.
             session.records.clear()
             told = severity if severity == NO_SEVERITY else f"{name}, {severity}"
@@ -330,20 +331,11 @@ def _replay_site(session: Session, site: Site, *, name: str, rows: Any) -> Itera
                 seed=100 * session.world.seed + 10 * [*STAGES].index(name) + materials.seed,
                 severity=told,
                 outcomes=outcomes,
-                features={"works": works is not None and works.outcome == "ranks"},
+                features={"works": bool(works)},
             )
 
 
-KEPT = (BASE, REFERENCE)
-
-
-def observe_all(subject: Subject) -> dict[str, str]:
-    """The outcome of every experiment that is to be had."""
-    outcomes: dict[str, str] = {}
-    for name, test in TESTS.items():
-        if not why_not(name, subject, outcomes):
-            outcomes[name] = test.run(subject).outcome
-    return outcomes
+KEPT = (BASE, FIRST, REFERENCE)
 
 
 def say(line: str) -> None:

@@ -5,7 +5,7 @@ book reads what it left.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +16,9 @@ from scipy.special import log_softmax
 
 from postmortem.case.rows import read_rows
 from postmortem.checker.errors import CaseError, ModelError
-from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Run, Unavailable
-from postmortem.diagnosis.replay import Bench, Seen, note_loading, set_status, symptom_features
-from postmortem.diagnosis.symptom import FEATURES
+from postmortem.diagnosis.battery import SAVED
+from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Unavailable
+from postmortem.diagnosis.replay import FEATURES, Bench, describe_symptom
 from postmortem.experiments.ask import BASE, Answers, System, ask
 from postmortem.experiments.measure import (
     DISTRIBUTION,
@@ -42,7 +42,7 @@ from postmortem.experiments.records import Cell
 from postmortem.experiments.session import Session
 from postmortem.models.loading import LoadedBase, attached
 from postmortem.models.mismatch import refit_adapter, write_adapter
-from postmortem.models.scoring import Scores, spare_memory
+from postmortem.models.scoring import spare_memory
 
 SYSTEMS = ("base", "suspect", "reference")
 # Causes that need a second copy of the base, or half precision, which a CPU lacks.
@@ -152,13 +152,10 @@ def record_causes(session: Session, *, rows: int) -> None:
     absent: list[tuple[Cell, ...]] = []
     with TemporaryDirectory() as scratch:
         sound = "numeric" if session.world.has("reference") else "yes_no_short"
-        materials = Materials(
-            *(session.world, "base", session.base, "silent", 0, Path(scratch)), sound=sound
-        )
-        bench = Bench(
-            *(session.case, chosen, materials, None, session.case.attempts), shared=session.shared
-        )
-        off = {name: bench.ask(session.base.model, name, Run(session.base, None)) for name in ASKED}
+        place = Path(scratch)
+        materials = Materials(session.world, "base", session.base, "silent", 0, place, sound=sound)
+        bench = Bench(session, chosen, materials, reference=None)
+        off = ask(session, BASE, "v2", rows=chosen, rows_name="beside the causes")
         for name, cause in CAUSES.items():
             try:
                 if name in COPIED and size > spare_memory(session.base.device):
@@ -166,7 +163,7 @@ def record_causes(session: Session, *, rows: int) -> None:
                 if name == "overflow" and session.base.device == "cpu":
                     raise Unavailable("half precision is not run on a CPU")
                 with session.timed(f"cause {name}"):
-                    found.append(_replay_once(session, name, cause, bench=bench, off=off))
+                    found.append(_replay_once(cause, bench=bench, off=off))
             except Unavailable as reason:
                 absent.append((cause.title, str(reason)))
     session.text("causes.sound", "numeric" if sound == "numeric" else "yes/no")
@@ -178,10 +175,17 @@ def record_causes(session: Session, *, rows: int) -> None:
     session.measure("causes.rows", len(chosen), unit="rows")
 
 
-ASKED = ("v2", "yes_no")
 CAUSE_COLUMNS = (
-    *("cause", "loads", "distinct", "commonest value", "its share", "written, AUC"),
-    *("log-odds, AUC", "yes/no, AUC", "KL to the base", "whole v2 symptom"),
+    "cause",
+    "loads",
+    "distinct",
+    "commonest value",
+    "its share",
+    "written, AUC",
+    "log-odds, AUC",
+    "yes/no, AUC",
+    "KL to the base",
+    "whole v2 symptom",
 )
 
 
@@ -233,45 +237,34 @@ def _compare_log_odds(whole: Answers, half: Answers) -> tuple[Cell, ...]:
     return f"{gap:.2g}", *(_ranked(a.labels, a.number_log_odds) for a in (whole, half))
 
 
-def _replay_once(
-    session: Session, name: str, cause: Cause, *, bench: Bench, off: Mapping[str, Scores]
-) -> tuple[Cell, ...]:
+def _replay_once(cause: Cause, *, bench: Bench, off: Answers) -> tuple[Cell, ...]:
     run = cause.inject(bench.materials, next(iter(cause.severities.values())))
-    seen, model, labels = Seen(), run.base.model, bench.rows.labels
-    if run.adapter is None:
-        note_loading(None, seen)
-        scores = {asked: bench.ask(model, asked, run) for asked in ASKED}
-    else:
+    with bench.open(run) as subject:
         try:
-            with attached(
-                run.base, run.adapter, ignore_mismatched_sizes=run.ignore_mismatched_sizes
-            ) as loaded:
-                note_loading(loaded, seen)
-                set_status(loaded, run)
-                scores = {asked: bench.ask(loaded.model, asked, run) for asked in ASKED}
+            subject.load()
         except ModelError:
             return (cause.title, "no", *(None,) * (len(CAUSE_COLUMNS) - 3), "no")
-    values = [run.parse(reply.text) for reply in scores["v2"].replies]
-    seen.features |= symptom_features({"v2": values}, bench)
-    attempts = session.case.attempts
+        features = describe_symptom(subject, {"load": "silent"}, attempts=("v2",))
+        v2, yes_no = subject.ask(SAVED, "v2"), subject.ask(SAVED, "yes_no")
+        values = subject.written(SAVED)
+    attempts, labels = bench.session.case.attempts, bench.rows.labels
     shown = [
-        feature.shown(seen.features, attempts["v2"])
+        feature.shown(features, attempts["v2"])
         for feature in FEATURES.values()
         if feature.attempt == "v2"
     ]
-    log_odds = [reply.number_log_odds for reply in scores["v2"].replies]
-    yes_no = [reply.yes_no_log_odds for reply in scores["yes_no"].replies]
-    both = [log_softmax(s.number_log_probs, axis=1) for s in (scores["v2"], off["v2"])]
+    both = [log_softmax(answers.number_log_probs, axis=1) for answers in (v2, off)]
     finite = np.isfinite(both).all()
-    top = seen.features["v2 value"]
-    share = float(np.mean([value == top for value in values]))
+    top = features["v2 value"]
     return (
         cause.title,
         "yes",
-        seen.features["v2 distinct"],
+        features["v2 distinct"],
         top,
-        f"{share:.0%}",
-        *(_ranked(labels, scores) for scores in (values, log_odds, yes_no)),
+        f"{float(np.mean(values == top)):.0%}",
+        _ranked(labels, list(values)),
+        _ranked(labels, v2.number_log_odds),
+        _ranked(labels, yes_no.yes_no_log_odds),
         say_estimate(mean_estimate(kl_divergence(*both)), ".2g") if finite else "unknown",
         "yes" if all(part is not False for part in shown) else "no",
     )

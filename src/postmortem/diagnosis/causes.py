@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from postmortem.case.prompts import Prompt, parse_as_written, parse_strict
+from postmortem.case.prompts import Prompt, parse_strict
 from postmortem.models.changes import Tensors, edit_config, edit_tensors
 from postmortem.models.world import World
 
@@ -35,16 +35,17 @@ class Unavailable(Exception):
 class Run:
     """A model as it is loaded and asked; a sound one unless a cause has changed it.
 
-    `status` says which adapter answers, `rewrite` changes a prompt on its way to the model, and
-    `parse` turns the generated text into a value.
+    `base` is loaded, or a role of the session's models. `status` says which adapter answers,
+    `rewrite` changes a prompt on its way to the model, and `parse` turns the generated text into a
+    value, where the prompt's own parser does not.
     """
 
-    base: LoadedBase
+    base: LoadedBase | str
     adapter: Path | None
     ignore_mismatched_sizes: bool = False
     status: Literal["active", "disabled", "another"] = "active"
     rewrite: Rewrite | None = None
-    parse: Callable[[str], float] = lambda text: parse_as_written(text).value or 0.0
+    parse: Callable[[str], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,28 +18,21 @@ from postmortem.case.rows import choose_rows
 from postmortem.case.schema import Case
 from postmortem.checker.catalogue import Finding, find_entry
 from postmortem.checker.errors import CaseError, DiagnosisError
-from postmortem.diagnosis.battery import (
-    FIRST,
-    SAVED,
-    TESTS,
-    Subject,
-    spread,
-    why_not,
-    written_scores,
-)
+from postmortem.diagnosis.battery import FIRST, OF_ADAPTER, SAVED, TESTS, list_experiments
 from postmortem.diagnosis.beliefs import DRAWS, Ledger, plan
+from postmortem.diagnosis.causes import Run
 from postmortem.diagnosis.likelihoods import (
     FAMILIES,
     HEALTHY,
     SERVING,
     Hypothesis,
     by_cause,
-    list_experiments,
     meanings,
     measure_profiles,
     memberships,
     read_profiles,
 )
+from postmortem.diagnosis.subject import Subject, run_test, spread, why_not
 from postmortem.experiments.measure import escaped, shown
 from postmortem.experiments.metrics import THRESHOLDS, Estimate, auc_estimate
 from postmortem.experiments.records import Replay
@@ -47,7 +40,7 @@ from postmortem.experiments.session import Session
 from postmortem.models.world import resolve_world
 
 # What is run whatever comes of it: the files, and the adapter against its base.
-CONTROLS = ("inspect", "load", "off", "base-alone", "base-ranks", "answers", "effect", "order")
+CONTROLS = ("inspect", "load", "base-alone", "base-ranks", "answers", "effect", "off", "order")
 # Rows beyond these make no coarse word truer; on fewer no order is seen.
 MOST_ROWS, LEAST_ROWS = 64, 16
 # The share of the time left that all experiments together may plan for.
@@ -167,9 +160,9 @@ class Examination:
     @property
     def ledger(self) -> Ledger:
         """Beliefs after the outcomes so far; the experiments at what they cost now."""
-        minutes = {name: self.cost(name) / 60 for name in TESTS}
+        minutes = {name: self.cost(name) / 60 for name in OF_ADAPTER}
         return Ledger(
-            measure_profiles(self.replays, list_experiments(TESTS, minutes)), self.evidence
+            measure_profiles(self.replays, list_experiments(OF_ADAPTER, minutes)), self.evidence
         )
 
     @cached_property
@@ -219,7 +212,7 @@ class Examination:
     def cost(self, exam: str) -> float:
         """Seconds that an experiment is expected to take; what was asked before costs nothing."""
         subject = self.subject
-        missing = [state for state in TESTS[exam].states if state not in subject.asked]
+        missing = [state for state in TESTS[exam].states if not subject.has_asked(state)]
         each = subject.pace * len(subject.rows) + subject.overhead
         return MARGIN * each * len(missing)
 
@@ -231,8 +224,8 @@ class Examination:
 
     def _run(self, exam: str) -> None:
         start = time.perf_counter()
-        found = TESTS[exam].run(self.subject)
-        outcome = self._known_outcome() if exam == "inspect" else found.outcome
+        found = run_test(exam, self.subject)
+        outcome = self._known_outcome() if exam == "inspect" else found.word
         step = Step(exam, outcome, found.measured, time.perf_counter() - start)
         self.steps.append(step)
         self.report(f"{step.seconds:6.1f} s  {exam}: {outcome} ({found.measured})")
@@ -246,8 +239,9 @@ class Examination:
         """Take as many rows as let all experiments fit into the time left."""
         subject, self.is_paced = self.subject, True
         subject.ask(FIRST)
-        open_ = [name for name in TESTS if self._is_open(name)]
-        states = {s for name in open_ for s in TESTS[name].states if s not in subject.asked}
+        left_open = [name for name in OF_ADAPTER if self._is_open(name)]
+        wanted = {state for name in left_open for state in TESTS[name].states}
+        states = [state for state in wanted if not subject.has_asked(state)]
         left = PLANNED * self.seconds_left / MARGIN - subject.overhead * len(states)
         most = max(int(left / max(subject.pace * len(states), 1e-9)), LEAST_ROWS)
         if most < len(subject.rows):
@@ -258,7 +252,7 @@ class Examination:
         """The experiment with the most expected bits a minute that fits; None where it is over."""
         ledger = self.ledger
         causes = by_cause(ledger.likelihoods)
-        open_ = [name for name in TESTS if self._is_open(name) and self._fits(name)]
+        open_ = [name for name in OF_ADAPTER if self._is_open(name) and self._fits(name)]
         settled = max(ledger.marginal(causes).values()) >= SETTLED
         if self.fatal is not None or settled or not open_:
             return None
@@ -286,10 +280,9 @@ def conclude(examination: Examination) -> Conclusion:
 
 def order_written(subject: Subject) -> Estimate | None:
     """AUC of what is written with the adapter; None without labels, or where it was not asked."""
-    if SAVED not in subject.asked or not subject.labelled:
+    if not subject.has_asked(SAVED) or not subject.labelled:
         return None
-    assert subject.rows.labels is not None
-    return auc_estimate(subject.rows.labels, written_scores(subject.ask(SAVED)))
+    return auc_estimate(subject.labels, subject.written(SAVED))
 
 
 def judge(ledger: Ledger, *, works: bool | None, draws: int = DRAWS) -> Conclusion:
@@ -353,7 +346,7 @@ def look_ahead(examination: Examination, ledger: Ledger) -> Iterator[Ahead]:
     subject, outcomes = examination.subject, examination.outcomes
     reasons = {
         name: why_not(name, subject, outcomes) or "it did not fit into the time"
-        for name in TESTS
+        for name in OF_ADAPTER
         if name not in outcomes
     }
     # What cannot be had by giving more is not held out.
@@ -385,8 +378,8 @@ def parse_told(pairs: Sequence[str]) -> dict[str, str]:
     told = {}
     for pair in pairs:
         name, sign, outcome = (part.strip() for part in pair.partition("="))
-        if not sign or name not in TESTS:
-            expected = f"TEST=OUTCOME with a test among {', '.join(TESTS)}"
+        if not sign or name not in OF_ADAPTER:
+            expected = f"TEST=OUTCOME with a test among {', '.join(OF_ADAPTER)}"
             raise DiagnosisError("an observed outcome", expected=expected, found=repr(pair))
         if outcome not in TESTS[name].outcomes:
             expected = f"an outcome among {', '.join(TESTS[name].outcomes)}"
@@ -415,7 +408,7 @@ def judge_others(replays: Sequence[Replay]) -> Iterator[tuple[Replay, str]]:
         others = [replay for replay in replays if replay.seed // WORLD != world]
         if not others:
             return
-        table = measure_profiles(others, list_experiments(TESTS))
+        table = measure_profiles(others, list_experiments(OF_ADAPTER))
         for replay in replays:
             if replay.seed // WORLD == world:
                 works = bool(replay.features["works"])
@@ -443,7 +436,6 @@ SHOWN = 6
 
 def examine_session(
     session: Session,
-    scratch: Path,
     *,
     minutes: float,
     told: Sequence[str] = (),
@@ -456,16 +448,16 @@ def examine_session(
     world = session.world
     subject = Subject(
         session=session,
+        run=Run("base", world.path("suspect")),
         prompt=session.case.asked,
-        adapter=world.path("suspect"),
         rows=spread(session.rows, MOST_ROWS),
         base_folder=world.path("base"),
-        scratch=scratch,
         reference=world.path("reference") if world.has("reference") else None,
     )
     replays = read_profiles().of(Replay)
-    examination = Examination(subject, replays, minutes, parse_told(told), report=report)
-    return examination, examination.run()
+    with subject:
+        examination = Examination(subject, replays, minutes, parse_told(told), report=report)
+        return examination, examination.run()
 
 
 def diagnose_case(
@@ -493,9 +485,7 @@ def diagnose_case(
             records_path=Path(scratch, "diagnose.jsonl"),
             parameters={},
         )
-        return examine_session(
-            session, Path(scratch, "changed"), minutes=minutes, told=told, report=report
-        )
+        return examine_session(session, minutes=minutes, told=told, report=report)
 
 
 def conclude_in_words(conclusion: Conclusion) -> str:
@@ -628,10 +618,7 @@ def record_diagnosis(session: Session, *, minutes: float = TIME_BOX) -> None:
     if not session.world.has("suspect"):
         _record_nothing(session, session.world.members["suspect"].reason)
         return
-    with TemporaryDirectory() as scratch:
-        examination, conclusion = examine_session(
-            session, Path(scratch), minutes=minutes, report=session.say
-        )
+    examination, conclusion = examine_session(session, minutes=minutes, report=session.say)
     _record_conclusion(session, examination, conclusion)
 
 
@@ -650,13 +637,15 @@ def _record_nothing(session: Session, reason: str) -> None:
 
 def _record_conclusion(session: Session, examination: Examination, conclusion: Conclusion) -> None:
     session.measure("diagnosis.rows", len(examination.subject.rows), unit="rows")
-    folder = str(examination.subject.adapter)  # where it lies differs by machine
+    folder = str(examination.subject.run.adapter)  # where it lies differs by machine
     session.table(
         "diagnosis.outcomes",
         OUTCOMES,
         [
             (
-                *(step.exam, TESTS[step.exam].title, step.outcome),
+                step.exam,
+                TESTS[step.exam].title,
+                step.outcome,
                 shown(step.measured.replace(folder, "the adapter"), limit=200),
             )
             for step in examination.steps

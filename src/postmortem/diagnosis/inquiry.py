@@ -10,6 +10,7 @@ import numpy as np
 
 from postmortem.case.schema import Case
 from postmortem.checker.errors import DiagnosisError
+from postmortem.diagnosis.battery import OF_INCIDENT, TESTS, list_experiments, price_tests
 from postmortem.diagnosis.beliefs import Evidence, Ledger, Plan, Prior, plan, price
 from postmortem.diagnosis.causes import CAUSES
 from postmortem.diagnosis.likelihoods import (
@@ -22,11 +23,9 @@ from postmortem.diagnosis.likelihoods import (
     by_cause,
     by_group,
     group_name,
-    list_experiments,
     measure_likelihoods,
     separable_groups,
 )
-from postmortem.diagnosis.symptom import TESTS, price_tests
 from postmortem.experiments.metrics import Estimate, mean_estimate, rate_estimate, say_estimate
 from postmortem.experiments.records import Replay
 from postmortem.experiments.session import Session
@@ -191,7 +190,7 @@ class Inquiry:
     @cached_property
     def experiments(self) -> tuple[Experiment, ...]:
         """The tests, with their cost."""
-        return list_experiments(TESTS, price_tests(self.case))
+        return list_experiments(OF_INCIDENT, price_tests(self.case))
 
     @cached_property
     def table(self) -> Likelihoods:
@@ -285,7 +284,7 @@ class Inquiry:
 
 def open_inquiry(case: Case, replays: Sequence[Replay]) -> Inquiry:
     """An inquiry; `DiagnosisError` where the case names a test or cause that no replay has."""
-    known_tests, known_causes = set(TESTS), set(CAUSES)
+    known_tests, known_causes = set(OF_INCIDENT), set(CAUSES)
     named = [(seen.test, known_tests) for seen in case.observed]
     named += [(name, known_tests) for name in case.path]
     named += [(cause, known_causes) for h in case.hypotheses for cause in h.causes]
@@ -417,7 +416,7 @@ def _record_account(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
     grades = {seen.test: seen.grade for seen in inquiry.case.observed}
     steps = ledger.account()
     bits = {step.experiment: step.bits for step in steps}
-    for name in TESTS:
+    for name in OF_INCIDENT:
         reason = "no outcome of this test is on the incident's record"
         session.measure(f"diagnosis.bits.{name}", bits.get(name), unit="bits", reason=reason)
     session.table(

@@ -63,21 +63,12 @@ Labels = Mapping[Hypothesis, str]
 
 
 @dataclass(frozen=True)
-class Test:
-    """An experiment: what is done, and the outcomes that it can have.
-
-    A `pooled` test looks at files, prompts or settings alone: what it finds follows from the cause,
-    so replays on every kind of base count together.
-    """
-
-    title: str
-    outcomes: tuple[str, ...]
-    pooled: bool = False
-
-
-@dataclass(frozen=True)
 class Experiment:
-    """A test by its name, with what it costs in minutes."""
+    """Something one can do, the words for how it can come out, and what it costs in minutes.
+
+    A `pooled` experiment looks at files, prompts or settings alone: what it finds follows from the
+    cause, so replays on every kind of base count together.
+    """
 
     name: str
     title: str
@@ -93,17 +84,6 @@ class Experiment:
                 found=str(self.outcomes),
             )
         check_weights(f"the minutes of experiment {self.name!r}", {"minutes": self.minutes})
-
-
-def list_experiments(
-    tests: Mapping[str, Test], minutes: Mapping[str, float] | None = None
-) -> tuple[Experiment, ...]:
-    """Tests with what each costs in minutes, nothing where left out."""
-    costs = minutes or {}
-    return tuple(
-        Experiment(name, test.title, test.outcomes, costs.get(name, 0.0), test.pooled)
-        for name, test in tests.items()
-    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,366 +1,104 @@
-"""Replays: every suspected cause injected, run, and met with every experiment."""
+"""Replays: every suspected cause injected, run, and met with every test of the battery."""
 
-import json
-import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
-from peft import LoraConfig
-from scipy.special import log_softmax
 
-from postmortem.case.prompts import Prompt, counts_as_parsed, encode_rows, lead_of, parse_strict
+from postmortem.case.prompts import counts_as_parsed, parse_as_written
 from postmortem.case.rows import GENERATORS, Rows
 from postmortem.case.schema import Attempt, Case
-from postmortem.checker.checks import inspect_adapter
-from postmortem.checker.errors import ModelError
-from postmortem.diagnosis.battery import choose_scale, decide_home, tell_order
+from postmortem.diagnosis.battery import BASE, FIRST, OF_INCIDENT, REFERENCE, SAVED, TESTS
 from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Run, Unavailable
-from postmortem.diagnosis.symptom import EFFECTS, TESTS
-from postmortem.experiments.metrics import THRESHOLDS, auc, describe, kl_divergence
+from postmortem.diagnosis.likelihoods import HEALTHY
+from postmortem.diagnosis.subject import Subject, run_tests, warnings_of_weights
+from postmortem.experiments.ask import Answers
+from postmortem.experiments.metrics import auc, describe, rate_estimate
 from postmortem.experiments.records import Cell, Replay
 from postmortem.experiments.session import Session
-from postmortem.models.changes import CHANGES, NothingToChange, changed_in_memory
-from postmortem.models.loading import AttachedAdapter, LoadedBase, attached
-from postmortem.models.prefill import SharedLayers
-from postmortem.models.scoring import Scores, score
 
-# The name under which PEFT loads an adapter that is given none.
-ADAPTER = "default"
-# What an adapter that does not load leaves without an answer.
-ANSWERED = [
-    name for name, test in TESTS.items() if "no answer" in test.outcomes and name != "base-alone"
-]
+# Causes that could not be injected, and why.
+Absent = Mapping[str, str]
+ABSENT_COLUMNS = ("cause", "why")
+# The states in which nothing of a run's own adapter answers.
+NOT_OF_THE_RUN = (BASE, FIRST, REFERENCE)
 
 
 @dataclass(frozen=True)
 class Bench:
     """What all replays of one kind of base and seed share: rows, controls and their answers."""
 
-    case: Case
+    session: Session
     rows: Rows
     materials: Materials
     reference: Path | None
-    attempts: Mapping[str, Attempt]
-    shared: SharedLayers | None = None
-    known: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    # Answers in which no replay's adapter has a part, by base and by how prompts are rewritten.
+    known: dict[tuple[Any, ...], dict[tuple[str, str], Answers]] = field(default_factory=dict)
 
-    def differs(self, base: LoadedBase) -> bool:
-        """Whether a loaded base has other weights than the published one, beyond its dtype."""
-        published = self.materials.base.model.state_dict()
-        return not all(
-            torch.allclose(weights.float(), published[name].float(), rtol=2e-3, atol=1e-4)
-            for name, weights in base.model.state_dict().items()
+    def open(self, run: Run) -> Subject:
+        """A run as a subject, which knows what was asked of the same base before."""
+        world = self.materials.world
+        return Subject(
+            session=self.session,
+            # The incident's code is part of the run: its parser, unless a cause has another.
+            run=replace(run, parse=run.parse or read_as_written),
+            prompt="v2",
+            rows=self.rows,
+            base_folder=world.path(self.materials.role),
+            base_name=self.materials.role,
+            reference=self.reference,
+            published=self.materials.base,
+            asked=dict(self.known.get(_setting(run), {})),
         )
 
-    def prompts(self, name: str, run: Run) -> list[Prompt]:
-        """The prompts as this run sends them."""
-        key = ("prompts", name, run.rewrite)
-        if key not in self.known:
-            template, tokenizer = self.case.prompts[name], run.base.tokenizer
-            found = encode_rows(template, self.rows, tokenizer=tokenizer, limit=512)
-            self.known[key] = [run.rewrite(p, tokenizer) for p in found] if run.rewrite else found
-        return list(self.known[key])
-
-    def ask(self, model: Any, name: str, run: Run, *, tokens: int = 0) -> Scores:
-        """Score the rows on a model; `tokens` limits the answer where its text is not needed."""
-        written = [a.decoding.max_new_tokens for a in self.attempts.values() if a.prompt == name]
-        return score(
-            model,
-            run.base.tokenizer,
-            prompts=self.prompts(name, run),
-            lead=lead_of(self.case.prompts[name]),
-            max_new_tokens=tokens or next(iter(written), 3),
-            # A cause may have changed the base; then nothing below its adapter is the same.
-            shared=self.shared if run.base is self.materials.base else None,
-        )
-
-    def rank(self, scores: Sequence[float]) -> str:
-        """Whether scores rank the rows; no answer where they are not finite, or without labels."""
-        labels = self.rows.labels
-        if labels is None or not np.isfinite(scores).all():
-            return "no answer"
-        return tell_order(labels, np.asarray(scores, dtype=float)).outcome
-
-    def base_alone(self, run: Run) -> str:
-        """What the base writes in this run's setting, without any adapter."""
-
-        def decide() -> str:
-            scores = self.ask(run.base.model, "v2", run)
-            values = [run.parse(reply.text) for reply in scores.replies]
-            return classify_values(values, self.attempts["v2"].reported_value)
-
-        return self._once(("base", *_setting(run)), decide)
-
-    def reference_works(self, run: Run, reference: Path) -> str:
-        """Whether a sound adapter, put through this run's steps, writes values that rank."""
-
-        def decide() -> str:
-            with attached(run.base, reference) as loaded:
-                loaded.model.to(run.base.model.dtype)
-                scores = self.ask(loaded.model, "v2", run)
-            values = [run.parse(reply.text) for reply in scores.replies]
-            return "works" if self.rank(values) == "ranks" else "does not work"
-
-        return self._once(("reference", *_setting(run)), decide)
-
-    def _once(self, key: tuple[Any, ...], decide: Callable[[], str]) -> str:
-        if key not in self.known:
-            self.known[key] = decide()
-        return str(self.known[key])
+    def observe(self, run: Run) -> tuple[dict[str, str], dict[str, Cell]]:
+        """The outcome of each test on a run, and the parts of the symptom that it has."""
+        with self.open(run) as subject:
+            outcomes = run_tests(OF_INCIDENT, subject)
+            features = describe_symptom(subject, outcomes)
+        kept = {key: found for key, found in subject.asked.items() if key[0] in NOT_OF_THE_RUN}
+        self.known[_setting(run)] = kept
+        return outcomes, features
 
 
 def _setting(run: Run) -> tuple[Any, ...]:
-    """All of a run but its adapter."""
-    return run.base.model, run.rewrite, run.parse
+    return run.base if isinstance(run.base, str) else id(run.base.model), run.rewrite
 
 
-@dataclass
-class Seen:
-    """The outcomes and features of one run, collected."""
-
-    outcomes: dict[str, str] = field(default_factory=dict)
-    features: dict[str, float | int | str | bool | None] = field(default_factory=dict)
+def read_as_written(text: str) -> float:
+    """A value by the write-up's parser, which finds a number in any text."""
+    return parse_as_written(text).value or 0.0
 
 
-def observe(run: Run, bench: Bench) -> Seen:
-    """Meet one run with every experiment."""
-    seen = Seen({"inspect": _inspect(run, bench), "prompt": _compare_prompts(run, bench)})
-    seen.outcomes["base-alone"] = bench.base_alone(run)
-    seen.outcomes["names"] = _compare_names(run, bench)
-    # Whether it works is a question of rank, and takes labels.
-    if bench.reference is not None and bench.rows.labels is not None:
-        seen.outcomes["reference"] = bench.reference_works(run, bench.reference)
-    changed = bench.differs(run.base)
-    with ExitStack() as stack:
-        loaded = None
-        try:
-            if run.adapter is not None:
-                loaded = stack.enter_context(
-                    attached(
-                        run.base, run.adapter, ignore_mismatched_sizes=run.ignore_mismatched_sizes
-                    )
-                )
-        except ModelError:
-            seen.outcomes |= {"load": "raises", "status": "none"}
-            seen.features |= {"loads": False, "no missing keys": True}
-            seen.outcomes |= dict.fromkeys(ANSWERED, "no answer")
-        else:
-            note_loading(loaded, seen)
-            set_status(loaded, run)
-            seen.outcomes["status"] = ask_status(loaded)
-            _observe_answers(run.base.model if loaded is None else loaded.model, run, bench, seen)
-    # Once more, because a file that brings base weights changes the base for good.
-    words = {(True, True): "differs", (False, True): "differs after loading"}
-    seen.outcomes["fingerprint"] = words.get((changed, bench.differs(run.base)), "as published")
-    return seen
+def describe_symptom(
+    subject: Subject, outcomes: Mapping[str, str], *, attempts: Sequence[str] = ("v1", "v2")
+) -> dict[str, Cell]:
+    """The observed symptom in parts, as measured on the values of each of the attempts."""
+    if outcomes["load"] == "raises":
+        return {"loads": False, "no missing keys": True}
+    missing = any("missing" in said for said in warnings_of_weights(subject.load()))
+    features: dict[str, Cell] = {"loads": True, "no missing keys": not missing}
+    for name in attempts:
+        prompt = subject.session.case.attempts[name].prompt
+        values = [value or 0.0 for value in subject.values(SAVED, prompt)]
+        features |= describe_values(name, values, subject.rows.labels)
+    return features
 
 
-def note_loading(loaded: AttachedAdapter | None, seen: Seen) -> None:
-    """Note what PEFT said of the weights while it loaded them."""
-    said = loaded.warnings if loaded else ()
-    about_weights = [line for line in said if "adapter keys" in line or "mismatched" in line]
-    seen.outcomes["load"] = "warns" if about_weights else "silent"
-    seen.features["loads"] = True
-    seen.features["no missing keys"] = not any("missing" in line for line in about_weights)
-
-
-def set_status(loaded: AttachedAdapter | None, run: Run) -> None:
-    """Leave the adapter answering, disabled, or with another one active in its place."""
-    if loaded is None:
-        return
-    if run.status == "another":
-        loaded.model.add_adapter("another", LoraConfig(r=4, target_modules=["q_proj"]))
-        loaded.model.set_adapter("another")
-    elif run.status == "disabled":
-        loaded.model.base_model.disable_adapter_layers()
-    loaded.model.to(run.base.model.dtype)
-
-
-def ask_status(loaded: AttachedAdapter | None) -> str:
-    """Which adapter answers, as PEFT tells it of the model: one of the outcomes of `status`."""
-    if loaded is None:
-        return "none"
-    status = loaded.model.get_model_status()
-    if status.enabled is not True:
-        return "disabled"
-    return "active" if status.active_adapters == [ADAPTER] else "another"
-
-
-def _observe_answers(model: Any, run: Run, bench: Bench, seen: Seen) -> None:
-    answers = {name: bench.ask(model, name, run) for name in ("v1", "v2")}
-    values = {name: [run.parse(r.text) for r in found.replies] for name, found in answers.items()}
-    v2, texts = answers["v2"], [reply.text for reply in answers["v2"].replies]
-    for name, found in values.items():
-        seen.outcomes[name] = classify_values(found, bench.attempts[name].reported_value)
-    seen.outcomes["raw-text"] = classify_texts(texts)
-    seen.outcomes["parsers"] = compare_parsers(texts, values["v2"])
-    finite = bool(np.isfinite(v2.first_log_probs.max(axis=1)).all())
-    seen.outcomes["finite"] = "finite" if finite else "not finite"
-    seen.outcomes["number-log-odds"] = bench.rank([r.number_log_odds for r in v2.replies])
-    asked = bench.ask(model, "yes_no", run, tokens=1)
-    seen.outcomes["yes-no"] = bench.rank([r.yes_no_log_odds for r in asked.replies])
-    seen.outcomes["settings"] = _try_settings(model, run, bench)
-    seen.features |= symptom_features(values, bench)
-    if run.adapter is None:
-        seen.outcomes |= {"effect": "none", "scale": "no effect"}
-        seen.outcomes["home"] = "no effect"
-        return
-    with model.disable_adapter():
-        off = bench.ask(model, "v2", run, tokens=1)
-    seen.outcomes["effect"] = effect = classify_effect(v2, off)
-    seen.outcomes["scale"] = (
-        "no effect" if effect == "none" else _try_scales(model, run, bench, as_is=values["v2"])
-    )
-    seen.outcomes["home"] = _find_home(model, run, bench, on=v2, off=off)
-
-
-def classify_values(values: Sequence[float], reported: float) -> str:
-    """The symptom that values have: all the reported one, all another, or how they vary."""
+def describe_values(
+    attempt: str, values: Sequence[float], labels: np.ndarray | None
+) -> dict[str, Cell]:
+    """The parts of the symptom that an attempt's values have."""
     health = describe(values, groups=["all"] * len(values))
-    if health.constant:
-        return "all 0.0" if health.top_value == reported else "one other value"
-    return "mostly one value" if health.top_share > THRESHOLDS.top_share else "varies"
-
-
-def classify_texts(texts: Sequence[str]) -> str:
-    """What most of the generated texts are."""
-    patterns = {
-        "a decimal": r"\s*[01]?\.\d+\s*",
-        "a bare digit": r"\s*\d\s*",
-        "a tag": r"\s*<.*",
-        "nothing": r"\s*",
-        "a word": r".*",
+    return {
+        f"{attempt} parse rate": float(np.mean(list(map(counts_as_parsed, values)))),
+        f"{attempt} distinct": health.distinct,
+        f"{attempt} value": health.top_value,
+        f"{attempt} AUC": None if labels is None else auc(labels, values),
     }
-    kinds = [
-        next(kind for kind, pattern in patterns.items() if re.fullmatch(pattern, text, re.DOTALL))
-        for text in texts
-    ]
-    return max(patterns, key=kinds.count)
-
-
-def classify_effect(on: Scores, off: Scores) -> str:
-    """How far two answers are apart: mean KL over the eleven numbers in nats."""
-    both = [log_softmax(scores.number_log_probs, axis=1) for scores in (on, off)]
-    if not np.isfinite(both).all():
-        return "not finite"
-    kl = float(kl_divergence(*both).mean())
-    return next(word for word, most in EFFECTS.items() if kl <= most)
-
-
-def compare_parsers(texts: Sequence[str], values: Sequence[float]) -> str:
-    """Whether a strict parser reads the same numbers; most texts without one say so."""
-    strict = [parse_strict(text).value for text in texts]
-    if strict.count(None) * 2 > len(strict):
-        return "no number"
-    pairs = zip(strict, values, strict=True)
-    return "agree" if all(s is None or s == v for s, v in pairs) else "disagree"
-
-
-def symptom_features(values: Mapping[str, Sequence[float]], bench: Bench) -> dict[str, Cell]:
-    """The observed symptom in parts, as measured on the values of each attempt."""
-    features: dict[str, Cell] = {}
-    for name, found in values.items():
-        health = describe(found, groups=["all"] * len(found))
-        features |= {
-            f"{name} parse rate": float(np.mean(list(map(counts_as_parsed, found)))),
-            f"{name} distinct": health.distinct,
-            f"{name} value": health.top_value,
-        }
-    labels = bench.rows.labels
-    return features | {"v2 AUC": None if labels is None else auc(labels, values["v2"])}
-
-
-def _try_settings(model: Any, run: Run, bench: Bench) -> str:
-    """Generate one row greedily at the temperature of each attempt."""
-    ids = torch.tensor([bench.prompts("v2", run)[0].token_ids], device=model.device)
-    said = set()
-    for attempt in bench.attempts.values():
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            answer = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                temperature=attempt.decoding.temperature,
-                max_new_tokens=4,
-                pad_token_id=0,
-            )
-        said.add(tuple(answer[0].tolist()))
-    return "unchanged" if len(said) == 1 else "changed"
-
-
-def _try_scales(model: Any, run: Run, bench: Bench, *, as_is: Sequence[float]) -> str:
-    """Whether the written values rank better with the adapter at an eighth, or eightfold."""
-    labels = bench.rows.labels
-    if labels is None:
-        return "no better"
-    aucs = {"no better": auc(labels, as_is) or 0.0}
-    for word, change in (("better at 1/8", "eighth"), ("better at 8", "eightfold")):
-        with changed_in_memory(model, CHANGES[change]):
-            replies = bench.ask(model, "v2", run).replies
-        aucs[word] = auc(labels, [run.parse(reply.text) for reply in replies]) or 0.0
-    return choose_scale(aucs)
-
-
-def _find_home(model: Any, run: Run, bench: Bench, *, on: Scores, off: Scores) -> str:
-    """Whether the adapter moves the log-odds the right way, and only as it was saved."""
-    as_saved, without = _log_odds(on), _log_odds(off)
-    if bench.rows.labels is None or not np.isfinite([as_saved, without]).all():
-        return "no answer"
-    if np.abs(as_saved - without).max() < EFFECTS["none"]:
-        return "no effect"
-    others = [_ask_changed(model, run, bench, change) for change in ("flipped", "shifted")]
-    kept = [as_saved if other is None else other for other in others]
-    return decide_home(bench.rows.labels, as_saved, others=kept)
-
-
-def _ask_changed(model: Any, run: Run, bench: Bench, change: str) -> np.ndarray | None:
-    """The log-odds with the adapter changed; None where the change changes nothing."""
-    try:
-        with changed_in_memory(model, CHANGES[change]):
-            return _log_odds(bench.ask(model, "v2", run, tokens=1))
-    except NothingToChange:
-        return None
-
-
-def _log_odds(scores: Scores) -> np.ndarray:
-    return np.array([reply.number_log_odds for reply in scores.replies])
-
-
-def _inspect(run: Run, bench: Bench) -> str:
-    """The id of the worst finding of the checker, or that it found nothing."""
-    if run.adapter is None:
-        return "no adapter"
-    base = bench.materials.world.path(bench.materials.role)
-    findings = inspect_adapter(str(run.adapter), str(base)).report.findings
-    told = [finding.id for finding in findings if finding.severity != "info"]
-    return told[0] if told else "nothing"
-
-
-def _compare_names(run: Run, bench: Bench) -> str:
-    if run.adapter is None:
-        return "no adapter"
-    config = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    same = config["base_model_name_or_path"] == bench.materials.role
-    return "the same" if same else "another"
-
-
-def _compare_prompts(run: Run, bench: Bench) -> str:
-    if run.rewrite is None:
-        return "whole"
-    sent = [prompt.token_ids for prompt in bench.prompts("v2", run)]
-    meant = [prompt.token_ids for prompt in bench.prompts("v2", Run(run.base, None))]
-    if sent == meant:
-        return "whole"
-    is_cut = all(ids == whole[: len(ids)] for ids, whole in zip(sent, meant, strict=True))
-    return "cut" if is_cut else "another markup"
 
 
 def make_bench(session: Session, materials: Materials, *, trainings: int) -> Bench:
@@ -373,7 +111,7 @@ def make_bench(session: Session, materials: Materials, *, trainings: int) -> Ben
     other = f"{materials.kind}/numeric_{(materials.seed + 1) % trainings}"
     member = session.world.replays.get(other)
     reference = None if member is None or member.path is None else Path(member.path)
-    return Bench(case, chosen, materials, reference, case.attempts, shared=session.shared)
+    return Bench(session, chosen, materials, reference)
 
 
 def replay_causes(
@@ -424,7 +162,7 @@ def replay_once(session: Session) -> list[Replay]:
 def _replay_cause(name: str, cause: Cause, *, bench: Bench, whole: bool) -> list[Replay]:
     materials, replays = bench.materials, []
     for severity, value in list(cause.severities.items())[: None if whole else 1]:
-        seen = observe(cause.inject(materials, value), bench)
+        outcomes, features = bench.observe(cause.inject(materials, value))
         replays.append(
             Replay(
                 key=f"{name}.{materials.kind}.{materials.seed}.{severity}",
@@ -432,8 +170,158 @@ def _replay_cause(name: str, cause: Cause, *, bench: Bench, whole: bool) -> list
                 base=materials.kind,
                 seed=materials.seed,
                 severity=severity,
-                outcomes=seen.outcomes,
-                features=seen.features,
+                outcomes=outcomes,
+                features=features,
             )
         )
     return replays
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A part of the observed symptom, and whether a replay shows it (None: it has no answer)."""
+
+    attempt: str
+    shown: Callable[[Mapping[str, Any], Attempt], bool | None]
+
+
+def _half_parsed(features: Mapping[str, Any], attempt: Attempt) -> bool:
+    """Within the exact interval of what was reported, on as few rows as there were."""
+    hits = round(attempt.reported_parse_rate * attempt.rows)
+    told = rate_estimate(hits, attempt.rows)
+    return (told.low or 0.0) <= features["v1 parse rate"] <= (told.high or 1.0)
+
+
+def _no_ranking(features: Mapping[str, Any], attempt: Attempt) -> bool | None:
+    return None if features["v2 AUC"] is None else features["v2 AUC"] == 0.5
+
+
+FEATURES: Mapping[str, Feature] = {
+    "loads": Feature("v2", lambda f, a: f["loads"]),
+    "no-missing-keys": Feature("v2", lambda f, a: f["no missing keys"]),
+    "v2-parsed": Feature("v2", lambda f, a: f["v2 parse rate"] == 1.0),
+    "v2-constant": Feature("v2", lambda f, a: f["v2 distinct"] == 1),
+    "v2-value": Feature("v2", lambda f, a: f["v2 value"] == a.reported_value),
+    "v2-auc": Feature("v2", _no_ranking),
+    "v1-parsed": Feature("v1", _half_parsed),
+    "v1-constant": Feature(
+        "v1", lambda f, a: f["v1 distinct"] == 1 and f["v1 value"] == a.reported_value
+    ),
+}
+
+
+def symptom_of(replay: Replay, case: Case) -> dict[str, bool | None]:
+    """Which features of the incident's symptom a replay shows."""
+    answered = "v2 value" in replay.features
+    return {
+        name: feature.shown(replay.features, case.attempts[feature.attempt])
+        if answered or name in ("loads", "no-missing-keys")
+        else False
+        for name, feature in FEATURES.items()
+    }
+
+
+def record_kept_replays(session: Session, replays: Sequence[Replay], absent: Absent) -> None:
+    """Record replays raw, as a kept run leaves them."""
+    session.add(*replays)
+    session.table("replay.absent", ABSENT_COLUMNS, list(absent.items()))
+    session.measure("replay.replays", len(replays))
+
+
+def record_again(session: Session, again: Sequence[Replay], kept: Sequence[Replay]) -> None:
+    """Record replays of this run, and whether they came out as those on record."""
+    session.add(*again)
+    reason = "on this base the causes were injected in a kept run"
+    on_record = {replay.key: replay.outcomes for replay in kept}
+    differing: list[tuple[Cell, ...]] = []
+    for replay in again:
+        before, now = on_record[f"{session.world.seed}.{replay.key}"], replay.outcomes
+        tests = [test for test in before | now if before.get(test) != now.get(test)]
+        differing += [(replay.key, test, before.get(test), now.get(test)) for test in tests]
+    session.measure("replay.again.replays", len(again) or None, reason=reason)
+    columns = ("replay", "test", "on record", "in this run")
+    session.table("replay.again.differing", columns, differing)
+    if not again:
+        session.verdict("replay.again.as_on_record", "not available", reason)
+        return
+    same = len(again) - len({row[0] for row in differing})
+    because = f"{same} of {len(again)} replays have every outcome that is on record"
+    session.verdict("replay.again.as_on_record", not differing, because)
+
+
+def record_replays(session: Session, replays: Sequence[Replay]) -> None:
+    """Record the matrix of causes and features of replays, and what it decides."""
+    worlds = {replay.key.partition(".")[0] for replay in replays}
+    session.measure("replay.worlds", len(worlds))
+    rows: list[tuple[Cell, ...]] = []
+    for kind in dict.fromkeys(replay.base for replay in replays):
+        for name, cause in CAUSES.items():
+            found = [r for r in replays if (r.base, r.cause) == (kind, name)]
+            if not found:
+                continue
+            shown = [symptom_of(replay, session.case) for replay in found]
+            whole = sum(_is_whole(symptom) for symptom in shown)
+            shares = [
+                round(sum(bool(symptom[name]) for symptom in shown) / len(shown), 3)
+                for name in FEATURES
+            ]
+            rows.append((kind, name, cause.title, len(found), *shares, f"{whole} of {len(found)}"))
+    columns = ("base", "cause", "title", "replays", *FEATURES, "whole v2 symptom")
+    session.table("replay.matrix", columns, rows)
+    kinds = list(dict.fromkeys(str(row[0]) for row in rows))
+    whole_by = {(row[1], row[0]): row[-1] for row in rows}
+    session.table(
+        "replay.reproduces",
+        ("cause", *(f"on a {kind} base" for kind in kinds)),
+        [
+            (cause.title, *(whole_by.get((name, kind), "not replayed") for kind in kinds))
+            for name, cause in CAUSES.items()
+        ],
+    )
+    sound = [symptom_of(r, session.case)["v2-parsed"] for r in replays if r.cause == HEALTHY]
+    session.verdict(
+        "replay.sound_counts_as_parsed",
+        all(sound) if sound else "not available",
+        f"in {sum(map(bool, sound))} of {len(sound)} sound runs every answer counts as parsed",
+    )
+    for name in CAUSES:
+        _judge_cause(session, name, rows)
+    session.measure("replay.replays", len(replays))
+    faults = {replay.cause for replay in replays} - {HEALTHY}
+    session.measure("replay.causes", len(faults), unit="causes")
+    both = [symptom for r in replays if all((symptom := symptom_of(r, session.case)).values())]
+    session.measure("replay.both_attempts", len(both), unit="replays")
+    session.table(
+        "replay.tests",
+        ("test", "what is done", "outcomes"),
+        [(name, TESTS[name].title, _list_outcomes(name)) for name in OF_INCIDENT],
+    )
+
+
+def _list_outcomes(test: str) -> str:
+    """The outcomes in a line; the checker's many ids are not listed one by one."""
+    outcomes = TESTS[test].outcomes
+    few = len(outcomes) <= 8
+    return ", ".join(outcomes) if few else "nothing, no adapter, or a finding's id"
+
+
+def _judge_cause(session: Session, name: str, rows: Sequence[Sequence[Cell]]) -> None:
+    """Whether a cause reproduces the symptom on the kind of base where it does so most."""
+    found = [(str(row[0]), int(row[3] or 0), str(row[-1])) for row in rows if row[1] == name]
+    if not found:
+        session.verdict(f"replay.{name}.reproduces", "not available", "not replayed")
+        return
+    best = max(int(told.split()[0]) / total for _, total, told in found)
+    session.verdict(
+        f"replay.{name}.reproduces",
+        True if best == 1 else None if best else False,
+        "replays that show the whole symptom of the second attempt: "
+        + ", ".join(f"{told} on a {kind} base" for kind, _, told in found),
+    )
+
+
+def _is_whole(symptom: Mapping[str, bool | None]) -> bool:
+    """Every feature of the second attempt; one without an answer does not count against it."""
+    return all(
+        symptom[name] is not False for name, feature in FEATURES.items() if feature.attempt == "v2"
+    )

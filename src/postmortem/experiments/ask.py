@@ -7,7 +7,7 @@ result, so that an adapter that does not load stops nothing.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from postmortem.case.prompts import (
     Parsed,
+    Prompt,
     encode_rows,
     lead_of,
     parse_as_written,
@@ -163,12 +164,12 @@ def ask(
     try:
         with (
             session.timed(_name_step(system, prompt, rows_name)),
-            _put_on(session, system) as put_on,
+            put_on(session, system) as answering,
         ):
-            answers = _score(session, put_on, system=system, prompt=prompt, rows=chosen)
+            answers = score_rows(session, answering, system.name, prompt, rows=chosen)
     except NoAnswer as why:
         return no_answers(system.name, prompt, contract, reason=str(why))
-    if put_on.base.dtype == "float16" and system.adapter is None and answers.lacking:
+    if answering.base.dtype == "float16" and system.adapter is None and answers.lacking:
         raise ModelError(
             f"{system.name} on {prompt}",
             expected="finite read-outs",
@@ -196,16 +197,18 @@ def _name_step(system: System, prompt: str, rows_name: str) -> str:
 class PutOn:
     """The model that answers for a system and the base below it.
 
-    `intact` tells whether the base's own weights are those that it was loaded with.
+    `intact` tells whether the base's own weights are those that it was loaded with; `warnings` is
+    what PEFT said while it loaded the adapter.
     """
 
     model: Any
     base: LoadedBase
     intact: bool = True
+    warnings: tuple[str, ...] = ()
 
 
 @contextmanager
-def _put_on(session: Session, system: System) -> Iterator[PutOn]:
+def put_on(session: Session, system: System) -> Iterator[PutOn]:
     """What answers for a system, for the length of a `with`.
 
     Raises `NoAnswer` where there is no such adapter or it does not load.
@@ -230,7 +233,7 @@ def _put_on(session: Session, system: System) -> Iterator[PutOn]:
                 stack.enter_context(loaded.model.disable_adapter())
             # With the adapter on, the base's tensors have other names and are the same ones.
             intact = set(before.values()) <= set(footprint(base.model).values())
-            yield PutOn(loaded.model, base, intact)
+            yield PutOn(loaded.model, base, intact, loaded.warnings)
     finally:
         # A file that brings base weights along has changed them for all that come after it.
         if footprint(base.model) != before:
@@ -297,14 +300,28 @@ def _note_warnings(session: Session, system: str, loaded: AttachedAdapter) -> No
         session.text(f"{session.name}.warning.{system}.{number}", line)
 
 
-def _score(session: Session, put_on: PutOn, *, system: System, prompt: str, rows: Rows) -> Answers:
-    """Encode the rows, score them in batches that fit the memory, and read the replies."""
-    model, base = put_on.model, put_on.base
+def score_rows(
+    session: Session,
+    answering: PutOn,
+    system: str,
+    prompt: str,
+    *,
+    rows: Rows,
+    prompts: Sequence[Prompt] = (),
+    max_new_tokens: int = 0,
+) -> Answers:
+    """Encode the rows, score them in batches that fit the memory, and read the replies.
+
+    Where `prompts` are given, the rows are sent as these. `max_new_tokens` limits the answer where
+    its text is not needed.
+    """
+    model, base = answering.model, answering.base
     template, decoding = session.case.prompt(prompt), session.case.decoding(prompt)
-    prompts = encode_rows(
+    prompts = prompts or encode_rows(
         template, rows, tokenizer=base.tokenizer, limit=decoding.max_prompt_tokens
     )
-    progress = session.follow(f"{system.name} on {prompt}", total=len(prompts))
+    progress = session.follow(f"{system} on {prompt}", total=len(prompts))
+    shares = answering.intact and base is session.bases.get("base")
     if template.contract == "class":
         scores = score_classes(
             model,
@@ -319,10 +336,10 @@ def _score(session: Session, put_on: PutOn, *, system: System, prompt: str, rows
             base.tokenizer,
             prompts=prompts,
             lead=lead_of(template),
-            max_new_tokens=decoding.max_new_tokens,
+            max_new_tokens=max_new_tokens or decoding.max_new_tokens,
             numbers=template.reads_numbers,
             answers=template.answers[::-1],
-            shared=session.shared if system.base == "base" and put_on.intact else None,
+            shared=session.shared if shares else None,
             budget=session.budget,
             tell=session.shrink,
             progress=progress,
@@ -330,7 +347,7 @@ def _score(session: Session, put_on: PutOn, *, system: System, prompt: str, rows
     labels = rows.labels
     predictions = tuple(
         Prediction(
-            system=system.name,
+            system=system,
             prompt=prompt,
             row_id=rows.ids[index],
             group=rows.groups[index],
@@ -345,7 +362,7 @@ def _score(session: Session, put_on: PutOn, *, system: System, prompt: str, rows
         for index, reply in enumerate(scores.replies)
     )
     return Answers(
-        system.name,
+        system,
         prompt,
         template.contract,
         predictions,

@@ -109,7 +109,8 @@ class Session:
         """Load a base anew at its next use, with what was kept of it: its weights have changed."""
         for role in [role for role, kept in self.bases.items() if base in (role, kept)]:
             del self.bases[role]
-        vars(self).pop("shared", None)
+            if role == "base":
+                vars(self).pop("shared", None)
 
     @cached_property
     def shared(self) -> "SharedLayers":

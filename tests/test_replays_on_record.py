@@ -6,7 +6,7 @@ from replays import replay
 from postmortem.checker.errors import RecordError
 from postmortem.diagnosis.causes import CAUSES
 from postmortem.diagnosis.likelihoods import list_replays, open_replays
-from postmortem.diagnosis.symptom import (
+from postmortem.diagnosis.replay import (
     FEATURES,
     record_again,
     record_kept_replays,
