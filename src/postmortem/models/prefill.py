@@ -8,6 +8,9 @@ A batch is padded on the right where it can be: nothing before the padding sees 
 is needed and attention leaves the half of its square that is in the future alone.
 """
 
+# Annotations stay unread, so that the page of the toolbox is made without torch.
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
