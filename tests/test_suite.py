@@ -26,13 +26,13 @@ from postmortem.suite.results import (
     UNKNOWN,
     as_csv,
     collect,
+    decide_suite,
     find_duplicates,
     find_reversed,
-    judge_suite,
     mean_ranks,
     safe_cell,
 )
-from postmortem.suite.scoring import open_bench, score_chunk
+from postmortem.suite.scoring import open_scorer, score_chunk
 from postmortem.suite.suite import (
     CHUNKS,
     RESULTS,
@@ -297,12 +297,12 @@ def test_no_adapter_leaves_anything_behind(broken):
 def test_the_base_is_loaded_once_where_adapters_are_sound(place, monkeypatch):
     """Sound adapters leave the base as it was, so a chunk loads it once."""
     plan, loads = make_plan(place / "suite.yml"), []
-    bench = open_bench(plan)
-    monkeypatch.setattr(bench, "_load", lambda: loads.append(1))
-    before = footprint(bench.base.model)
+    scorer = open_scorer(plan)
+    monkeypatch.setattr(scorer, "load", lambda: loads.append(1))
+    before = footprint(scorer.base.model)
     for entry in plan.entries:
-        bench.score(entry.name, entry.folder)
-    assert (loads, footprint(bench.base.model)) == ([], before)
+        scorer.score(entry.name, entry.folder)
+    assert (loads, footprint(scorer.base.model)) == ([], before)
 
 
 def test_two_runs_give_equal_files(place, whole, tmp_path):
@@ -437,7 +437,7 @@ def judge(odds_by_name, *, labels=LABELS, extra=()):
     """The results of adapters with these log-odds."""
     found = [scored(name, odds, labels=labels) for name, odds in odds_by_name.items()]
     rows = len(next(iter(odds_by_name.values()), LABELS))
-    return judge_suite(
+    return decide_suite(
         scored("", ramp(99, skill=0.5, rows=rows), labels=labels),
         [*found, *extra],
         labels=labels,
@@ -484,7 +484,7 @@ def test_one_that_ranks_worse_than_the_base_is_dropped():
     """An adapter above chance that costs the base its ranking is not kept."""
     strong, worse = ramp(0, skill=6.0), ramp(7, skill=1.0)
     base, gain = scored("", strong), auc_gain_estimate(LABELS, worse, strong)
-    found = judge_suite(
+    found = decide_suite(
         base,
         [scored("w", worse, gain=gain)],
         labels=LABELS,
