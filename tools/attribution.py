@@ -44,9 +44,7 @@ def record_siblings(session: Session) -> None:
         session.measure(f"membership.limit.{name}", getattr(LIMITS, name))
     session.measure("membership.limit.separable", SEPARABLE)
     with TemporaryDirectory() as folder, session.timed("siblings"):
-        trials, readings = measure_group(
-            session.case, HELD_OUT, Path(folder), follow=session.follow
-        )
+        trials, readings = measure_group(session.case, HELD_OUT, Path(folder))
     record_trials(session, trials)
     adapters, bases = (len({pair[side] for pair in readings}) for side in (0, 1))
     session.measure(f"{KEY}.adapters", adapters)
@@ -114,8 +112,8 @@ def record_example(
         base = f"{one.name}, its own" if one.name == shown.base else one.name
         for name, gain in list_gains(readings[shown.adapter, one.name]).items():
             session.measure(f"membership.example.{base}.{name}", gain, unit="nat")
-        gain, lead = format_gain(one.gain), format_gain(one.over_control)
-        rows.append((base, gain, one.control, lead, STANDS[one.stands]))
+        lowers, lead = format_gain(one.gain), format_gain(one.over_control)
+        rows.append((base, lowers, one.control, lead, STANDS[one.stands]))
     columns = ("base", "gain, nat a token", "best control", "gain over it", "so it")
     session.table("membership.example", columns, rows)
 

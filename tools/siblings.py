@@ -182,24 +182,15 @@ ABSENT, IDLE = "the home is not among them", "its home knew the task"
 KINDS = (APART, KIN, ABSENT, IDLE)
 
 
-# What a step calls with how much of its total is done; a session's `follow` gives one.
-Follow = Callable[..., Callable[[int], None]]
-
-
-def follow_nothing(step: str, *, total: int, unit: str) -> Callable[[int], None]:
-    """Say nothing of how far a step is."""
-    return lambda done: None
-
-
 def measure_group(
-    case: Case, group: Group, folder: Path, *, follow: Follow = follow_nothing
+    case: Case, group: Group, folder: Path
 ) -> tuple[tuple[Trial, ...], dict[tuple[str, str], Reading]]:
     """Train a group below a folder, read every adapter and put every question to the method.
 
     Readings are by the names of adapter and base.
     """
-    siblings = train_group(case, group, folder, follow=follow)
-    readings = read_group(siblings, follow=follow)
+    siblings = train_group(case, group, folder)
+    readings = read_group(siblings)
     trials = tuple(
         decide_outcome(
             adapter, kind, [readings[adapter.name, name] for name in candidates], group=group.title
@@ -210,9 +201,8 @@ def measure_group(
     return trials, readings
 
 
-def train_group(case: Case, group: Group, folder: Path, *, follow: Follow) -> Siblings:
+def train_group(case: Case, group: Group, folder: Path) -> Siblings:
     """Train a group's bases, fine-tunes and adapters below a folder."""
-    report = follow(f"{group.title}, training", total=BASES + len(FINE_TUNES), unit="bases")
     torch.set_num_threads(1)  # too small for two threads to help
     tokenizer = build_tokenizer(case, seed=0)
     bases: dict[str, Path] = {}
@@ -221,7 +211,6 @@ def train_group(case: Case, group: Group, folder: Path, *, follow: Follow) -> Si
         train(model, tokenizer, task.texts(TRAINING_TEXTS, seed=seed), how=how, seed=seed)
         save_member(model, folder / name, training={}, tokenizer=tokenizer)
         bases[name] = folder / name
-        report(len(bases))
 
     for number in range(BASES):
         seed = group.seed + number
@@ -233,17 +222,14 @@ def train_group(case: Case, group: Group, folder: Path, *, follow: Follow) -> Si
         model = Qwen2ForCausalLM.from_pretrained(bases[first])
         task = POSTS if how.on_posts else group.tasks[0]
         add_base(f"{first}, {kind}", model, task, how=how, seed=group.seed + 100 + number)
-    pairs = list(_pair_with_tasks(bases, group.tasks))
-    report = follow(f"{group.title}, training", total=len(pairs), unit="adapters")
     adapters: list[TrainedAdapter] = []
-    for number, (base, task) in enumerate(pairs):
+    for number, (base, task) in enumerate(_pair_with_tasks(bases, group.tasks)):
         seed = group.seed + 200 + number
         model = make_adapter(Qwen2ForCausalLM.from_pretrained(bases[base]), seed=seed)
         train(model, tokenizer, task.texts(TRAINING_TEXTS, seed=seed), how=ADAPTING, seed=seed)
         name = f"{task.title}, on {base}"
         save_member(model, folder / "adapters" / name, training={}, base=base)
         adapters.append(TrainedAdapter(name, folder / "adapters" / name, base, task))
-        report(len(adapters))
     return Siblings(group, bases, tuple(adapters))
 
 
@@ -274,13 +260,11 @@ def train(model: Any, tokenizer: Any, texts: Sequence[str], *, how: Schooling, s
     model.eval()
 
 
-def read_group(siblings: Siblings, *, follow: Follow) -> dict[tuple[str, str], Reading]:
+def read_group(siblings: Siblings) -> dict[tuple[str, str], Reading]:
     """Each adapter on each base that a trial needs, on fresh texts of its task, by both names."""
     readings: dict[tuple[str, str], Reading] = {}
-    title, seed = siblings.group.title, siblings.group.seed + 900
-    report = follow(f"{title}, reading", total=len(siblings.bases), unit="bases")
-    for number, (name, folder) in enumerate(siblings.bases.items()):
-        report(number)
+    seed = siblings.group.seed + 900
+    for name, folder in siblings.bases.items():
         base = load_base(folder, device="cpu")
         for adapter in siblings.adapters:
             if any(name in candidates for _, candidates in list_choices(siblings, adapter)):

@@ -127,8 +127,8 @@ def record_suite(session: Session) -> Results | None:
     session.text("suite.best_single.system", results.best_single or "none")
     session.verdict("suite.filters_agree", *decide_agreement(results))
     for name, key in (("over_best", "beats_best"), ("over_all", "filtering_pays")):
-        gain = Measured(gains[name], why)
-        session.verdict(f"suite.{key}", *decide_gain(gain, against=AGAINST[name], form="+z.3f"))
+        decided = decide_gain(Measured(gains[name], why), against=AGAINST[name], form="+z.3f")
+        session.verdict(f"suite.{key}", *decided)
     return results
 
 

@@ -70,6 +70,15 @@ class SuiteRows(Frozen):
     count: int = Field(default=0, ge=0, le=1_000_000)
     seed: int = 0
 
+    def read(self, place: Path) -> Rows:
+        """The rows, from files below `place`; `SuiteError` where neither way is given."""
+        if self.data:
+            labels = place / self.labels if self.labels else None
+            return read_rows(place / self.data, labels, columns=self.columns).head(self.count)
+        if not self.count or self.labels:
+            raise SuiteError("rows", expected="`data`, or a `count` above 0", found="neither")
+        return generate_rows(self.count, self.seed, columns=self.columns)
+
 
 class Suite(Frozen):
     """A suite file. Paths are relative to it.
@@ -185,7 +194,7 @@ class Plan(Frozen):
     @property
     def rows(self) -> Rows:
         """The rows that are scored."""
-        return suite_rows(self.suite, Path(self.place))
+        return self.suite.rows.read(Path(self.place))
 
 
 def load_suite(path: str | Path) -> Suite:
@@ -206,7 +215,7 @@ def make_plan(path: str | Path) -> Plan:
     suite, place = load_suite(path), Path(path).resolve().parent
     base = find_base(str(place / suite.base) if (place / suite.base).is_dir() else suite.base)
     prompts = _find_prompts(suite, place)
-    rows = suite_rows(suite, place)
+    rows = suite.rows.read(place)
     entries = name_adapters(find_adapters(suite.adapters, place), place)
     chunks = [entries[at : at + suite.chunk] for at in range(0, len(entries), suite.chunk)]
     base_digest, versions = digest_model(base), package_versions()
@@ -229,17 +238,6 @@ def make_plan(path: str | Path) -> Plan:
 
 def _digest(parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def suite_rows(suite: Suite, place: Path) -> Rows:
-    """The rows of a suite."""
-    asked = suite.rows
-    if not asked.data:
-        if not asked.count or asked.labels:
-            raise SuiteError("rows", expected="`data`, or a `count` above 0", found="neither")
-        return generate_rows(asked.count, asked.seed, columns=asked.columns)
-    labels = place / asked.labels if asked.labels else None
-    return read_rows(place / asked.data, labels, columns=asked.columns).head(asked.count)
 
 
 def find_adapters(patterns: Sequence[str], place: Path) -> list[Path]:
