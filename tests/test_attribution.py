@@ -13,13 +13,9 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 from postmortem.checker.errors import DataError, ModelError
 from postmortem.cli import main
 from postmortem.experiments.records import Measure, Table, Text, Verdict
-from postmortem.models.changes import (
-    each_control,
-    edit_config,
-    edit_tensors,
-    rotate,
-)
+from postmortem.models.changes import each_control, edit_config, edit_tensors, rotate
 from postmortem.models.loading import attached, load_base
+from postmortem.suite import attribution as method
 from postmortem.suite.attribution import (
     LIMITS,
     Reading,
@@ -84,19 +80,16 @@ def segments():
     return tuple(map(Segment, TASK.texts(24, seed=9)))
 
 
+@pytest.fixture(scope="module")
+def base(bases):
+    """The first base, loaded."""
+    return load_base(bases["a"], device="cpu")
+
+
 @pytest.fixture
 def copy(adapter, tmp_path):
     """A copy of the adapter, free to be changed."""
     return shutil.copytree(adapter, tmp_path / "copy")
-
-
-@pytest.fixture
-def texts_file(segments, tmp_path):
-    """The texts as a file, one a line."""
-    path = tmp_path / "texts.txt"
-    texts = [segment.text for segment in segments[: LIMITS.texts]]
-    path.write_text("\n".join(texts), encoding="utf-8")
-    return path
 
 
 def choose(bases, *names):
@@ -113,25 +106,34 @@ def make_reading(name, gain, *, controls=(0.0,), off=4.0, texts=40, noise=0.05, 
     return Reading(name, base, on, others, np.full(texts, 9), encoding)
 
 
-def test_the_home_is_told_from_a_base_trained_apart(bases, adapter, segments):
-    """An adapter is given to the base that it was trained on, whatever the order."""
-    for names in (("a", "b"), ("b", "a")):
-        found = attribute_adapter(adapter, choose(bases, *names), segments=segments)
-        assert (found.answer, found.remain) == ("one", ("a",))
-        assert found.texts == len(segments)
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_an_adapter_is_given_to_its_own_base(bases, adapter, segments, names):
+    """The base that it was trained on is named and one trained apart is not, in any order."""
+    found = attribute_adapter(adapter, choose(bases, *names), segments=segments)
+    assert (found.answer, found.remain) == ("one", ("a",))
+    assert found.texts == len(segments)
 
 
-def test_a_fine_tune_is_not_told_from_its_base(bases, adapter, segments):
-    """Between a base and its light fine-tune the home remains, and a base apart does not."""
+def test_a_fine_tune_is_not_told_from_its_base(bases, adapter, segments, monkeypatch):
+    """Between a base and its light fine-tune the base remains; one base is in memory at a time."""
+    loaded = []
+
+    def load(*arguments, **options):
+        assert all(model() is None for model in loaded)
+        base = load_base(*arguments, **options)
+        loaded.append(weakref.ref(base.model))
+        return base
+
+    monkeypatch.setattr(method, "load_base", load)
     found = attribute_adapter(adapter, choose(bases, "b", "a2", "a"), segments=segments)
     assert "a" in found.remain
     assert "b" not in found.remain
+    assert len(loaded) == 3
 
 
-def test_without_its_home_nothing_is_named(bases, adapter, segments, case, tmp_path):
-    """Where the adapter's base is not among the candidates, no single one is called its base."""
-    other = save_base(case, tmp_path / "c", seed=6)
-    found = attribute_adapter(adapter, {"b": bases["b"], "c": other}, segments=segments)
+def test_without_its_own_base_none_is_named(bases, adapter, segments):
+    """Where the adapter's base is not among the candidates, no other is called its base."""
+    found = attribute_adapter(adapter, choose(bases, "b", "wide"), segments=segments)
     assert found.answer != "one"
 
 
@@ -167,22 +169,22 @@ def test_candidates_that_cannot_be_tried_are_left_out(bases, adapter, segments, 
     assert "wide: left out, shape-mismatch" in format_attribution(found)
 
 
-def test_an_adapter_that_fits_nothing_gets_an_answer(bases, adapter, segments, case, tmp_path):
+def test_an_adapter_that_fits_nothing_gets_an_answer(
+    bases, adapter, segments, monkeypatch, tmp_path
+):
     """Without a candidate of its shapes the answer is none, and no base is loaded."""
-    other = {"wide": bases["wide"], "wider": tmp_path / "wider"}
-    shutil.copytree(bases["wide"], other["wider"])
+    monkeypatch.setattr(method, "load_base", None)
+    other = {"wide": bases["wide"], "copy": shutil.copytree(bases["wide"], tmp_path / "copy")}
     found = attribute_adapter(adapter, other, segments=segments)
     assert (found.answer, found.judged) == ("none", ())
     assert found.left_out.keys() == other.keys()
 
 
-@pytest.mark.parametrize("names", [(), ("a",)])
+@pytest.mark.parametrize("names", [(), ("a",), ("a", "again")])
 def test_fewer_than_two_candidates_are_refused(bases, adapter, segments, names):
     """One base, or the same one twice, leaves nothing to choose."""
     with pytest.raises(ModelError, match="at least two different bases"):
-        attribute_adapter(adapter, choose(bases, *names), segments=segments)
-    with pytest.raises(ModelError, match="at least two different bases"):
-        attribute_adapter(adapter, {"a": bases["a"], "again": bases["a"]}, segments=segments)
+        attribute_adapter(adapter, dict.fromkeys(names, bases["a"]), segments=segments)
 
 
 def test_nan_in_the_file_is_the_adapters_fault(bases, copy, segments):
@@ -196,79 +198,66 @@ def test_nan_in_the_file_is_the_adapters_fault(bases, copy, segments):
 def test_other_tokenizers_are_said(bases, adapter, segments, case, tmp_path):
     """Where the texts are parted differently, gains are still compared and a note says so."""
     other = shutil.copytree(bases["b"], tmp_path / "other")
-    build = build_tokenizer(case, seed=7)
-    build.save_pretrained(other)
+    build_tokenizer(case, seed=7).save_pretrained(other)
     found = attribute_adapter(adapter, {"a": bases["a"], "other": other}, segments=segments)
-    assert len(found.notes) == 1
-    assert "tokenizers" in found.notes[0]
+    assert ["tokenizers" in note for note in found.notes] == [True]
 
 
-def test_the_base_is_as_it_was_after_a_reading(bases, adapter, segments):
+def test_the_base_is_as_it_was_after_a_reading(base, adapter, segments):
     """After all controls the base answers as before, and the adapter's file is untouched."""
-    base = load_base(bases["a"], device="cpu")
-    first = read_candidate(adapter, base, name="a", segments=segments)
-    again = read_candidate(adapter, base, name="a", segments=segments)
+    first, again = (read_candidate(adapter, base, name="a", segments=segments) for _ in range(2))
     assert np.array_equal(first.off, again.off)
     assert np.array_equal(first.on, again.on)
     assert len(first.controls) == LIMITS.rotations + 2
 
 
-def test_controls_keep_the_sizes_of_the_updates(bases, adapter):
+def test_controls_keep_the_sizes_of_the_updates(base, adapter):
     """A rotation keeps every singular value of an update and changes its direction."""
-    base = load_base(bases["a"], device="cpu")
     with attached(base, adapter) as loaded:
-        kept = {n: p.detach().clone() for n, p in loaded.model.named_parameters() if "lora_" in n}
-        rotated = rotate(kept, seed=0)
-        for name in (name for name in kept if "lora_A" in name):
+        saved = {n: p.detach().clone() for n, p in loaded.model.named_parameters() if "lora_" in n}
+        rotated = rotate(saved, seed=0)
+        for name in (name for name in saved if "lora_A" in name):
             other = name.replace("lora_A", "lora_B")
-            before, after = kept[other] @ kept[name], rotated[other] @ rotated[name]
+            before, after = saved[other] @ saved[name], rotated[other] @ rotated[name]
             sizes = [torch.linalg.svdvals(update) for update in (before, after)]
             assert torch.allclose(*sizes, atol=1e-4)
             assert not torch.allclose(before, after, atol=1e-3)
-        titles = []
-        found = dict(loaded.model.named_parameters())
-        for title in each_control(loaded.model, rotations=2):
-            titles.append(title)
-            assert not all(torch.equal(found[name], kept[name]) for name in kept)
-        assert titles[:2] == ["layers permuted", "sign of B flipped"]
-        assert all(torch.equal(found[name], kept[name]) for name in kept)
+        current = dict(loaded.model.named_parameters())
+        for _ in each_control(loaded.model, rotations=2):
+            assert not all(torch.equal(current[name], saved[name]) for name in saved)
+        assert all(torch.equal(current[name], saved[name]) for name in saved)
 
 
-def test_an_adapter_of_one_layer_has_no_layers_to_permute(bases, segments, tmp_path):
+def test_an_adapter_of_one_layer_has_no_layers_to_permute(bases, base, segments, tmp_path):
     """The control that cannot be made is left out, the others are run."""
     config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1])
     model = get_peft_model(Qwen2ForCausalLM.from_pretrained(bases["a"]), config)
     save_member(model, tmp_path / "one", training={}, base="a")
-    base = load_base(bases["a"], device="cpu")
     found = read_candidate(tmp_path / "one", base, name="a", segments=segments[:2])
     assert "layers permuted" not in found.controls
     assert "sign of B flipped" in found.controls
 
 
-def test_losses_are_those_of_the_model_alone(bases):
+def test_losses_are_those_of_the_model_alone(base):
     """Batched and padded losses are the model's own, text by text; a prompt is not scored."""
-    base = load_base(bases["a"], device="cpu")
     texts = [Segment("we buy cheap shop"), Segment("a judge", "the court said "), Segment("the")]
     rows, starts = encode_segments(texts, base.tokenizer)
-    found = mean_losses(base.model, rows, starts)
+    losses = mean_losses(base.model, rows, starts)
     for place in (0, 1):
         ids = torch.tensor([rows[place]])
         labels = ids.clone()
         labels[0, : starts[place]] = -100
         with torch.no_grad():
             expected = base.model(ids, labels=labels).loss
-        assert found[place] == pytest.approx(float(expected), abs=1e-5)
-    assert len(rows[2]) > starts[2] or found[2] == 0
+        assert losses[place] == pytest.approx(float(expected), abs=1e-5)
+    assert (len(rows[2]), losses[2]) == (1, 0)
 
 
-def test_long_texts_are_cut(bases):
+def test_long_texts_are_cut(base):
     """Of a text and of its prompt no more tokens are read than the limit."""
-    base = load_base(bases["a"], device="cpu")
-    limits = replace(LIMITS, tokens=4)
-    rows, starts = encode_segments(
-        [Segment("court " * 50, "the judge said " * 9)], base.tokenizer, limits=limits
-    )
-    assert (len(rows[0]), starts) == (8, [4])
+    long = Segment("court " * 2 * LIMITS.tokens, "the judge said " * LIMITS.tokens)
+    rows, starts = encode_segments([long], base.tokenizer)
+    assert (len(rows[0]), starts) == (2 * LIMITS.tokens, [LIMITS.tokens])
 
 
 @pytest.mark.parametrize(
@@ -313,8 +302,6 @@ def test_unusable_texts_are_refused(tmp_path, content, name, said):
 def test_texts_of_one_token_do_not_count(bases, adapter):
     """Texts in which nothing is predicted are no evidence; too few others are refused."""
     texts = [Segment("the")] * 40 + [Segment("we buy cheap shop")] * (LIMITS.texts - 1)
-    single = load_base(bases["a"], device="cpu").tokenizer("the")["input_ids"]
-    assert len(single) == 1
     with pytest.raises(DataError, match="two tokens or more"):
         attribute_adapter(adapter, choose(bases, "a", "b"), segments=texts)
 
@@ -325,106 +312,86 @@ KNOWING = make_reading("knowing", 0.0, off=3.0)
 
 
 @pytest.mark.parametrize(
-    ("readings", "answer", "remain"),
+    ("readings", "answer"),
     [
+        ((make_reading("a", 0.5), make_reading("bb", -0.3)), "a"),
         # On texts that any update makes likelier, beating the controls by little is not enough.
-        ((LUCKY, make_reading("other", -0.2)), "cannot separate", ("lucky",)),
-        ((make_reading("own", 1.0, controls=(0.5,)), LUCKY), "cannot separate", ("own", "lucky")),
+        ((LUCKY, make_reading("other", -0.2)), "cannot separate: lucky"),
+        ((make_reading("own", 1.0, controls=(0.5,)), LUCKY), "cannot separate: own, lucky"),
         # Where the adapter does harm everywhere, none of the candidates is its base.
-        ((make_reading("x", -0.2), make_reading("yy", -0.1)), "none", ()),
+        ((make_reading("x", -0.2), make_reading("yy", -0.1)), "none of these"),
         # A fine-tune that forgot the texts gains more from its base's adapter and ends above it.
-        (
-            (OWN, make_reading("forgetful", 0.5, off=4.6)),
-            "cannot separate",
-            ("own", "forgetful"),
-        ),
-        ((OWN, make_reading("better", 0.5, off=4.0)), "one", ("better",)),
+        ((OWN, make_reading("forgetful", 0.5, off=4.6)), "cannot separate: own, forgetful"),
+        ((OWN, make_reading("better", 0.5, off=4.0)), "better"),
         # Where a base alone reads better than the others ever do, no gain says nothing.
-        ((make_reading("a", 0.3), KNOWING), "cannot separate", ("a", "knowing")),
-        ((make_reading("a", -0.3), KNOWING), "cannot separate", ("knowing",)),
+        ((make_reading("a", 0.3), KNOWING), "cannot separate: a, knowing"),
+        ((make_reading("a", -0.3), KNOWING), "cannot separate: knowing"),
         # Harm speaks against it all the same.
-        ((make_reading("a", 0.3), make_reading("harmed", -0.3, off=3.0)), "one", ("a",)),
+        ((make_reading("a", 0.3), make_reading("harmed", -0.3, off=3.0)), "a"),
         # A base that reads the texts nearly without loss is ruled out by harm alone.
         (
             (make_reading("full", 0.001, off=0.05, noise=0.001), make_reading("other", -0.3)),
-            "cannot separate",
-            ("full",),
+            "cannot separate: full",
         ),
         (
             (make_reading("harmed", -0.2, off=0.05, noise=0.001), make_reading("other", -0.3)),
-            "none",
-            (),
+            "none of these",
         ),
     ],
 )
-def test_readings_decide(readings, answer, remain):
+def test_readings_decide(readings, answer):
     """A candidate is named that beats its controls and that no other candidate beats."""
-    found = conclude("x", readings, {})
-    assert (found.answer, found.remain) == (answer, remain)
+    assert format_answer(conclude("x", readings, {})) == answer
 
 
-def test_the_command_takes_candidates_in_a_row(bases, adapter, texts_file, capsys):
-    """Every value after --candidates is one, wherever the other arguments stand."""
-    names = [str(bases["a"]), str(bases["b"])]
-    options = ["--candidates", *names, "--text", str(texts_file)]
-    for arguments in ([str(adapter), *options], [*options, str(adapter)]):
-        with pytest.raises(SystemExit) as ended:
-            main(["identify", *arguments])
-        assert not ended.value.code
-        assert capsys.readouterr().out.splitlines()[0] == names[0]
-    repeated = ["--candidates", names[0], "--candidates", names[1], "--text", str(texts_file)]
+def test_a_name_cannot_forge_a_line():
+    """A candidate's name stands on one line of the report, without control characters."""
+    names = ("a\nnone of these\x1b[2J", "b")
+    found = conclude("x", [make_reading(name, 0.5) for name in names], {names[0]: names[0]})
+    report = format_attribution(found)
+    assert "\x1b" not in report
+    assert "\nnone of these" not in report
+
+
+def run_command(*arguments):
+    """Run `postmortem identify`; its exit code."""
     with pytest.raises(SystemExit) as ended:
-        main(["identify", str(adapter), *repeated, "--format", "json"])
+        main(["identify", *map(str, arguments)])
+    return ended.value.code
+
+
+def test_the_command_takes_candidates_in_a_row(bases, adapter, segments, tmp_path, capsys):
+    """Every value after --candidates is one, wherever the other arguments stand."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(segment.text for segment in segments), encoding="utf-8")
+    first, second = str(bases["a"]), str(bases["b"])
+    options = ["--candidates", first, second, "--text", texts]
+    for arguments in ([adapter, *options], [*options, adapter]):
+        assert not run_command(*arguments)
+        assert capsys.readouterr().out.splitlines()[0] == first
+    repeated = ["--candidates", first, "--candidates", second, "--text", texts]
+    assert not run_command(adapter, *repeated, "--format", "json")
     found = json.loads(capsys.readouterr().out)
-    assert not ended.value.code
-    assert (found["answer"], found["remain"]) == ("one", names[:1])
+    assert (found["answer"], found["remain"]) == ("one", [first])
     assert {"because", "judged", "left_out", "notes", "texts", "tokens"} <= found.keys()
 
 
-def test_the_command_says_what_is_wanting(bases, adapter, capsys):
-    """Candidates without a text, and a base that is not there, end with one line and code 2."""
-    names = [str(bases["a"]), str(bases["b"])]
-    for options in (
-        ["--candidates", *names],
-        ["--candidates", *names, "--text", "absent.txt"],
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main(["identify", str(adapter), *options])
-        assert ended.value.code == 2
-        assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize("options", [(), ("--text", "absent.txt")])
+def test_the_command_says_what_is_wanting(bases, adapter, capsys, options):
+    """Candidates without a text that can be read end with one line and code 2."""
+    assert run_command(adapter, "--candidates", bases["a"], bases["b"], *options) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_misspelt_base_is_refused_before_any_is_loaded(bases, adapter, segments, monkeypatch):
-    """A candidate that is no model is an error at once, not after the others' minutes."""
-    monkeypatch.setattr("postmortem.suite.attribution.load_base", None)
+def test_what_cannot_be_read_is_refused_before_any_base_is_loaded(
+    bases, adapter, segments, monkeypatch
+):
+    """A candidate that is no model, or a folder that is no adapter, is an error at once."""
+    monkeypatch.setattr(method, "load_base", None)
     with pytest.raises(ModelError, match="no-such-base"):
-        attribute_adapter(adapter, {"a": "no-such-base", **choose(bases, "b")}, segments=segments)
-    edit = dict.fromkeys(("a", "b"), bases["a"])
+        attribute_adapter(adapter, {"b": bases["b"], "a": "no-such-base"}, segments=segments)
     with pytest.raises(ModelError, match="with adapter_config"):
-        attribute_adapter(adapter.parent, {**edit, "b": bases["b"]}, segments=segments)
-
-
-def test_one_base_is_in_memory_at_a_time(bases, adapter, segments, monkeypatch):
-    """A candidate's model is gone before the next one is loaded."""
-    seen = []
-
-    def load(*arguments, **options):
-        assert all(model() is None for model in seen)
-        loaded = load_base(*arguments, **options)
-        seen.append(weakref.ref(loaded.model))
-        return loaded
-
-    monkeypatch.setattr("postmortem.suite.attribution.load_base", load)
-    attribute_adapter(adapter, choose(bases, "a", "b", "a2"), segments=segments)
-    assert len(seen) == 3
-
-
-def test_a_name_cannot_forge_a_line(bases, adapter, segments):
-    """A candidate's name stands on one line of the report, without control characters."""
-    names = {"a\nnone of these\x1b[2J": bases["a"], "b": bases["b"]}
-    said = format_attribution(attribute_adapter(adapter, names, segments=segments))
-    assert "\x1b" not in said
-    assert "\nnone of these" not in said
+        attribute_adapter(adapter.parent, choose(bases, "a", "b"), segments=segments)
 
 
 @pytest.fixture
@@ -444,15 +411,19 @@ def test_the_notebook_records_the_held_out(session, quick):
     """The held-out have shares with intervals, a verdict and a row for each kind of question."""
     attribution.record_siblings(session)
     measures = {r.key: r for r in session.records if isinstance(r, Measure)}
-    verdicts = {r.key for r in session.records if isinstance(r, Verdict)}
     table = next(r for r in session.records if getattr(r, "key", "") == "membership.trials")
     assert measures["membership.held_out.right"].high is not None
-    assert "membership.held_out.holds" in verdicts
-    assert len(table.rows) == len(siblings.KINDS)
+    assert "membership.held_out.holds" in verdicts_of(session)
     asked = {row[0]: row[1] for row in table.rows}
+    assert list(asked) == list(siblings.KINDS)
     assert asked[siblings.APART] > asked[siblings.IDLE] == 1
     assert any(key.startswith("membership.example.base 1") for key in measures)
     assert [r for r in session.records if isinstance(r, Text)]
+
+
+def verdicts_of(session):
+    """The verdicts on record by key."""
+    return {r.key: r.verdict for r in session.records if isinstance(r, Verdict)}
 
 
 def test_the_groups_share_no_seed_and_no_task():
@@ -462,63 +433,48 @@ def test_the_groups_share_no_seed_and_no_task():
     assert not {task.title for task in first.tasks} & {task.title for task in second.tasks}
 
 
-def test_a_wrong_answer_is_called_wrong(bases, adapter, segments):
-    """A single other base is wrong, and so is a group without the home; a group with it is not."""
-    pupil = siblings.Pupil("p", adapter, "own", TASK)
-    own, other = make_reading("own", -0.3), make_reading("other", 0.5)
-    both = make_reading("own", 0.5), make_reading("other", 0.5)
-    ask = siblings._try_one
-    outcomes = [
-        ask("g", siblings.APART, pupil, readings=readings, limits=LIMITS).outcome
-        for readings in ((own, other), both, (make_reading("own", 0.5), make_reading("o", -0.2)))
-    ]
-    assert outcomes == ["wrong", "cannot separate", "right"]
-    absent = ask(
-        "g", siblings.ABSENT, pupil, readings=(own, make_reading("o", -0.4)), limits=LIMITS
-    )
-    assert absent.outcome == "right"
+@pytest.mark.parametrize(
+    ("gains", "kind", "outcome"),
+    [
+        ({"own": -0.3, "other": 0.5}, siblings.APART, "wrong"),
+        ({"own": 0.5, "other": 0.5}, siblings.APART, "cannot separate"),
+        ({"own": 0.5, "o": -0.2}, siblings.APART, "right"),
+        ({"o": -0.4, "other": -0.4}, siblings.ABSENT, "right"),
+        ({"o": -0.4, "other": 0.5}, siblings.ABSENT, "wrong"),
+    ],
+)
+def test_a_wrong_answer_is_called_wrong(adapter, gains, kind, outcome):
+    """Another base named alone is wrong; several with the adapter's own are not."""
+    trained = siblings.TrainedAdapter("p", adapter, "own", TASK)
+    readings = [make_reading(name, gain) for name, gain in gains.items()]
+    assert siblings.decide_outcome(trained, kind, readings, group="g").outcome == outcome
+
+
+def keep_bases(session, *roles):
+    """Take the other bases and all replays out of a session's world."""
+    members = {
+        role: member.model_copy(update={"path": None, "reason": "none"})
+        if role.endswith("base") and role not in roles
+        else member
+        for role, member in session.world.members.items()
+    }
+    session.world = session.world.model_copy(update={"members": members, "replays": {}})
 
 
 def test_a_world_asks_its_own_adapters(session, quick):
     """Each adapter of the world has an answer, and a base of other shapes is left out of each."""
-    members = {
-        role: member
-        if role in ("base", "speaking_base", "donor_base") or not role.endswith("base")
-        else member.model_copy(update={"path": None, "reason": "none"})
-        for role, member in session.world.members.items()
-    }
-    session.world = session.world.model_copy(update={"members": members, "replays": {}})
+    keep_bases(session, "base", "speaking_base", "donor_base")
     attribution.record_world(session)
     tables = {r.key: r for r in session.records if isinstance(r, Table)}
     assert [row[0] for row in tables["membership.world"].rows] == ["reference", "suspect"]
-    assert {"membership.world.no_error"} == {
-        r.key for r in session.records if isinstance(r, Verdict)
-    }
-    left = [row for row in tables["membership.world_bases"].rows if row[1] == "donor base"]
-    assert len(left) == 2
-    assert all("shape-mismatch" in row[3] for row in left)
+    assert list(verdicts_of(session)) == ["membership.world.no_error"]
+    left_out = [row for row in tables["membership.world_bases"].rows if row[1] == "donor base"]
+    assert ["shape-mismatch" in row[3] for row in left_out] == [True, True]
 
 
 def test_a_profile_of_one_base_says_so(session, quick):
     """Where there is nothing to choose between, the same keys are recorded with the reason."""
-    members = {
-        role: member.model_copy(update={"path": None, "reason": "none"})
-        if role.endswith("_base")
-        else member
-        for role, member in session.world.members.items()
-    }
-    session.world = session.world.model_copy(update={"members": members})
+    keep_bases(session, "base")
     attribution.record_world(session)
-    verdict = next(r for r in session.records if isinstance(r, Verdict))
-    assert verdict.verdict == "not available"
+    assert verdicts_of(session) == {"membership.world.no_error": "not available"}
     assert len([r for r in session.records if isinstance(r, Table)]) == 2
-
-
-def test_the_answer_is_said_in_words():
-    """One base by its name, several as a group, none as such."""
-    one = conclude("x", [make_reading("a", 0.5), make_reading("bb", -0.3)], {})
-    assert format_answer(one) == "a"
-    assert format_answer(replace(one, answer="none", remain=())) == "none of these"
-    assert format_answer(replace(one, answer="cannot separate", remain=("a", "b"))) == (
-        "cannot separate: a, b"
-    )

@@ -1,3 +1,4 @@
+import pandas as pd
 import pytest
 import torch
 
@@ -7,7 +8,7 @@ from postmortem.models.loading import load_base
 from tools.bench import (
     INCIDENT,
     NUMERIC,
-    Timings,
+    add_ratios,
     gemm_rate,
     layer_weights,
     log_odds_gap,
@@ -73,5 +74,12 @@ def test_the_rate_of_matrix_products_is_measured(base):
 
 def test_a_share_is_of_the_rate_of_its_own_round():
     """A round on a slow machine counts for as much as one on a fast one: the median decides."""
-    found = Timings(seconds=[1.0, 2.0, 4.0], gemm=[20.0, 10.0, 10.0])
-    assert found.share(10.0) == pytest.approx(0.5)
+    rounds = pd.DataFrame({"round": [0, 1, 2], "seconds": [1.0, 2.0, 4.0], "gemm": [20, 10, 10]})
+    rounds = pd.concat(
+        [rounds.assign(prompt="v2", way=INCIDENT), rounds.assign(prompt="v2", way=NUMERIC)],
+        ignore_index=True,
+    )
+    found = add_ratios(rounds, {("v2", INCIDENT): 10.0, ("v2", NUMERIC): 20.0})
+    medians = found.groupby("way").share.median()
+    assert medians.to_dict() == {INCIDENT: 0.5, NUMERIC: 1.0}
+    assert set(found.ratio) == {1.0}

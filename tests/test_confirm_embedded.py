@@ -26,9 +26,9 @@ from postmortem.experiments.session import Session
 from postmortem.models.loading import load_base
 from postmortem.models.world import role_name
 from postmortem.suite.attribution import attribute_adapter, format_gain
-from postmortem.suite.scoring import Bench
+from postmortem.suite.scoring import Scorer
 from tools import cause_profiles, train_world
-from tools.attribution import world_questions, world_texts
+from tools.attribution import list_world_adapters, world_texts
 from tools.suite_chapter import COLUMNS, PROMPT, world_adapters
 
 ADAPTERS = (
@@ -113,7 +113,7 @@ def test_a_cause_shows_what_is_on_record(bench, name):
 def test_the_suite_scores_adapters_as_on_record(ask):
     """Adapters of the kept suite rank, vary and move the base as their rows in its table say."""
     attempt = ask.case.attempts[PROMPT]
-    bench = Bench(
+    scorer = Scorer(
         lambda: load_base(ask.world.path("base"), device="cpu"),
         folder=ask.world.path("base"),
         rows=ask.rows,
@@ -123,9 +123,9 @@ def test_the_suite_scores_adapters_as_on_record(ask):
     )
     measures, folders = measures_of("suite.jsonl"), world_adapters(ask.world)
     table = {row[COLUMNS[0]]: row for row in rows_of("suite.jsonl", "suite.adapters")}
-    scored = {"base alone": bench.score_base()}
+    scored = {"base alone": scorer.score_base()}
     for name in ("suspect", "yes no long 1", "numeric 1, sibling's"):
-        scored[name] = bench.score(name, folders[name])
+        scored[name] = scorer.score(name, folders[name])
         reading = scored[name].readings[PROMPT]
         assert reading.std == pytest.approx(table[name]["standard deviation"], abs=NEAR)
         assert reading.effect == pytest.approx(table[name]["effect in nat"], abs=NEAR)
@@ -137,13 +137,13 @@ def test_the_suite_scores_adapters_as_on_record(ask):
 
 def test_an_adapter_is_given_to_its_base_as_on_record(ask):
     """The sibling's adapter gains on its own base and on the world's what is on record."""
-    one = next(asked for asked in world_questions(ask) if asked.title == "sibling's adapter")
+    one = next(asked for asked in list_world_adapters(ask) if asked.title == "sibling's adapter")
     bases = {role_name(role): ask.world.path(role) for role in ("sibling_base", "base")}
     found = attribute_adapter(
         one.folder, bases, segments=world_texts(ask, one.recipe), device="cpu"
     )
     answers = {r["adapter"]: r["answer"] for r in rows_of("attribution.jsonl", "membership.world")}
-    assert found.remain == (one.home,) == (answers[one.title],)
+    assert found.remain == (one.base,) == (answers[one.title],)
     gains = {
         row["base"]: row["gain"]
         for row in rows_of("attribution.jsonl", "membership.world_bases")

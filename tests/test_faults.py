@@ -61,7 +61,7 @@ def test_every_id_of_the_catalogue_has_a_reproduction() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own warnings are what is being recorded.
 def test_reproduction_records_what_peft_does(tmp_path: Path) -> None:
-    """A reproduction tells what PEFT raised, warned or kept silent about, and what we found."""
+    """A reproduction tells whether PEFT raises, warns or keeps silent, and what we find."""
     wanted = {"r doubled in the config", "prefix lost", "a deeper base", "alpha 0"}
     rows = reproduce(tmp_path, [fault for fault in FAULTS if fault.name in wanted])
     reactions = {row.fault: (row.reaction, row.severity) for row in rows}
@@ -71,4 +71,3 @@ def test_reproduction_records_what_peft_does(tmp_path: Path) -> None:
         "a deeper base": ("silent", "error"),
         "alpha 0": ("silent", "error"),
     }
-    assert "size mismatch" in next(r.message for r in rows if r.reaction == "raises")

@@ -113,8 +113,7 @@ def test_the_catalogue_is_on_record(session):
 def test_an_entry_that_nothing_reproduces_is_named(session, tmp_path, monkeypatch):
     """What was reproduced is counted by PEFT's reaction, and a missing entry refutes the whole."""
     first, *others = catalogue()
-    parts = {"fault": "f", "reaction": "warns", "severity": "error", "message": "", "evidence": ""}
-    made = [Reproduction(finding=name, **parts) for name in others]
+    made = [Reproduction(name, "f", "warns", "error") for name in others]
     monkeypatch.setattr(faults, "reproduce", lambda folder: made)
     record_reproductions(session, tmp_path)
     measures = recorded(session, Measure)

@@ -1,8 +1,8 @@
 import csv
 import io
-import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,17 +22,16 @@ from postmortem.checker.errors import CaseError, RecordError, SuiteError
 from postmortem.experiments.metrics import auc, auc_estimate, auc_gain_estimate
 from postmortem.models.changes import edit_config, edit_tensors
 from postmortem.models.loading import footprint
+from postmortem.suite import suite
 from postmortem.suite.results import (
     UNKNOWN,
     as_csv,
     collect,
+    decide_suite,
     find_duplicates,
-    find_reversed,
-    judge_suite,
     mean_ranks,
-    safe_cell,
 )
-from postmortem.suite.scoring import open_bench, score_chunk
+from postmortem.suite.scoring import open_scorer, score_chunk
 from postmortem.suite.suite import (
     CHUNKS,
     RESULTS,
@@ -40,7 +39,6 @@ from postmortem.suite.suite import (
     Reading,
     Scored,
     find_adapters,
-    load_suite,
     make_plan,
     name_adapters,
     read_plan,
@@ -56,20 +54,23 @@ OUTPUTS = ("results.json", "results.csv", "summary.txt")
 ASKED = {"contract": "number", "chat": True, "template": "Rule: {rule}\nPost: {body}"}
 
 
-def adapter(place: Path, source: Path, change=None, **config) -> Path:
-    """A copy of an adapter, changed."""
+def adapter(place: Path, source: Path, **config) -> Path:
+    """A copy of an adapter, its configuration changed."""
     shutil.copytree(source, place)
-    if change:
-        edit_tensors(place, change)
     if config:
         edit_config(place, **config)
     return place
 
 
-def spoil(place: Path, source: Path, name: str) -> None:
-    """One adapter that is broken in the way of its name."""
-    folder = adapter(place / name, source)
+def each_tensor(change):
+    """A change of every tensor by its name."""
+    return lambda tensors: {name: change(name, tensor) for name, tensor in tensors.items()}
+
+
+def spoil(folder: Path, way: str) -> None:
+    """Break an adapter in the way of this name."""
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    norm = "base_model.model.model.norm.weight"
     changes = {
         "corrupt": lambda: weights.write_bytes(b"\xff" * 500),
         "truncated": lambda: weights.write_bytes(weights.read_bytes()[:-100]),
@@ -82,18 +83,14 @@ def spoil(place: Path, source: Path, name: str) -> None:
         "another-method": lambda: edit_config(folder, peft_type="NO_SUCH"),
         "rank-as-text": lambda: edit_config(folder, r="16"),
         "shapes": lambda: edit_tensors(
-            folder,
-            lambda t: {k: torch.cat([v, v], 1) if "lora_A" in k else v for k, v in t.items()},
+            folder, each_tensor(lambda k, v: torch.cat([v, v], 1) if "lora_A" in k else v)
         ),
-        "nan": lambda: edit_tensors(folder, lambda t: {k: v * float("nan") for k, v in t.items()}),
+        "nan": lambda: edit_tensors(folder, each_tensor(lambda k, v: v * float("nan"))),
         "nothing": lambda: shutil.rmtree(folder) or folder.mkdir(),
-        "base-weights": lambda: edit_tensors(
-            folder,
-            lambda t: {**t, "base_model.model.model.norm.weight": torch.full((64,), 3.0)},
-        ),
+        "base-weights": lambda: edit_tensors(folder, lambda t: {**t, norm: torch.full((64,), 3.0)}),
         "rewrites-base": lambda: edit_config(folder, init_lora_weights="pissa"),
     }
-    changes[name]()
+    changes[way]()
 
 
 BROKEN = (
@@ -134,12 +131,14 @@ def write_spec(folder: Path, base: Path, **changes) -> Path:
 
 
 def run_here(spec: Path, out: Path):
-    """Run a suite in this process, as its graph would."""
-    plan = make_plan(spec)
+    """Run a suite in this process, as its graph would; its results, and how much was scored."""
+    plan, lines = make_plan(spec), []
     write_plan(plan, out)
+    unmark_unfinished(plan, out)
     for number in plan.chunks:
-        score_chunk(plan, out, number)
-    return collect(plan, out)
+        score_chunk(plan, out, number, report=lines.append)
+    counts = [re.search(r"\d+ of \d+", line).group() for line in lines]
+    return collect(plan, out), counts
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:
@@ -156,27 +155,20 @@ def whole(place):
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "told"),
+    ("changes", "error", "message"),
     [
         ({"suite_version": 2}, CaseError, "suite_version"),
         ({"adapters": []}, CaseError, "at least 1 item"),
         ({"adapters": ["none/*"]}, SuiteError, "at least one adapter folder; found none"),
         ({"ask": ["v9"]}, SuiteError, "one of short; found no such prompt"),
         ({"rows": {}}, SuiteError, "a `count` above 0"),
-        ({"unknown": 1}, CaseError, "a known key"),
         ({"limits": {"chance": {"value": 0.5}}}, CaseError, "because"),
     ],
 )
-def test_a_wrong_suite_file_is_refused_with_its_key(untrained, tmp_path, changes, error, told):
+def test_a_wrong_suite_file_is_refused_with_its_key(untrained, tmp_path, changes, error, message):
     """What a suite file lacks or names wrongly is said before any model is loaded."""
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         make_plan(write_spec(tmp_path, untrained / "base", **changes))
-
-
-def test_a_missing_suite_file_is_named(tmp_path):
-    """A suite file that is not there is an error of ours."""
-    with pytest.raises(CaseError, match="expected a suite file; found no such file"):
-        load_suite(tmp_path / "none.yml")
 
 
 def test_a_case_lends_its_prompts(case, untrained, tmp_path, pytestconfig):
@@ -220,76 +212,71 @@ def test_a_new_title_or_first_prompt_is_judged_again(untrained, tmp_path, change
     assert (first.run, first.judged != other.judged) == (other.run, True)
 
 
-HOSTILE = ("=cmd|'x'!A1", "+1", "@a", 'a,b"c', "<script>", "a\nb", "\u202egnp", "-x", "a\tb")
+HOSTILE = (
+    "=cmd|'x'!A1",
+    "+1",
+    "@a",
+    'a,b"c',
+    "<script>",
+    "a\nb",
+    "\u202egnp",
+    "-x",
+    "a\tb",
+    "a\vb",
+)
 
 
-def test_hostile_names_stay_text(tmp_path, untrained):
-    """A folder's name reaches no table as a formula, a line break or a control character."""
-    folders = []
-    for name in (*HOSTILE, os.fsdecode(b"\xff\xfe")):
-        (tmp_path / "x" / name).mkdir(parents=True)
-        folders.append(tmp_path / "x" / name)
-    entries = name_adapters(sorted(folders, key=os.fsencode), tmp_path / "x")
-    results = judge(dict.fromkeys([entry.name for entry in entries], ramp(0)))
-    rows = list(csv.reader(io.StringIO(as_csv(results))))[1:]
+def test_hostile_names_stay_text_and_apart(tmp_path):
+    """A folder's name reaches no table as a formula, line break or control character."""
+    folders = [tmp_path / name for name in (*HOSTILE, os.fsdecode(b"\xff\xfe"))]
+    for folder in folders:
+        folder.mkdir()
+    names = [entry.name for entry in name_adapters(folders, tmp_path)]
+    assert len(set(names)) == len(folders)
+    table = as_csv(decide(dict.fromkeys(names, ramp(0))))
+    rows = list(csv.reader(io.StringIO(table)))[1:]
     assert len(rows) == len(folders)
     assert all(row[0].isprintable() and row[0][0] not in "=+-@" for row in rows)
-    json.loads(results.model_dump_json())
-
-
-def test_names_that_print_alike_stay_apart(tmp_path):
-    """Two folders whose names differ in what cannot be printed have two names."""
-    for name in ("a\x01", "a\x02"):
-        (tmp_path / name).mkdir()
-    assert [e.name for e in name_adapters(sorted(tmp_path.iterdir()), tmp_path)] == ["a?", "a? (2)"]
-
-
-@given(st.text())
-def test_no_text_cell_is_a_formula(text):
-    """Whatever a cell held, a spreadsheet takes it for text."""
-    assert not safe_cell(text).startswith(("=", "+", "-", "@", "\t", "\r"))
 
 
 @pytest.fixture(scope="module")
 def broken(untrained, tmp_path_factory):
     """The results of one adapter broken in each way, between sound ones that are all equal."""
     folder = tmp_path_factory.mktemp("broken")
-    for number, name in enumerate((*BROKEN, *LOADING)):
-        spoil(folder / "adapters", untrained / "suspect", name)
-        (folder / "adapters" / name).rename(folder / "adapters" / f"{number:02d}b-{name}")
-        adapter(folder / "adapters" / f"{number:02d}a", untrained / "suspect")
-    adapter(folder / "adapters" / "99", untrained / "suspect")
-    spec = write_spec(folder, untrained / "base", chunk=50)
-    return {
-        j.scored.name.partition("b-")[2] or j.scored.name: j
-        for j in run_here(spec, folder / "out").adapters
-    }
+    for number, way in enumerate((*BROKEN, *LOADING)):
+        spoil(adapter(folder / f"adapters/{number:02d}b-{way}", untrained / "suspect"), way)
+        adapter(folder / f"adapters/{number:02d}a", untrained / "suspect")
+    adapter(folder / "adapters/99", untrained / "suspect")
+    results, _ = run_here(write_spec(folder, untrained / "base", chunk=50), folder / "out")
+    return {one.scored.name.removeprefix("adapters/"): one for one in results.adapters}
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_adapter_is_a_failed_line(broken, name):
+def find_spoilt(broken, way):
+    """The result of the adapter that was broken in one way."""
+    return next(one for name, one in broken.items() if name.endswith(f"b-{way}"))
+
+
+@pytest.mark.parametrize("way", BROKEN)
+def test_a_broken_adapter_is_a_failed_line(broken, way):
     """However an adapter is broken, it is a result that says so, and is dropped and blocked."""
-    found = broken[name]
+    found = find_spoilt(broken, way)
     assert (found.scored.status, found.verdict, found.write_up) == ("failed", "dropped", False)
     assert found.scored.message
 
 
-@pytest.mark.parametrize("name", LOADING)
-def test_what_loads_and_should_not_be_used_is_dropped(broken, name):
+@pytest.mark.parametrize("way", LOADING)
+def test_what_loads_and_should_not_be_used_is_dropped(broken, way):
     """NaN, base weights brought along and a rewritten base load, and are dropped."""
-    assert broken[name].scored.status == "ok"
-    assert broken[name].verdict != "kept"
-
-
-def test_nan_is_no_number_anywhere(broken):
-    """Log-odds that are not finite are nothing, and their effect is unknown."""
-    reading = broken["nan"].scored.readings["short"]
-    assert (set(reading.log_odds), reading.effect, reading.auc) == ({None}, None, reading.gain)
+    found = find_spoilt(broken, way)
+    assert (found.scored.status, found.verdict) == ("ok", "dropped")
+    if way == "nan":
+        reading = found.scored.readings["short"]
+        assert (set(reading.log_odds), reading.effect, reading.auc.value) == ({None}, None, None)
 
 
 def test_no_adapter_leaves_anything_behind(broken):
     """The same sound adapter answers the same to the last digit after each broken one."""
-    sound = [j.scored.readings for name, j in broken.items() if name.startswith("adapters/")]
+    sound = [one.scored.readings for name, one in broken.items() if "b-" not in name]
     assert len(sound) == len(BROKEN) + len(LOADING) + 1
     assert all(readings == sound[0] for readings in sound)
 
@@ -297,12 +284,12 @@ def test_no_adapter_leaves_anything_behind(broken):
 def test_the_base_is_loaded_once_where_adapters_are_sound(place, monkeypatch):
     """Sound adapters leave the base as it was, so a chunk loads it once."""
     plan, loads = make_plan(place / "suite.yml"), []
-    bench = open_bench(plan)
-    monkeypatch.setattr(bench, "_load", lambda: loads.append(1))
-    before = footprint(bench.base.model)
+    scorer = open_scorer(plan)
+    monkeypatch.setattr(scorer, "load", lambda: loads.append(1))
+    before = footprint(scorer.base.model)
     for entry in plan.entries:
-        bench.score(entry.name, entry.folder)
-    assert (loads, footprint(bench.base.model)) == ([], before)
+        scorer.score(entry.name, entry.folder)
+    assert (loads, footprint(scorer.base.model)) == ([], before)
 
 
 def test_two_runs_give_equal_files(place, whole, tmp_path):
@@ -311,53 +298,35 @@ def test_two_runs_give_equal_files(place, whole, tmp_path):
     assert bytes_of(tmp_path) == bytes_of(whole)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\x00\xff{}", "half"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x00\xff{}"])
 def test_a_result_that_cannot_be_read_is_measured_again(place, whole, tmp_path, content):
-    """A result that is cut short, empty or garbage counts for nothing, and comes out the same."""
+    """A result that is empty or garbage counts for nothing, and comes out the same."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     plan = make_plan(place / "suite.yml")
-    path = result_path(plan, plan.entries[2], tmp_path)
-    held = path.read_bytes()
-    path.write_bytes(held[: len(held) // 2] if content == "half" else content)
+    result_path(plan, plan.entries[2], tmp_path).write_bytes(content)
     assert read_result(plan, plan.entries[2], tmp_path) is None
     run_here(place / "suite.yml", tmp_path)
     assert bytes_of(tmp_path) == bytes_of(whole)
 
 
-def test_only_what_changed_is_scored_again(place, untrained, tmp_path):
-    """A result counts while adapter, base, rows and prompts are those it was measured on."""
-    shutil.copytree(place / "adapters", tmp_path / "adapters")
-    spec, out = write_spec(tmp_path, untrained / "base"), tmp_path / "out"
-    run_here(spec, out)
-    edit_config(tmp_path / "adapters/a1", lora_alpha=9)
-    plan, told = make_plan(spec), []
-    for number in plan.chunks:
-        score_chunk(plan, out, number, report=told.append)
-    assert [line.partition(": ")[2] for line in told] == [
-        "1 of 4 adapters scored",
-        "0 of 2 adapters scored",
-    ]
-    other = make_plan(write_spec(tmp_path, untrained / "base", rows={"count": 10, "seed": 4}))
-    assert all(read_result(plan, entry, out) for entry in plan.entries)
-    assert not any(read_result(other, entry, out) for entry in other.entries)
-
-
-def test_an_adapter_that_joins_moves_the_others_and_is_scored_alone(
-    place, whole, untrained, tmp_path
-):
-    """One more adapter at the front changes every chunk, and nothing else is measured again."""
+def test_only_what_changed_is_scored_again(place, whole, untrained, tmp_path):
+    """A result counts while its adapter and what was asked are the same, whatever joins them."""
     shutil.copytree(place / "adapters", tmp_path / "adapters")
     shutil.copytree(whole, tmp_path / "out")
+    edit_config(tmp_path / "adapters/a1", lora_alpha=9)
     adapter(tmp_path / "adapters/a", untrained / "reference")
-    plan, told = make_plan(write_spec(tmp_path, untrained / "base")), []
-    unmark_unfinished(plan, tmp_path / "out")
-    for number in plan.chunks:
-        score_chunk(plan, tmp_path / "out", number, report=told.append)
-    assert [line.partition(": ")[2] for line in told] == [
-        "1 of 4 adapters scored",
-        "0 of 3 adapters scored",
-    ]
-    assert len(collect(plan, tmp_path / "out").adapters) == 7
+    results, lines = run_here(write_spec(tmp_path, untrained / "base"), tmp_path / "out")
+    assert (len(results.adapters), lines) == (7, ["2 of 4", "0 of 3"])
+    rows = {"count": 10, "seed": 4}
+    _, lines = run_here(write_spec(tmp_path, untrained / "base", rows=rows), tmp_path / "out")
+    assert lines == ["4 of 4", "3 of 3"]
+
+
+def test_results_of_another_package_do_not_count(place, whole, monkeypatch):
+    """What was measured by another version of a package is measured again."""
+    monkeypatch.setattr(suite, "package_versions", lambda: {"torch": "0"})
+    plan = make_plan(place / "suite.yml")
+    assert not any(read_result(plan, entry, whole) for entry in plan.entries)
 
 
 def test_a_chunk_that_lost_a_result_is_not_done(place, whole, tmp_path):
@@ -402,9 +371,9 @@ def test_kill_at_a_random_moment_changes_nothing(place, whole, tmp_path, whom):
         kill(process.pid, signal.SIGKILL)
     process.communicate()
     again = start(place / "suite.yml", tmp_path)
-    told, errors = again.communicate(timeout=600)
+    lines, errors = again.communicate(timeout=600)
     assert again.returncode == 0, errors
-    assert told.splitlines()[-1].startswith("suite: 6 adapters, ")
+    assert lines.splitlines()[-1].startswith("suite: 6 adapters, ")
     assert bytes_of(tmp_path) == bytes_of(whole)
 
 
@@ -433,13 +402,13 @@ def scored(name: str, odds, *, labels=LABELS, **changes) -> Scored:
     return Scored(name=name, digest="d", run="r", status="ok", readings={"p": Reading(**parts)})
 
 
-def judge(odds_by_name, *, labels=LABELS, extra=()):
+def decide(odds_by_name, *extra, labels=LABELS, base=None):
     """The results of adapters with these log-odds."""
-    found = [scored(name, odds, labels=labels) for name, odds in odds_by_name.items()]
+    adapters = [scored(name, odds, labels=labels) for name, odds in odds_by_name.items()]
     rows = len(next(iter(odds_by_name.values()), LABELS))
-    return judge_suite(
-        scored("", ramp(99, skill=0.5, rows=rows), labels=labels),
-        [*found, *extra],
+    return decide_suite(
+        scored("", base or ramp(99, skill=0.5, rows=rows), labels=labels),
+        [*adapters, *extra],
         labels=labels,
         limits=Limits(),
         title="t",
@@ -447,17 +416,10 @@ def judge(odds_by_name, *, labels=LABELS, extra=()):
     )
 
 
-def verdicts(results) -> dict[str, str]:
-    """The word of each adapter."""
-    return {j.scored.name: j.verdict for j in results.adapters}
-
-
 def test_sound_adapters_are_kept_and_each_fault_is_named():
     """Each criterion drops the adapter that fails it and no other."""
-    odds = ramp(1)
-    failed = Scored(name="f", digest="d", run="r", status="failed", message="no config")
-    flagged = scored("e", ramp(2)).model_copy(update={"errors": ["untrained"]})
-    results = judge(
+    odds, worse, strong = ramp(1), ramp(7, skill=1.0), ramp(0, skill=6.0)
+    results = decide(
         {
             "a": odds,
             "b": ramp(3),
@@ -466,83 +428,61 @@ def test_sound_adapters_are_kept_and_each_fault_is_named():
             "luck": ramp(4, skill=0.0),
             "nan": [None] * 40,
         },
-        extra=[failed, flagged, scored("idle", ramp(5), effect=0.0)],
+        Scored(name="failed", digest="d", run="r", status="failed", message="no config"),
+        scored("flagged", ramp(2)).model_copy(update={"errors": ["untrained"]}),
+        scored("idle", ramp(5), effect=0.0),
+        scored("worse", worse, gain=auc_gain_estimate(LABELS, worse, strong)),
     )
-    told = {j.scored.name: "; ".join(j.because) for j in results.adapters}
-    assert [name for name, word in verdicts(results).items() if word == "kept"] == ["a", "b"]
-    assert told["twin"] == "answers as a does"
-    assert told["reverse"].startswith("it ranks in reverse")
-    assert told["luck"].startswith("it is not shown to rank")
-    assert told["nan"] == "its log-odds are not all finite"
-    assert told["f"].endswith("no config")
-    assert told["e"] == "the checker found untrained"
-    assert told["idle"].startswith("it answers as the base alone does")
-    assert results.line == "9 adapters, 2 kept, 7 dropped"
+    reasons = {one.scored.name: one.because[0] for one in results.adapters}
+    assert [one.scored.name for one in results.adapters if one.verdict == "kept"] == ["a", "b"]
+    assert reasons["twin"] == "answers as a does"
+    assert reasons["reverse"].startswith("it ranks in reverse")
+    assert reasons["luck"].startswith("it is not shown to rank")
+    assert reasons["nan"] == "its log-odds are not all finite"
+    assert reasons["failed"].endswith("no config")
+    assert reasons["flagged"] == "the checker found untrained"
+    assert reasons["idle"].startswith("it answers as the base alone does")
+    assert reasons["worse"].startswith("it ranks worse than the base alone")
+    assert results.line == "10 adapters, 2 kept, 8 dropped"
 
 
-def test_one_that_ranks_worse_than_the_base_is_dropped():
-    """An adapter above chance that costs the base its ranking is not kept."""
-    strong, worse = ramp(0, skill=6.0), ramp(7, skill=1.0)
-    base, gain = scored("", strong), auc_gain_estimate(LABELS, worse, strong)
-    found = judge_suite(
-        base,
-        [scored("w", worse, gain=gain)],
-        labels=LABELS,
-        limits=Limits(),
-        title="t",
-        decided_by="p",
-    ).adapters[0]
-    assert found.scored.readings["p"].auc.low > 0.5
-    assert found.because[0].startswith("it ranks worse than the base alone")
-
-
-def test_without_labels_nobody_can_tell():
-    """Without labels what does not fail is neither kept nor dropped, and there is no AUC."""
-    results = judge({"a": ramp(1), "b": ramp(2)}, labels=None)
-    assert set(verdicts(results).values()) == {"cannot tell"}
-    assert "the rows have no labels" in results.adapters[0].because[0]
-    assert (results.best_single, results.best_auc, results.ensembles["kept"].auc) == (
-        "",
-        UNKNOWN,
-        UNKNOWN,
-    )
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        (None, "the rows have no labels"),
+        (np.zeros(40, dtype=int), "the labels hold one class alone"),
+        (np.ones(40, dtype=int), "the labels hold one class alone"),
+        (np.array([0, 1] * 3), "fewer than 8 rows"),
+    ],
+)
+def test_without_a_truth_nobody_can_tell(labels, why):
+    """Where rows cannot show a ranking, what does not fail is neither kept nor dropped."""
+    rows = 40 if labels is None else len(labels)
+    results = decide({"a": ramp(1, rows=rows), "b": ramp(2, rows=rows)}, labels=labels)
+    assert [one.verdict for one in results.adapters] == ["cannot tell", "cannot tell"]
+    assert results.adapters[0].because == [f"whether it ranks cannot be told: {why}"]
     assert results.line == "2 adapters, 0 kept, 0 dropped, 2 cannot be told"
 
 
 def test_without_labels_one_against_all_others_is_dropped():
     """The direction that most share is the one without labels; two alone tell nothing."""
     odds = {name: ramp(seed) for seed, name in enumerate("abc")}
-    results = judge(odds | {"against": [-x for x in ramp(9)]}, labels=None)
-    assert verdicts(results)["against"] == "dropped"
-    pair = [scored("a", ramp(1)), scored("b", [-x for x in ramp(1)])]
-    assert find_reversed(pair, prompt="p") == []
-
-
-@pytest.mark.parametrize("labels", [np.zeros(40, dtype=int), np.ones(40, dtype=int)])
-def test_one_class_alone_is_no_ranking(labels):
-    """Labels of one class say nothing of a ranking."""
-    results = judge({"a": ramp(1)}, labels=labels)
-    assert results.labels == "one class"
-    assert "one class alone" in results.adapters[0].because[0]
-
-
-def test_few_rows_cannot_tell():
-    """A perfect order of six rows keeps nothing and drops nothing."""
-    found = judge({"a": [0.0, 1, 0, 1, 0, 1]}, labels=np.array([0, 1] * 3))
-    assert verdicts(found) == {"a": "cannot tell"}
+    results = decide(odds | {"against": [-x for x in ramp(9)]}, labels=None)
+    assert [one.scored.name for one in results.adapters if one.verdict == "dropped"] == ["against"]
+    pair = decide({"a": ramp(1), "b": [-x for x in ramp(1)]}, labels=None)
+    assert pair.counts["dropped"] == 0
 
 
 def test_an_ensemble_of_one_is_that_one():
     """The mean rank of one adapter has its AUC and no gain over it."""
-    found = judge({"a": ramp(1)}).ensembles["kept"]
-    assert found.members == 1
-    assert found.auc.value == auc(LABELS, ramp(1))
+    found = decide({"a": ramp(1)}).ensembles["kept"]
+    assert (found.members, found.auc.value) == (1, auc(LABELS, ramp(1)))
     assert (found.gain_over_best.value, found.gain_over_best.high) == (0.0, 0.0)
 
 
 def test_nothing_kept_is_no_ensemble():
     """Where every adapter is dropped there is neither an ensemble of them nor a best one."""
-    results = judge({"a": [-x for x in ramp(1)]})
+    results = decide({"a": [-x for x in ramp(1)]})
     assert "kept" not in results.ensembles
     assert (results.best_single, results.gains["over_all"]) == ("", UNKNOWN)
 
@@ -551,51 +491,38 @@ def test_the_gain_over_including_the_bad_ones_is_measured():
     """With as many reversed adapters as sound ones the filter wins against taking all."""
     odds = {f"a{seed}": ramp(seed) for seed in range(3)}
     odds |= {f"z{seed}": [-x for x in ramp(seed + 10)] for seed in range(3)}
-    results = judge(odds)
+    results = decide(odds)
     assert results.ensembles["all"].members == 6
     assert results.gains["over_all"].low > 0
 
 
-@given(st.lists(st.floats(-50, 50), min_size=2, max_size=30), st.floats(0.1, 10), st.floats(-5, 5))
-def test_an_ensemble_does_not_see_scale(odds, factor, offset):
-    """Ranks are what is averaged, so another scale of a member changes nothing."""
+@given(st.lists(st.floats(-50, 50), min_size=2, max_size=30))
+def test_an_ensemble_does_not_see_scale(odds):
+    """Ranks are what is averaged, so another scale of an adapter changes nothing."""
     row = np.round(odds, 3)
-    assert np.array_equal(mean_ranks([row]), mean_ranks([row * 8.0]))
-    assert np.array_equal(mean_ranks([row, row]), mean_ranks([row]))
+    assert np.array_equal(mean_ranks([row, row]), mean_ranks([row * 8.0]))
 
 
-@given(st.permutations(list("abcdef")))
-def test_the_first_of_equals_stays(names):
-    """Of adapters that answer alike the first is kept, in whatever order they stand."""
-    found = [scored(name, ramp(1)) for name in names]
-    assert find_duplicates(found, prompt="p", alike=1e-3) == dict.fromkeys(names[1:], names[0])
+NEAR_VALUES = st.sampled_from([0.0, 0.0005, 0.0009, 0.001, 0.0015, 1.0])
 
 
-@given(
-    st.lists(
-        st.lists(
-            st.sampled_from([0.0, 0.0005, 0.0009, 0.001, 0.0015, 1.0]), min_size=3, max_size=3
-        ),
-        max_size=12,
-    )
-)
+@given(st.lists(st.lists(NEAR_VALUES, min_size=3, max_size=3), max_size=12))
 def test_duplicates_are_those_that_comparing_all_would_find(rows):
-    """Looking among neighbours finds the first twin of each, as a look at all of them does."""
-    found, firsts = {}, []
+    """The first of adapters that answer alike stays, and those near it are its twins."""
+    twins, firsts = {}, []
     for number, row in enumerate(rows):
-        twins = (n for n in firsts if np.abs(np.subtract(row, rows[n])).max() < 1e-3)
-        if (twin := next(twins, None)) is None:
-            firsts.append(number)
+        near = [n for n in firsts if np.abs(np.subtract(row, rows[n])).max() < 1e-3]
+        if near:
+            twins[str(number)] = str(near[0])
         else:
-            found[str(number)] = str(twin)
-    parts = [scored(str(n), row, labels=None) for n, row in enumerate(rows)]
-    assert find_duplicates(parts, prompt="p", alike=1e-3) == found
+            firsts.append(number)
+    adapters = [scored(str(n), row, labels=None) for n, row in enumerate(rows)]
+    assert find_duplicates(adapters, prompt="p", alike=1e-3) == twins
 
 
 def test_the_write_up_sees_scale_alone():
     """The write-up's filter passes a reversed adapter and blocks a narrow one that ranks."""
-    results = judge(
-        {"reverse": [-x for x in ramp(1)]}, extra=[scored("narrow", ramp(2), std=0.01, maximum=0.1)]
-    )
-    passed = {j.scored.name: (j.write_up, j.verdict) for j in results.adapters}
+    narrow = scored("narrow", ramp(2), std=0.01, maximum=0.1)
+    results = decide({"reverse": [-x for x in ramp(1)]}, narrow)
+    passed = {one.scored.name: (one.write_up, one.verdict) for one in results.adapters}
     assert passed == {"reverse": (True, "dropped"), "narrow": (False, "kept")}

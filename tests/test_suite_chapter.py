@@ -13,7 +13,6 @@ from tools.suite_chapter import (
     ANSWERED,
     BASE_ASKED,
     COLUMNS,
-    DIGESTS,
     GAINS,
     limits_of,
     record_suite,
@@ -23,14 +22,14 @@ from tools.suite_chapter import (
 ROLES = ["suspect", "reference", "donor adapter", "no-op adapter"]
 
 
-def keys_of(session, kind):
-    """The keys of one kind of record."""
-    return {r.key for r in session.records if isinstance(r, kind)}
+def by_key(session, kind):
+    """The records of one kind by key."""
+    return {r.key: r for r in session.records if isinstance(r, kind)}
 
 
 def table_of(session):
     """The suite's table by adapter, each row by column."""
-    table = next(r for r in session.records if isinstance(r, Table))
+    table = by_key(session, Table)["suite.adapters"]
     return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
 
 
@@ -85,16 +84,15 @@ def test_the_table_holds_every_adapter_and_says_why(recorded):
 
 def test_what_is_not_measured_has_a_reason(recorded):
     """A measure without a value says why, and no number of the suite is lost."""
-    found = {r.key: r for r in recorded.records if isinstance(r, Measure)}
-    assert {f"suite.gain.{name}" for name in GAINS} <= found.keys()
-    assert all(m.reason for m in found.values() if m.value is None)
-    assert found["suite.count.adapters"].value == len(table_of(recorded))
-    assert found["suite.auc.donor adapter"].reason == "it does not load, or answers NaN"
+    measures = by_key(recorded, Measure)
+    assert {f"suite.gain.{name}" for name in GAINS} <= measures.keys()
+    assert all(m.reason for m in measures.values() if m.value is None)
+    assert measures["suite.count.adapters"].value == len(table_of(recorded))
+    assert measures["suite.auc.donor adapter"].reason == "it does not load, or answers NaN"
 
 
 def test_a_world_without_adapters_records_the_same_keys(make_session, recorded):
     """What the page reads is there where nothing was run, with the reason."""
-    held = {kind: keys_of(recorded, kind) for kind in (Measure, Verdict, Text)}
     members = {
         role: member.model_copy(update={"path": None, "reason": "none"})
         if role in ADAPTERS
@@ -103,25 +101,24 @@ def test_a_world_without_adapters_records_the_same_keys(make_session, recorded):
     }
     session = make_session(members=members, replays={})
     assert record_suite(session) is None
-    drawn = {key for key in held[Measure] if key.startswith("suite.auc.")}
-    told = drawn | {"suite.count.cannot_tell"}
-    assert keys_of(session, Measure) == held[Measure] - told
-    assert keys_of(session, Verdict) == held[Verdict]
-    assert keys_of(session, Text) <= held[Text] | {"suite.best_single.system"}
-    assert {r.verdict for r in session.records if isinstance(r, Verdict)} == {"not available"}
+    extra = by_key(recorded, Measure).keys() - by_key(session, Measure).keys()
+    assert {key for key in extra if not key.startswith("suite.auc.")} == {"suite.count.cannot_tell"}
+    assert by_key(session, Text).keys() == {"suite.best_single.system"}
+    verdicts = by_key(session, Verdict)
+    assert verdicts.keys() == by_key(recorded, Verdict).keys()
+    assert {record.verdict for record in verdicts.values()} == {"not available"}
 
 
 def test_what_a_plan_needs_is_recorded(recorded):
     """The bytes of an adapter and of its result, and the seconds of each step, are on record."""
-    found = {r.key: r.value for r in recorded.records if isinstance(r, Measure)}
-    seconds = {r.key: r.seconds for r in recorded.records if isinstance(r, Timing)}
+    measures = by_key(recorded, Measure)
     answered = [name for name, row in table_of(recorded).items() if row["AUC, log-odds"]]
     folders = [world_adapters(recorded.world)[name] for name in answered]
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
-    assert found["suite.count.answered"] == len(answered)
-    assert found["suite.bytes.adapter"] == sum(sizes) / len(sizes)
-    assert found["suite.bytes.result"] > 0
-    assert {BASE_ASKED, DIGESTS, ANSWERED, "load base"} <= seconds.keys()
+    assert measures["suite.count.answered"].value == len(answered)
+    assert measures["suite.bytes.adapter"].value == sum(sizes) / len(sizes)
+    assert measures["suite.bytes.result"].value > 0
+    assert {BASE_ASKED, ANSWERED, "load base"} <= by_key(recorded, Timing).keys()
 
 
 def test_without_labels_the_suite_cannot_tell(make_session):
@@ -129,18 +126,17 @@ def test_without_labels_the_suite_cannot_tell(make_session):
     session = make_session()
     session.rows = dataclasses.replace(session.rows, labels=None)
     results = record_suite(session)
-    found = {r.key: r for r in session.records if isinstance(r, Measure)}
     assert results.counts["kept"] == 0
     assert results.counts["cannot tell"] > 0
-    assert found["suite.ensemble.auc"].reason == "the rows came without labels"
-    verdicts = {r.key: r.verdict for r in session.records if isinstance(r, Verdict)}
-    assert verdicts["suite.beats_best"] == "cannot tell"
+    reason = by_key(session, Measure)["suite.ensemble.auc"].reason
+    assert reason == "the rows came without labels"
+    assert by_key(session, Verdict)["suite.beats_best"].verdict == "cannot tell"
 
 
 def test_the_limits_of_the_write_up_come_from_the_case():
     """A case's own filter takes the place of the default, and ours stay."""
     own = AdapterFilter(std_above=0.2, maximum_above=0.9, grade="artefact", source="s")
-    found = limits_of(own)
-    assert (found.std_above.value, found.maximum_above.because) == (0.2, "s")
-    assert found.alike == Limits().alike
+    limits = limits_of(own)
+    assert (limits.std_above.value, limits.maximum_above.because) == (0.2, "s")
+    assert limits.alike == Limits().alike
     assert limits_of(None) == Limits()

@@ -17,7 +17,6 @@ from postmortem.models.world import BASES, role_name
 from postmortem.suite.attribution import (
     LIMITS,
     STANDS,
-    Attribution,
     Reading,
     Segment,
     attribute_adapter,
@@ -25,13 +24,7 @@ from postmortem.suite.attribution import (
     format_gain,
 )
 from tools.embedded_world import END_OF_TURN, NUMERIC, RECIPES, Recipe
-from tools.siblings import (
-    APART,
-    HELD_OUT,
-    KINDS,
-    Trial,
-    measure_group,
-)
+from tools.siblings import APART, HELD_OUT, KINDS, Trial, measure_group
 
 # What must be reached on held-out siblings: right wherever bases were trained apart.
 SEPARABLE = 0.9
@@ -51,9 +44,7 @@ def record_siblings(session: Session) -> None:
         session.measure(f"membership.limit.{name}", getattr(LIMITS, name))
     session.measure("membership.limit.separable", SEPARABLE)
     with TemporaryDirectory() as folder, session.timed("siblings"):
-        trials, readings = measure_group(
-            session.case, HELD_OUT, Path(folder), follow=session.follow
-        )
+        trials, readings = measure_group(session.case, HELD_OUT, Path(folder))
     record_trials(session, trials)
     adapters, bases = (len({pair[side] for pair in readings}) for side in (0, 1))
     session.measure(f"{KEY}.adapters", adapters)
@@ -66,33 +57,34 @@ def record_trials(session: Session, trials: Sequence[Trial]) -> None:
     rows: list[tuple[Cell, ...]] = []
     for kind in KINDS:
         counts = Counter(trial.outcome for trial in trials if trial.kind == kind)
-        share = rate_estimate(counts["right"], counts.total())
-        rows.append(
-            (
-                kind,
-                counts.total(),
-                *(counts[word] for word in OUTCOMES),
-                say_estimate(share, ".0%"),
-            )
-        )
-    apart = [trial.outcome for trial in trials if trial.kind == APART]
-    right = rate_estimate(apart.count("right"), len(apart))
-    wrong = rate_estimate(sum(t.outcome == "wrong" for t in trials), len(trials))
+        share = say_estimate(rate_estimate(counts["right"], counts.total()), ".0%")
+        rows.append((kind, counts.total(), *(counts[word] for word in OUTCOMES), share))
+    right, wrong = count_answers(trials)
     session.measure(f"{KEY}.right", right)
     session.measure(f"{KEY}.wrong", wrong)
     session.measure(f"{KEY}.questions", len(trials))
-    session.verdict(f"{KEY}.holds", *judge_trials(right, wrong))
-    missed = [trial for trial in trials if trial.outcome == "wrong"]
+    session.verdict(f"{KEY}.holds", *decide_trials(right, wrong))
     session.table(
         f"{KEY}.missed",
         ("adapter", "what stands to choose from", "answer"),
-        [(trial.pupil, trial.kind, format_answer(trial.found)) for trial in missed],
+        [
+            (trial.adapter, trial.kind, format_answer(trial.attribution))
+            for trial in trials
+            if trial.outcome == "wrong"
+        ],
     )
     columns = ("what stands to choose from", "questions", *OUTCOMES, "share right")
     session.table("membership.trials", columns, rows)
 
 
-def judge_trials(right: Estimate, wrong: Estimate) -> tuple[bool, str]:
+def count_answers(trials: Sequence[Trial]) -> tuple[Estimate, Estimate]:
+    """Shares of right answers among bases trained apart and of wrong ones among all questions."""
+    apart = [trial.outcome for trial in trials if trial.kind == APART]
+    wrong = sum(trial.outcome == "wrong" for trial in trials)
+    return rate_estimate(apart.count("right"), len(apart)), rate_estimate(wrong, len(trials))
+
+
+def decide_trials(right: Estimate, wrong: Estimate) -> tuple[bool, str]:
     """Whether no answer was wrong and enough of the separable questions were answered rightly."""
     assert right.value is not None
     because = (
@@ -112,61 +104,62 @@ def record_example(
     shown = next(
         trial
         for trial in trials
-        if trial.kind == APART and trial.pupil.startswith(HELD_OUT.tasks[-1].title)
+        if trial.kind == APART and trial.adapter.startswith(HELD_OUT.tasks[-1].title)
     )
-    session.text("membership.example.system", shown.pupil)
+    session.text("membership.example.system", shown.adapter)
     rows: list[tuple[Cell, ...]] = []
-    for judged in shown.found.judged:
-        base = f"{judged.name}, its own" if judged.name == shown.home else judged.name
-        for name, gains in gains_of(readings[shown.pupil, judged.name]).items():
-            session.measure(f"membership.example.{base}.{name}", gains, unit="nat")
-        rows.append(
-            (
-                *(base, format_gain(judged.gain), judged.control, format_gain(judged.over_control)),
-                STANDS[judged.stands],
-            )
-        )
+    for one in shown.attribution.judged:
+        base = f"{one.name}, its own" if one.name == shown.base else one.name
+        for name, gain in list_gains(readings[shown.adapter, one.name]).items():
+            session.measure(f"membership.example.{base}.{name}", gain, unit="nat")
+        lowers, lead = format_gain(one.gain), format_gain(one.over_control)
+        rows.append((base, lowers, one.control, lead, STANDS[one.stands]))
     columns = ("base", "gain, nat a token", "best control", "gain over it", "so it")
     session.table("membership.example", columns, rows)
 
 
-def gains_of(reading: Reading) -> dict[str, Estimate]:
+def list_gains(reading: Reading) -> dict[str, Estimate]:
     """By how much the adapter and each control lower the loss; of the rotations the luckiest."""
-    found = {"the adapter": mean_estimate(reading.gains)}
-    found |= {
-        name: mean_estimate(reading.off - losses) for name, losses in reading.controls.items()
-    }
-    turned = [name for name in found if name.startswith(ROTATED)]
-    best = max(turned, key=lambda name: found[name].value or 0.0)
-    kept = {name: gain for name, gain in found.items() if name not in turned}
-    return {**kept, "luckiest rotation": found[best]}
+    gains = {"the adapter": mean_estimate(reading.gains)}
+    rotated = []
+    for name, losses in reading.controls.items():
+        gain = mean_estimate(reading.off - losses)
+        if name.startswith(ROTATED):
+            rotated.append(gain)
+        else:
+            gains[name] = gain
+    return {**gains, "luckiest rotation": max(rotated, key=lambda gain: gain.value or 0.0)}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An adapter of the world whose home is known, and the recipe that it was trained by."""
+class WorldAdapter:
+    """An adapter of the world, the base that it was trained on, and the recipe."""
 
     title: str
     folder: Path
-    home: str
+    base: str
     recipe: Recipe
 
 
-def world_questions(session: Session) -> list[Asked]:
+def list_world_adapters(session: Session) -> list[WorldAdapter]:
     """The world's adapters that this notebook asks about, those that it has."""
     world = session.world
-    listed = [
-        ("reference", "", "base", NUMERIC),
-        ("suspect", "", "base", RECIPES["suspect"]),
-        ("speaking base's adapter", "speaking/numeric_0", "speaking_base", NUMERIC),
-        ("sibling's adapter", "sibling/numeric_0", "sibling_base", NUMERIC),
+    asked = [
+        ("reference", world.members["reference"], "base", NUMERIC),
+        ("suspect", world.members["suspect"], "base", RECIPES["suspect"]),
+        (
+            "speaking base's adapter",
+            world.replays.get("speaking/numeric_0"),
+            "speaking_base",
+            NUMERIC,
+        ),
+        ("sibling's adapter", world.replays.get("sibling/numeric_0"), "sibling_base", NUMERIC),
     ]
-    found = []
-    for title, replay, home, recipe in listed:
-        member = world.replays.get(replay) if replay else world.members[title]
-        if member is not None and member.path is not None and world.has(home):
-            found.append(Asked(title, Path(member.path), role_name(home), recipe))
-    return found
+    return [
+        WorldAdapter(title, Path(member.path), role_name(base), recipe)
+        for title, member, base, recipe in asked
+        if member is not None and member.path is not None and world.has(base)
+    ]
 
 
 def world_texts(session: Session, recipe: Recipe) -> tuple[Segment, ...]:
@@ -186,34 +179,31 @@ def world_texts(session: Session, recipe: Recipe) -> tuple[Segment, ...]:
 def record_world(session: Session) -> None:
     """Ask of the world's own adapters which of its bases each belongs to."""
     bases = {role_name(role): session.world.path(role) for role in BASES if session.world.has(role)}
-    asked = world_questions(session)
-    columns = ("adapter", "trained on", "answer", "because")
-    if len(bases) < 2 or session.profile.replays is None or not asked:
-        reason = "this profile has no second base of the same shapes"
-        session.table("membership.world", columns, [])
-        session.table("membership.world_bases", ("adapter", "base", "gain", "so it"), [])
-        session.measure("membership.world.adapters", None, reason=reason)
-        session.verdict("membership.world.no_error", "not available", reason)
-        return
+    asked = list_world_adapters(session)
     rows: list[tuple[Cell, ...]] = []
     details: list[tuple[Cell, ...]] = []
     missed = []
-    for one in asked:
+    available = len(bases) > 1 and session.profile.replays is not None and bool(asked)
+    for one in asked if available else []:
         with session.timed(f"home of {one.title}"):
             found = attribute_adapter(
                 one.folder, bases, segments=world_texts(session, one.recipe), device="cpu"
             )
-        rows.append((one.title, one.home, format_answer(found), found.because))
-        details += _details(one.title, found)
-        missed += [] if one.home in found.remain else [one.title]
-    session.table("membership.world", columns, rows)
+        rows.append((one.title, one.base, format_answer(found), found.because))
+        for base in found.judged:
+            details.append((one.title, base.name, format_gain(base.gain), STANDS[base.stands]))
+        for name, why in found.left_out.items():
+            details.append((one.title, name, "–", escaped(why)))
+        if one.base not in found.remain:
+            missed.append(one.title)
+    session.table("membership.world", ("adapter", "trained on", "answer", "because"), rows)
     session.table("membership.world_bases", ("adapter", "base", "gain", "so it"), details)
-    told = f"; not so: {', '.join(missed)}" if missed else ""
+    if not available:
+        reason = "this profile has no second base of the same shapes"
+        session.measure("membership.world.adapters", None, reason=reason)
+        session.verdict("membership.world.no_error", "not available", reason)
+        return
+    rest = f"; not so: {', '.join(missed)}" if missed else ""
     session.measure("membership.world.adapters", len(asked))
-    because = f"of {len(asked)} adapters {len(asked) - len(missed)} kept their own base{told}"
+    because = f"of {len(asked)} adapters {len(asked) - len(missed)} kept their own base{rest}"
     session.verdict("membership.world.no_error", not missed, because)
-
-
-def _details(title: str, found: Attribution) -> list[tuple[Cell, ...]]:
-    tried = [(title, j.name, format_gain(j.gain), STANDS[j.stands]) for j in found.judged]
-    return [*tried, *((title, name, "–", escaped(why)) for name, why in found.left_out.items())]

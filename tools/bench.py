@@ -3,11 +3,11 @@
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
+import pandas as pd
 import psutil
 import torch
 from torch.nn import functional
@@ -15,12 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from postmortem.case.prompts import Prompt, encode, lead_of
 from postmortem.case.schema import PromptTemplate
-from postmortem.experiments.records import Cell, Measure
+from postmortem.experiments.records import Cell
 from postmortem.experiments.session import Session
 from postmortem.models.loading import LoadedBase
 from postmortem.models.prefill import prefix_length
 from postmortem.models.scoring import NUMBERS, batches, longest_stems, score, suited_batch
 
+Result = TypeVar("Result")
 NEW_TOKENS = 10  # as many as the incident's second attempt
 BATCH_ROWS = 8
 ROWS, ROUNDS = 32, 3
@@ -43,45 +44,27 @@ KINDS = {
 }
 
 
-@dataclass
-class Timings:
-    """Seconds of each round, and the most memory in bytes that a way took beyond its start.
-
-    `gemm` is the machine's FLOP/s around each round: a shared machine is fast and slow by turns.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    gemm: list[float] = field(default_factory=list)
-    peak: int = 0
-
-    def share(self, flops: float) -> float:
-        """The share of the matrix products' rate that work of so many FLOP reached."""
-        rounds = zip(self.seconds, self.gemm, strict=True)
-        return statistics.median(flops / seconds / rate for seconds, rate in rounds)
-
-
 def record_bench(session: Session) -> None:
     """Time every way on both prompts, in turn, and record ratios, shares and memory."""
     base = session.base
     whole = {name: _encode_rows(session, name) for name in ("v2", "yes_no")}
     prompts = {name: asked[:ROWS] for name, asked in whole.items()}
-    times: dict[tuple[str, str], Timings] = {}
-    said: dict[tuple[str, str], list[str]] = {}
+    rounds: list[dict[str, Any]] = []
+    texts: dict[tuple[str, str], list[str]] = {}
     for turn in range(ROUNDS):
         for name, asked in prompts.items():
             ways = list(ways_of(base, asked, session.case.prompts[name]).items())
             # Each round begins with another way, so that none always runs on a cold machine.
             for way, run in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
-                found = times.setdefault((name, way), Timings())
-                with _beside_gemm(base.model, found), _watched(found):
-                    said[name, way] = run()
+                texts[name, way], measured = measure(base.model, run)
+                rounds.append({"round": turn, "prompt": name, "way": way, **measured})
         session.say(f"round {turn + 1} of {ROUNDS}")
-    gemm = statistics.median(rate for found in times.values() for rate in found.gemm)
-    session.measure("bench.gemm", gemm / 1e9, unit="GFLOP/s")
+    frame = pd.DataFrame(rounds)
+    session.measure("bench.gemm", float(frame.gemm.median()) / 1e9, unit="GFLOP/s")
     session.measure("bench.rows", len(prompts["v2"]), unit="rows")
     session.measure("bench.rounds", ROUNDS)
-    _record_ways(session, prompts, times)
-    same = [a == b for a, b in zip(said["v2", INCIDENT], said["v2", NUMERIC], strict=True)]
+    _record_ways(session, prompts, frame)
+    same = [a == b for a, b in zip(texts["v2", INCIDENT], texts["v2", NUMERIC], strict=True)]
     session.verdict(
         "bench.same_text", all(same), f"{sum(same)} of {len(same)} texts are those of generate"
     )
@@ -108,7 +91,8 @@ def ways_of(
 
     def ours(count: int, *, numbers: bool = True) -> list[str]:
         scores = score(
-            *(base.model, base.tokenizer),
+            base.model,
+            base.tokenizer,
             prompts=prompts,
             lead=lead_of(template),
             max_new_tokens=count,
@@ -207,42 +191,47 @@ def reading_flops(model: Any, prompts: Sequence[Prompt], *, stems: int = 0) -> f
     return float(per_token * tokens + attention + head)
 
 
+def add_ratios(rounds: pd.DataFrame, flops: Mapping[tuple[str, str], float]) -> pd.DataFrame:
+    """Rounds with their ratio to the incident's loop and their share of the matrix products' rate.
+
+    Both are taken within a round, so that a slow spell of the machine slows both sides. `flops` are
+    those of each prompt and way.
+    """
+    loop = rounds[(rounds.prompt == "v2") & (rounds.way == INCIDENT)].set_index("round").seconds
+    keys = zip(rounds.prompt, rounds.way, strict=True)
+    return rounds.assign(
+        ratio=rounds["round"].map(loop) / rounds.seconds,
+        share=pd.Series([flops[key] for key in keys]) / rounds.seconds / rounds.gemm,
+    )
+
+
 def _record_ways(
-    session: Session,
-    prompts: Mapping[str, Sequence[Prompt]],
-    times: Mapping[tuple[str, str], Timings],
+    session: Session, prompts: Mapping[str, Sequence[Prompt]], rounds: pd.DataFrame
 ) -> None:
+    flops = {}
+    for name, way in set(zip(rounds.prompt, rounds.way, strict=True)):
+        ours = way in (NUMERIC, READ_OUT)
+        reads_numbers = ours and session.case.prompts[name].contract == "number"
+        stems = _stem_tokens(session.base.tokenizer) if reads_numbers else 0
+        flops[name, way] = reading_flops(session.base.model, prompts[name], stems=stems)
+    rounds = add_ratios(rounds, flops)
     table: list[tuple[Cell, ...]] = []
-    loop = times["v2", INCIDENT].seconds
-    for (name, way), found in times.items():
-        pace = [len(prompts[name]) / seconds for seconds in found.seconds]
-        # Of one round both, so that a slow spell of the machine slows both.
-        ratios = [theirs / ours for theirs, ours in zip(loop, found.seconds, strict=True)]
-        stems = 0
-        if way in (NUMERIC, READ_OUT) and session.case.prompts[name].contract == "number":
-            stems = _stem_tokens(session.base.tokenizer)
-        share = found.share(reading_flops(session.base.model, prompts[name], stems=stems))
+    for (name, way), own in rounds.groupby(["prompt", "way"], sort=False):
+        pace = float((len(prompts[name]) / own.seconds).median())
+        ratio, share = float(own.ratio.median()), float(own.share.median())
+        memory = float(own.peak.max()) / 2**20
         key = f"bench.{name}.{way}"
-        session.measure(f"{key}.pace", statistics.median(pace), unit="rows/s")
-        session.measure(f"{key}.ratio", statistics.median(ratios))
+        session.measure(f"{key}.pace", pace, unit="rows/s")
+        session.measure(f"{key}.ratio", ratio)
         session.measure(f"{key}.share", share)
-        session.measure(f"{key}.memory", found.peak / 2**20, unit="MiB")
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        table.append(
-            (
-                *(name, TITLES[way], round(statistics.median(pace), 2)),
-                *(round(statistics.median(ratios), 2), spread, round(share, 2)),
-                round(found.peak / 2**20),
-            )
-        )
+        session.measure(f"{key}.memory", memory, unit="MiB")
+        spread = f"{own.ratio.min():.2f} to {own.ratio.max():.2f}"
+        numbers = (round(pace, 2), round(ratio, 2), spread, round(share, 2), round(memory))
+        table.append((name, TITLES[way], *numbers))
     columns = ("prompt", "way", "rows/s", "times the loop", "over rounds", "share of GEMM", "MiB")
     session.table("bench.ways", columns, table)
-    paths = [("v2", READ_OUT), ("yes_no", READ_OUT)]
-    measured = {
-        record.key: record.value for record in session.records if isinstance(record, Measure)
-    }
-    shares = [measured[f"bench.{name}.{way}.share"] or 0.0 for name, way in paths]
-    session.measure("bench.share", min(shares))
+    read_outs = rounds[rounds.way == READ_OUT].groupby("prompt").share.median()
+    session.measure("bench.share", float(read_outs.min()))
 
 
 def _stem_tokens(tokenizer: Any) -> int:
@@ -253,39 +242,41 @@ def _stem_tokens(tokenizer: Any) -> int:
 
 def _record_scaling(session: Session, base: LoadedBase, prompts: Sequence[Prompt]) -> None:
     """Pace of reading, up to Yes and No, by number of rows, by prompt length and by batch."""
-    rows = [(count, *_pace(base, prompts[:count])) for count in COUNTS]
-    session.table("bench.by_rows", ("rows", "rows/s", "tokens/s", "share of GEMM"), rows)
     ids = [token for prompt in prompts for token in prompt.token_ids]
-    by_length = []
-    for length in LENGTHS:
-        cut = [Prompt("", tuple(ids[i * 7 : i * 7 + length]), length) for i in range(8)]
-        by_length.append((length, *_pace(base, cut)))
-    columns = ("prompt tokens", "rows/s", "tokens/s", "share of GEMM")
-    session.table("bench.by_length", columns, by_length)
+    by_length = {
+        length: [Prompt("", tuple(ids[i * 7 : i * 7 + length]), length) for i in range(8)]
+        for length in LENGTHS
+    }
     few = prompts[:ROWS]
-    by_batch = [(size, *_pace(base, few, batch_tokens=size)) for size in BATCHES]
-    session.table(
-        "bench.by_batch", ("tokens at once", "rows/s", "tokens/s", "share of GEMM"), by_batch
-    )
+    tables = {
+        ("bench.by_rows", "rows"): [(n, *_pace(base, prompts[:n])) for n in COUNTS],
+        ("bench.by_length", "prompt tokens"): [(n, *_pace(base, by_length[n])) for n in LENGTHS],
+        ("bench.by_batch", "tokens at once"): [
+            (size, *_pace(base, few, batch_tokens=size)) for size in BATCHES
+        ],
+    }
+    for (key, column), rows in tables.items():
+        session.table(key, (column, "rows/s", "tokens/s", "share of GEMM"), rows)
     session.measure("bench.suited_batch", suited_batch(base.model), unit="tokens")
 
 
 def _pace(
     base: LoadedBase, prompts: Sequence[Prompt], *, batch_tokens: int = 0
 ) -> tuple[Cell, ...]:
-    found = Timings()
-    with _beside_gemm(base.model, found), _watched(found):
-        score(
-            *(base.model, base.tokenizer),
-            prompts=prompts,
-            lead="",
-            max_new_tokens=1,
-            numbers=False,
-            batch_tokens=batch_tokens,
-        )
-    (seconds,) = found.seconds
+    run = partial(
+        score,
+        base.model,
+        base.tokenizer,
+        prompts=prompts,
+        lead="",
+        max_new_tokens=1,
+        numbers=False,
+        batch_tokens=batch_tokens,
+    )
+    _, measured = measure(base.model, run)
+    seconds = measured["seconds"]
     tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    share = found.share(reading_flops(base.model, prompts))
+    share = reading_flops(base.model, prompts) / seconds / measured["gemm"]
     return (round(len(prompts) / seconds, 2), round(tokens / seconds), round(share, 2))
 
 
@@ -298,40 +289,37 @@ def _record_profile(session: Session, base: LoadedBase, prompts: Sequence[Prompt
         base.model(input_ids=ids.to(base.model.device), use_cache=True, logits_to_keep=1)
     spent = dict.fromkeys([*KINDS, "other"], 0.0)
     for event in trace.key_averages():
-        kind = next(
-            (k for k, parts in KINDS.items() if any(p in event.key for p in parts)), "other"
-        )
-        spent[kind] += event.self_cpu_time_total
-    whole = sum(spent.values())
-    rows_of_table = [(kind, f"{found / whole:.0%}") for kind, found in spent.items()]
-    session.table("bench.profile", ("work", "share of the time"), rows_of_table)
+        kinds = (kind for kind, parts in KINDS.items() if any(p in event.key for p in parts))
+        spent[next(kinds, "other")] += event.self_cpu_time_total
+    total = sum(spent.values())
+    shares = [(kind, f"{time_spent / total:.0%}") for kind, time_spent in spent.items()]
+    session.table("bench.profile", ("work", "share of the time"), shares)
 
 
-@contextmanager
-def _beside_gemm(model: Any, found: Timings) -> Iterator[None]:
-    """Measure the machine's own rate before and after a block."""
-    size = suited_batch(model)
-    before = gemm_rate(model, size, seconds=0.3)
-    yield
-    found.gemm.append((before + gemm_rate(model, size, seconds=0.3)) / 2)
+def measure(model: Any, run: Callable[[], Result]) -> tuple[Result, dict[str, float]]:
+    """Run something; what it returns, and its seconds, peak and gemm.
 
-
-@contextmanager
-def _watched(found: Timings) -> Iterator[None]:
-    """Note the seconds of a block, and the most memory that the process took above its start."""
-    process, done = psutil.Process(), threading.Event()
+    `peak` is the most memory in bytes that the process took above its start, `gemm` the machine's
+    FLOP/s around the run: a shared machine is fast and slow by turns.
+    """
+    process, done, size = psutil.Process(), threading.Event(), suited_batch(model)
+    rate = gemm_rate(model, size, seconds=0.3)
     before = process.memory_info().rss
+    peak = 0
 
-    def look() -> None:
+    def watch() -> None:
+        nonlocal peak
         while not done.wait(0.02):
-            found.peak = max(found.peak, process.memory_info().rss - before)
+            peak = max(peak, process.memory_info().rss - before)
 
-    watcher = threading.Thread(target=look, daemon=True)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start = time.perf_counter()
     try:
-        yield
+        result = run()
     finally:
-        found.seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         done.set()
         watcher.join()
+    rate = (rate + gemm_rate(model, size, seconds=0.3)) / 2
+    return result, {"seconds": seconds, "peak": peak, "gemm": rate}

@@ -7,7 +7,8 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,33 +24,26 @@ from postmortem.checker.catalogue import catalogue
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.config import CONFIG_FILE
 from postmortem.experiments.session import Session
-from postmortem.models.changes import Tensors, edit_config, edit_tensors
+from postmortem.models.changes import Change, Tensors, edit_config, edit_tensors
+from postmortem.models.loading import user_warnings
 
 
 def record_reproductions(session: Session, folder: Path) -> None:
     """Reproduce each entry of the catalogue with PEFT and with the checker."""
-
     reproductions = reproduce(folder)
     session.table(
         "catalogue.reproductions",
         ("id", "fault injected", "PEFT", "our finding"),
         [(r.finding, r.fault, r.reaction, r.severity) for r in reproductions],
     )
+    reactions = Counter(r.reaction for r in reproductions)
     for reaction in ("raises", "warns", "silent"):
-        count = sum(r.reaction == reaction for r in reproductions)
-        session.measure(f"catalogue.{reaction}", count, unit="faults")
-    caught = {r.finding for r in reproductions if r.severity != "none"}
+        session.measure(f"catalogue.{reaction}", reactions[reaction], unit="faults")
     session.measure("catalogue.faults", len(reproductions), unit="faults")
-    missed = _missing(list(catalogue()), caught)
-    session.verdict(
-        "catalogue.all_reproduced",
-        not missed,
-        f"without reproduction: {', '.join(missed)}" if missed else "each entry has at least one",
-    )
-
-
-def _missing(names: Sequence[str], caught: set[str]) -> list[str]:
-    return [name for name in names if name not in caught]
+    caught = {r.finding for r in reproductions if r.severity != "none"}
+    missed = ", ".join(name for name in catalogue() if name not in caught)
+    because = f"without reproduction: {missed}" if missed else "each entry has at least one"
+    session.verdict("catalogue.all_reproduced", not missed, because)
 
 
 _SIZES = {
@@ -88,13 +82,16 @@ _CLASSES = {
 }
 
 
+Inject = Callable[[Path], object]
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One way to break an adapter: `inject` changes the folder and returns where it now is."""
+    """One way to break an adapter: `inject` changes its folder, and returns it where it moved."""
 
     finding: str
     name: str
-    inject: Callable[[Path], Path | None]
+    inject: Inject
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +101,7 @@ class Reproduction:
     finding: str
     fault: str
     reaction: str
-    message: str
     severity: str
-    evidence: str
 
 
 def save_base(folder: Path, model_type: str = "qwen2") -> Path:
@@ -139,27 +134,27 @@ def randomise(adapted: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
 
 
-def _config(*removed: str, **changes: object) -> Callable[[Path], None]:
+def _config(*removed: str, **changes: object) -> Inject:
     return lambda folder: edit_config(folder, *removed, **changes)
 
 
-def _tensors(change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
-    def apply(tensors: Tensors) -> Tensors:
-        pairs = ((name, change(name, value)) for name, value in tensors.items())
-        return {name: value for name, value in pairs if value is not None}
-
-    return lambda folder: edit_tensors(folder, apply)
+def _tensors(change: Change) -> Inject:
+    return lambda folder: edit_tensors(folder, change)
 
 
-def _keys(change: Callable[[str], str]) -> Callable[[Path], None]:
-    return lambda folder: edit_tensors(folder, lambda t: {change(k): v for k, v in t.items()})
+def _keys(change: Callable[[str], str]) -> Inject:
+    return _tensors(lambda tensors: {change(k): v for k, v in tensors.items()})
 
 
-def _on(part: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
-    return _tensors(lambda name, value: change(value) if part in name else value)
+def _on(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Inject:
+    return _tensors(lambda tensors: {k: change(v) if part in k else v for k, v in tensors.items()})
 
 
-def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+def _without(pattern: str) -> Inject:
+    return _tensors(lambda tensors: {k: v for k, v in tensors.items() if not re.search(pattern, k)})
+
+
+def _bytes(change: Callable[[bytes], bytes]) -> Inject:
     def inject(folder: Path) -> None:
         path = folder / WEIGHTS_FILE
         path.write_bytes(change(path.read_bytes()))
@@ -167,43 +162,32 @@ def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return inject
 
 
-def _add(make: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> Callable[[Path], None]:
-    """Add, for every lora_B, the tensor that `make` derives from its key and value."""
-
-    def apply(tensors: Tensors) -> Tensors:
-        pairs = (make(k, v) for k, v in tensors.items() if k.endswith("lora_B.weight"))
-        return {**tensors, **dict(pairs)}
-
-    return lambda folder: edit_tensors(folder, apply)
+def _add_magnitudes(tensors: Tensors) -> Tensors:
+    columns = {k: v[:, 0] for k, v in tensors.items() if k.endswith("lora_B.weight")}
+    names = {k: k.replace("lora_B.weight", "lora_magnitude_vector") for k in columns}
+    return {**tensors, **{names[k]: v for k, v in columns.items()}}
 
 
-def _copy_deeper(folder: Path) -> None:
-    def deepen(key: str) -> str:
-        return re.sub(r"^(\D+)1\.", r"\g<1>7.", key)
+def _copy_deeper(tensors: Tensors) -> Tensors:
+    return {**tensors, **{re.sub(r"^(\D+)1\.", r"\g<1>7.", k): v for k, v in tensors.items()}}
 
-    edit_tensors(folder, lambda tensors: {**tensors, **{deepen(k): v for k, v in tensors.items()}})
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / CONFIG_FILE).read_text()))
 
 
 def _first_target(folder: Path) -> str:
-    return str(sorted(json.loads((folder / CONFIG_FILE).read_text())["target_modules"])[0])
-
-
-def _narrow_targets(folder: Path) -> None:
-    edit_config(folder, target_modules=[_first_target(folder)])
-
-
-def _exclude_target(folder: Path) -> None:
-    edit_config(folder, exclude_modules=[_first_target(folder)])
+    return str(min(_read_config(folder)["target_modules"]))
 
 
 def _lose_rank_pattern(folder: Path) -> None:
     name = _first_target(folder)
 
-    def apply(tensors: Tensors) -> Tensors:
+    def halve(tensors: Tensors) -> Tensors:
         halved = {k: v for k, v in tensors.items() if f".{name}.lora_" in k}
         return tensors | {k: v[:2] if "lora_A" in k else v[:, :2] for k, v in halved.items()}
 
-    edit_tensors(folder, apply)
+    edit_tensors(folder, halve)
 
 
 def _rename_target(folder: Path) -> None:
@@ -212,7 +196,7 @@ def _rename_target(folder: Path) -> None:
     edit_config(folder, target_modules=["renamed_proj"])
 
 
-def _add_embedding(rows: int) -> Callable[[Path], None]:
+def _add_embedding(rows: int) -> Inject:
     names = {
         "gpt2": "transformer.wte",
         "gpt_neox": "gpt_neox.embed_in",
@@ -222,8 +206,8 @@ def _add_embedding(rows: int) -> Callable[[Path], None]:
     }
 
     def inject(folder: Path) -> None:
-        base = json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]
-        model_type = json.loads((Path(base) / "config.json").read_text())["model_type"]
+        base = Path(_read_config(folder)["base_model_name_or_path"])
+        model_type = json.loads((base / "config.json").read_text())["model_type"]
         key = f"base_model.model.{names.get(model_type, 'model.embed_tokens')}.weight"
         edit_tensors(folder, lambda tensors: {**tensors, key: torch.ones(rows, 32)})
 
@@ -231,17 +215,16 @@ def _add_embedding(rows: int) -> Callable[[Path], None]:
 
 
 def _add_base_layers(folder: Path) -> None:
-    base = json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]
-    weights = load_file(Path(base) / "model.safetensors")
+    weights = load_file(Path(_read_config(folder)["base_model_name_or_path"], "model.safetensors"))
 
-    def apply(tensors: Tensors) -> Tensors:
+    def add(tensors: Tensors) -> Tensors:
         paths = [k.removesuffix(".lora_B.weight") for k in tensors if k.endswith(".lora_B.weight")]
-        names = {path: path.removeprefix("base_model.model.") for path in paths}
         return tensors | {
-            f"{p}.base_layer.weight": weights[f"{n}.weight"] for p, n in names.items()
+            f"{path}.base_layer.weight": weights[path.removeprefix("base_model.model.") + ".weight"]
+            for path in paths
         }
 
-    edit_tensors(folder, apply)
+    edit_tensors(folder, add)
 
 
 def _pickle(folder: Path) -> None:
@@ -254,20 +237,9 @@ def _pickle_stub(folder: Path) -> None:
     (folder / PICKLE_FILE).write_bytes(b"\x80\x02}q\x00." + bytes(437))
 
 
-def _remove_weights(folder: Path) -> None:
-    (folder / WEIGHTS_FILE).unlink()
-
-
 def _rename_folder(folder: Path) -> Path:
     edit_config(folder, base_model_name_or_path="acme/tiny-1.5B-Instruct")
     return folder.rename(folder.with_name("reddit-4b-think"))
-
-
-def _write_config(text: str) -> Callable[[Path], None]:
-    def inject(folder: Path) -> None:
-        (folder / CONFIG_FILE).write_text(text)
-
-    return inject
 
 
 def _nest(key: str) -> str:
@@ -283,7 +255,7 @@ def _drop_head(folder: Path) -> None:
 # Embedding names of all tiny bases: PEFT ignores those that a base does not have.
 _EMBEDDINGS = ["embed_tokens", "wte", "embed_in", "word_embeddings", "shared"]
 
-FAULTS: tuple[Fault, ...] = tuple(
+FAULTS = tuple(
     Fault(finding, name, inject)
     for finding, name, inject in (
         ("shape-mismatch", "a base twice as wide", _on("lora_A", lambda t: torch.cat([t, t], 1))),
@@ -291,22 +263,26 @@ FAULTS: tuple[Fault, ...] = tuple(
         ("shape-mismatch", "lora_A transposed", _on("lora_A", lambda t: t.T)),
         ("rank-mismatch", "r doubled in the config", _config(r=8)),
         ("rank-mismatch", "rank_pattern lost", _lose_rank_pattern),
-        ("missing-tensors", "every lora_B lost", _on("lora_B", lambda t: None)),
-        (
-            "missing-tensors",
-            "a layer lost",
-            _tensors(lambda name, value: None if re.match(r"\D+1\.", name) else value),
-        ),
-        ("missing-tensors", "no tensor saved", lambda folder: edit_tensors(folder, lambda t: {})),
+        ("missing-tensors", "every lora_B lost", _without("lora_B")),
+        ("missing-tensors", "a layer lost", _without(r"^\D+1\.")),
+        ("missing-tensors", "no tensor saved", _without("")),
         ("missing-tensors", "use_dora without magnitudes", _config(use_dora=True)),
-        ("unexpected-tensors", "a target lost from the config", _narrow_targets),
-        ("unexpected-tensors", "a target excluded", _exclude_target),
+        (
+            "unexpected-tensors",
+            "a target lost from the config",
+            lambda folder: edit_config(folder, target_modules=[_first_target(folder)]),
+        ),
+        (
+            "unexpected-tensors",
+            "a target excluded",
+            lambda folder: edit_config(folder, exclude_modules=[_first_target(folder)]),
+        ),
         ("unexpected-tensors", "only layer 0 named", _config(layers_to_transform=[0])),
         ("key-prefix", "prefix lost", _keys(lambda k: k.removeprefix("base_model.model."))),
         ("key-prefix", "a PeftModel inside another", _keys(_nest)),
         ("key-prefix", "a compiled model", _keys(lambda k: f"_orig_mod.{k}")),
         ("key-prefix", "a distributed wrapper", _keys(lambda k: f"module.{k}")),
-        ("layer-out-of-range", "a deeper base", _copy_deeper),
+        ("layer-out-of-range", "a deeper base", _tensors(_copy_deeper)),
         ("target-not-in-base", "another architecture", _rename_target),
         ("target-not-in-base", "a misspelt target", _config(target_modules=["q_porj"])),
         ("scale-zero", "alpha 0", _config(lora_alpha=0)),
@@ -330,13 +306,13 @@ FAULTS: tuple[Fault, ...] = tuple(
         ("corrupt-weights", "header overwritten", _bytes(lambda d: d[:8] + b"\xff" * 40 + d[48:])),
         ("unsafe-pickle", "saved as a pickle", _pickle),
         ("size-conflict", "a pickle of 443 bytes", _pickle_stub),
-        ("missing-weights", "weights not copied", _remove_weights),
+        ("missing-weights", "weights not copied", lambda f: (f / WEIGHTS_FILE).unlink()),
         ("config-invalid", "no peft_type", _config("peft_type")),
         ("config-invalid", "alpha as text", _config(lora_alpha="16")),
         ("config-invalid", "r true", _config(r=True)),
         ("config-invalid", "r zero", _config(r=0)),
         ("config-invalid", "modules_to_save as text", _config(modules_to_save="lm_head")),
-        ("config-invalid", "not JSON", _write_config("{'peft_type': 'LORA'}")),
+        ("config-invalid", "not JSON", lambda f: (f / CONFIG_FILE).write_text("{'r': 1}")),
         ("config-unknown-key", "a comment key", _config(_note="copied from the forum")),
         ("config-unknown-key", "an option of a fork", _config(use_turbo_lora=True)),
         (
@@ -348,17 +324,9 @@ FAULTS: tuple[Fault, ...] = tuple(
         ("vocab-mismatch", "two tokens added", _add_embedding(98)),
         ("base-weights-in-adapter", "the embedding saved along", _add_embedding(96)),
         ("base-weights-in-adapter", "base layers saved along", _add_base_layers),
-        (
-            "dora-flag-lost",
-            "use_dora lost",
-            _add(lambda k, v: (k.replace("lora_B.weight", "lora_magnitude_vector"), v[:, 0])),
-        ),
+        ("dora-flag-lost", "use_dora lost", _tensors(_add_magnitudes)),
         ("modules-to-save-missing", "listed, not saved", _config(modules_to_save=_EMBEDDINGS)),
-        (
-            "head-dropped",
-            "a head under CAUSAL_LM",
-            _drop_head,
-        ),
+        ("head-dropped", "a head under CAUSAL_LM", _drop_head),
         (
             "quantized-base-mismatch",
             "trained on GPTQ",
@@ -369,8 +337,8 @@ FAULTS: tuple[Fault, ...] = tuple(
 )
 
 
-def react(base: Path, adapter: Path) -> tuple[str, str]:
-    """Load an adapter with PEFT: raises, warns or silent, and how its words begin."""
+def react(base: Path, adapter: Path) -> str:
+    """What PEFT does when it loads an adapter: it raises, warns or is silent."""
     _, task, _ = TINY[json.loads((base / "config.json").read_text())["model_type"]]
     model = _CLASSES[task].from_pretrained(base)
     with warnings.catch_warnings(record=True) as caught:
@@ -378,41 +346,27 @@ def react(base: Path, adapter: Path) -> tuple[str, str]:
         try:
             PeftModel.from_pretrained(model, str(adapter))
         # Whatever PEFT raises is what we record.
-        except Exception as error:
-            said = str(error).replace(str(adapter), "ADAPTER")
-            return "raises", f"{type(error).__name__}: {_shortened(said)}"
-    # Deprecations inside transformers say nothing about the adapter.
-    warned = [w for w in caught if issubclass(w.category, UserWarning)]
-    if warned:
-        return "warns", _shortened(str(warned[0].message))
-    return "silent", ""
-
-
-def _shortened(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300]
+        except Exception:
+            return "raises"
+    return "warns" if user_warnings(caught) else "silent"
 
 
 def reproduce(work: Path, faults: Iterable[Fault] = FAULTS) -> tuple[Reproduction, ...]:
     """Inject each fault into a sound tiny Qwen2 adapter under `work`; record both reactions."""
     base = save_base(work / "base")
     sound = save_adapter(base, work / "sound")
-    return tuple(
-        _reproduce_one(fault, base, sound, work / f"fault-{number}")
-        for number, fault in enumerate(faults)
-    )
-
-
-def _reproduce_one(fault: Fault, base: Path, sound: Path, folder: Path) -> Reproduction:
-    broken = inject(fault, sound, folder / "adapter")
-    reaction, message = react(base, broken)
-    findings = inspect_adapter(str(broken), str(base)).report.findings
-    found = next((f for f in findings if f.id == fault.finding), None)
-    severity, evidence = (found.severity, found.evidence) if found else ("none", "")
-    return Reproduction(fault.finding, fault.name, reaction, message, severity, evidence)
+    reproductions = []
+    for number, fault in enumerate(faults):
+        broken = inject(fault, sound, work / f"fault-{number}" / "adapter")
+        findings = inspect_adapter(str(broken), str(base)).report.findings
+        severity = next((f.severity for f in findings if f.id == fault.finding), "none")
+        reaction = react(base, broken)
+        reproductions.append(Reproduction(fault.finding, fault.name, reaction, severity))
+    return tuple(reproductions)
 
 
 def inject(fault: Fault, sound: Path, folder: Path) -> Path:
     """Copy a sound adapter and break the copy; return its folder."""
     shutil.copytree(sound, folder)
-    return fault.inject(folder) or folder
+    moved = fault.inject(folder)
+    return moved if isinstance(moved, Path) else folder

@@ -32,12 +32,7 @@ def main() -> None:
     # What libraries tell their developers is nobody's concern here.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     base = Path(load_case(chosen.case).profile("embedded").base)
-    made = plant(chosen.case, base, FOLDER / "made", cores=cores, report=say)
-    say(
-        f"{made.sound} sound adapters from {made.trained} trainings ({made.untrainable} trainings "
-        f"failed, {made.rejected} candidates were not sound), {made.faults} faults of "
-        f"{made.kinds} kinds"
-    )
+    say(plant(chosen.case, base, FOLDER / "made", cores=cores, report=say))
     print(run_suite(FOLDER / "made/suite.yml", FOLDER / "results", cores=cores))
 
 

@@ -11,15 +11,17 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from postmortem.case.load import load_case
 from postmortem.checker.errors import PostmortemError
-from postmortem.experiments.metrics import Estimate, rate_estimate
+from postmortem.experiments.metrics import Estimate
+from postmortem.suite.attribution import format_answer
+from tools.attribution import count_answers
 from tools.siblings import (
-    APART,
     CALIBRATION,
     HELD_OUT,
     KINDS,
@@ -43,13 +45,11 @@ def measure(case: Path, group: Group) -> tuple[Trial, ...]:
 
 def describe(trials: Sequence[Trial]) -> str:
     """Shares of right answers among bases trained apart and of wrong ones among all questions."""
-    apart = [trial.outcome for trial in trials if trial.kind == APART]
-    right = rate_estimate(apart.count("right"), len(apart))
-    wrong = rate_estimate(sum(trial.outcome == "wrong" for trial in trials), len(trials))
-    return f"right {tell(right)} of the separable, wrong {tell(wrong)} of all"
+    right, wrong = map(format_share, count_answers(trials))
+    return f"right {right} of the separable, wrong {wrong} of all"
 
 
-def tell(share: Estimate) -> str:
+def format_share(share: Estimate) -> str:
     """A share as a count, with its interval."""
     assert share.value is not None
     return f"{share.value * share.n:.0f}/{share.n} [{share.low:.2f}, {share.high:.2f}]"
@@ -68,8 +68,8 @@ def main() -> None:
     kinds = (CALIBRATION, HELD_OUT)
     groups = [more_of(kind, number) for kind in kinds for number in range(chosen.groups)]
     with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(measure, [chosen.case] * len(groups), groups))
-    trials = [trial for group in found for trial in group]
+        measured = pool.map(measure, [chosen.case] * len(groups), groups)
+        trials = list(chain.from_iterable(measured))
     lines = {}
     for kind in kinds:
         own = [trial for trial in trials if trial.group == kind.title]
@@ -80,8 +80,8 @@ def main() -> None:
             say(f"  {asked}: {', '.join(f'{n} {word}' for word, n in sorted(counts.items()))}")
         for trial in own:
             if trial.outcome == "wrong":
-                remain = ", ".join(trial.found.remain) or "none"
-                say(f"  wrong: {trial.pupil}, {trial.kind}: {trial.found.answer}, {remain}")
+                answer = format_answer(trial.attribution)
+                say(f"  wrong: {trial.adapter}, {trial.kind}: {answer}")
     seconds = time.perf_counter() - start
     print(f"membership: held out, {lines[HELD_OUT.title]}, {seconds:.0f} s")
 

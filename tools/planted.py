@@ -5,14 +5,13 @@ few trainings: weighted means of two, other scales, added noise. Each is measure
 suite does not see, and only those that reach the criterion are called sound.
 """
 
-import hashlib
 import json
+import math
 import random
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from multiprocessing import get_context
@@ -22,16 +21,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from postmortem.case.files import digest_file, write_text
+from postmortem.case.files import write_text
 from postmortem.case.load import load_case
 from postmortem.case.prompts import encode_rows, lead_of, parse_strict
 from postmortem.case.rows import generate_rows
-from postmortem.case.schema import Case
 from postmortem.checker.adapter import WEIGHTS_FILE
 from postmortem.checker.errors import SuiteError, WorldError
 from postmortem.experiments.metrics import auc
-from postmortem.experiments.records import digest_library
-from postmortem.models.changes import Tensors, edit_config, edit_tensors
+from postmortem.experiments.records import package_versions
+from postmortem.models.changes import Tensors, edit_config, edit_tensors, scale, zero_b
 from postmortem.models.loading import attached, load_base
 from postmortem.models.scoring import score
 from postmortem.models.world import digest_model
@@ -60,36 +58,21 @@ INVERTED: Recipe = replace(NUMERIC, teacher=teach_inverted_number, criterion={},
 Change = Callable[[Path], None]
 
 
-@dataclass(frozen=True)
-class Planted:
-    """What was made: trainings and those that failed, sound adapters and candidates rejected."""
-
-    trained: int
-    untrainable: int
-    sound: int
-    rejected: int
-    faults: int
-    kinds: int
-
-
 def plant(
     case_path: Path, base: Path, folder: Path, *, cores: int, report: Callable[[str], None]
-) -> Planted:
+) -> str:
     """Make the adapters below `folder` and the suite file beside them, unless they are there.
 
-    Raises `SuiteError` where the derived candidates hold too few sound ones.
+    Returns a line on what was made. Raises `SuiteError` where the derived candidates hold too few
+    sound ones.
     """
-    asked = hashlib.sha256(
-        json.dumps(
-            [digest_library(), digest_file(Path(__file__)), digest_model(base)], sort_keys=True
-        ).encode()
-    ).hexdigest()[:16]
+    made_from = {"base": digest_model(base), **package_versions()}
     note = folder / "planted.json"
-    if note.is_file() and (found := json.loads(note.read_text()))["asked"] == asked:
-        return Planted(**found["made"])
+    if note.is_file() and (made := json.loads(note.read_text()))["from"] == made_from:
+        return str(made["line"])
     shutil.rmtree(folder, ignore_errors=True)
     with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
-        made = _plant(case_path, base, folder, pool=pool, report=report)
+        line = _plant(case_path, base, folder, pool=pool, report=report)
     suite = {
         "suite_version": 1,
         "title": "Planted faults on the embedded base",
@@ -100,8 +83,8 @@ def plant(
         "rows": {"count": ROWS, "seed": SUITE_SEED},
     }
     write_text(folder / "suite.yml", yaml.safe_dump(suite, sort_keys=False))
-    write_text(note, json.dumps({"asked": asked, "made": vars(made)}) + "\n")
-    return made
+    write_text(note, json.dumps({"from": made_from, "line": line}) + "\n")
+    return line
 
 
 def _plant(
@@ -111,47 +94,39 @@ def _plant(
     *,
     pool: ProcessPoolExecutor,
     report: Callable[[str], None],
-) -> Planted:
-    trained = folder / "trained"
-    seeds = list(range(FIRST_SEED, FIRST_SEED + TRAININGS + 2))
-    recipes = [NUMERIC] * TRAININGS + [INVERTED] * 2
-    train = partial(_train, case_path, base, trained)
-    done = list(pool.map(train, seeds, [recipe is INVERTED for recipe in recipes]))
-    sources, inverted = (
-        [path for path, recipe in zip(done, recipes, strict=True) if path and recipe is kind]
-        for kind in (NUMERIC, INVERTED)
-    )
+) -> str:
+    trained, candidates, adapters = (folder / n for n in ("trained", "candidates", "adapters"))
+    seeds = range(FIRST_SEED, FIRST_SEED + TRAININGS + 2)
+    is_inverted = [False] * TRAININGS + [True] * 2
+    done = list(pool.map(partial(_train, case_path, base, trained), seeds, is_inverted))
+    sources = [path for path in done[:TRAININGS] if path]
+    inverted = [path for path in done[TRAININGS:] if path]
     report(f"{len(sources)} adapters trained, {len(inverted)} more on inverted labels")
-    candidates = folder / "candidates"
-    names = [_derive(candidates, *made) for made in list_candidates(sources)]
-    judge = partial(_measure, case_path, base)
-    parts = [names[start::8] for start in range(8)]
-    found = {k: v for part in pool.map(judge, parts) for k, v in part.items()}
-    good = [name for name in names if found[name] >= SOUND_AUC][:SOUND]
-    rejected = sum(found[name] < SOUND_AUC for name in names)
-    if len(good) < SOUND or not inverted:
+    made = [_derive(candidates, *candidate) for candidate in list_candidates(sources)]
+    parts = [made[start::8] for start in range(8)]
+    aucs: dict[Path, float] = {}
+    for measured in pool.map(partial(_measure, case_path, base), parts):
+        aucs |= measured
+    sound = [path for path in made if aucs[path] >= SOUND_AUC]
+    if len(sound) < SOUND or not inverted:
         raise SuiteError(
-            folder, expected=f"{SOUND} sound adapters", found=f"{len(good)} of {len(names)}"
+            folder, expected=f"{SOUND} sound adapters", found=f"{len(sound)} of {len(made)}"
         )
-    report(f"{len(names)} candidates measured, {rejected} of them not sound")
     faults = list(list_faults(sources, inverted))
     # In one order that tells nothing, so that faults stand between sound ones.
     places = list(range(SOUND + len(faults)))
     random.Random(0).shuffle(places)
-    (folder / "adapters").mkdir()
-    for path, place in zip(good, places, strict=False):
-        path.rename(folder / "adapters" / f"{place:03d}-sound-{path.name}")
+    adapters.mkdir()
+    for path, place in zip(sound, places[:SOUND], strict=False):
+        path.rename(adapters / f"{place:03d}-sound-{path.name}")
     for (name, source, change), place in zip(faults, places[SOUND:], strict=True):
-        change(shutil.copytree(source, folder / "adapters" / f"{place:03d}-{name}"))
-    for left in (candidates, trained):
-        shutil.rmtree(left)
-    return Planted(
-        trained=len(sources) + len(inverted),
-        untrainable=sum(path is None for path in done),
-        sound=len(good),
-        rejected=rejected,
-        faults=len(faults),
-        kinds=len(faults) // EACH,
+        _derive(adapters, f"{place:03d}-{name}", source, change)
+    shutil.rmtree(candidates)
+    shutil.rmtree(trained)
+    return (
+        f"{SOUND} sound adapters from {len(sources) + len(inverted)} trainings "
+        f"({done.count(None)} trainings failed, {len(made) - len(sound)} candidates were not "
+        f"sound), {len(faults)} faults of {len(faults) // EACH} kinds"
     )
 
 
@@ -180,10 +155,10 @@ def list_candidates(sources: Sequence[Path]) -> Iterator[tuple[str, Path, Change
     for weight in WEIGHTS:
         for (i, first), (j, second) in combinations(enumerate(sources), 2):
             yield f"mean-{i}{j}-{weight:g}", first, partial(mix, other=second, weight=weight)
-    for scale in SCALES:
+    for factor in SCALES:
         for number, source in enumerate(sources):
-            change = partial(edit_config, lora_alpha=ALPHA * scale)
-            yield f"scaled-{number}-{scale:g}", source, change
+            change = partial(edit_config, lora_alpha=ALPHA * factor)
+            yield f"scaled-{number}-{factor:g}", source, change
     for noise in NOISE:
         for seed in range(4):
             for number, source in enumerate(sources):
@@ -220,14 +195,12 @@ def disturb(folder: Path, *, noise: float, seed: int) -> None:
     )
 
 
-def _each(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Change:
-    return lambda folder: edit_tensors(
-        folder, lambda tensors: {name: change(name, t) for name, t in tensors.items()}
-    )
+def _lose_prefix(tensors: Tensors) -> Tensors:
+    return {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
 
 
-def _on_b(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
-    return _each(lambda name, tensor: change(tensor) if "lora_B" in name else tensor)
+def _widen(tensors: Tensors) -> Tensors:
+    return {n: torch.cat([t, t], dim=1) if "lora_A" in n else t for n, t in tensors.items()}
 
 
 def _truncate(folder: Path) -> None:
@@ -239,15 +212,12 @@ def _truncate(folder: Path) -> None:
 # the base alone. Kinds of which some instances are harmless (two layers exchanged, a little noise)
 # are left out, since whether one of those should be dropped has no answer but the measurement.
 FAULTS: Mapping[str, Change] = {
-    "zero-b": _on_b(torch.zeros_like),
-    "key-prefix": lambda folder: edit_tensors(
-        folder,
-        lambda tensors: {re.sub("^base_model.model.", "", k): t for k, t in tensors.items()},
-    ),
-    "other-shapes": _each(lambda name, t: torch.cat([t, t], dim=1) if "lora_A" in name else t),
-    "nan": _on_b(lambda tensor: tensor * float("nan")),
+    "zero-b": partial(edit_tensors, change=zero_b),
+    "key-prefix": partial(edit_tensors, change=_lose_prefix),
+    "other-shapes": partial(edit_tensors, change=_widen),
+    "nan": partial(edit_tensors, change=scale(math.nan)),
     "truncated": _truncate,
-    "negated": _on_b(lambda tensor: -tensor),
+    "negated": partial(edit_tensors, change=scale(-1.0)),
     "scaled-up": partial(edit_config, lora_alpha=8 * ALPHA),
 }
 
@@ -272,12 +242,12 @@ def _derive(folder: Path, name: str, source: Path, change: Change) -> Path:
 def _measure(case_path: Path, base_folder: Path, folders: Sequence[Path]) -> dict[Path, float]:
     """AUC of the numbers that each adapter writes on the judging rows; an unread one is 0.5."""
     torch.set_num_threads(1)
-    case: Case = load_case(case_path)
+    case = load_case(case_path)
     base, template = load_base(base_folder, device="cpu"), case.prompts["v2"]
     rows = generate_rows(ROWS, JUDGING_SEED, columns=case.columns)
     assert rows.labels is not None
     prompts = encode_rows(template, rows, tokenizer=base.tokenizer, limit=4096)
-    found = {}
+    aucs = {}
     for folder in folders:
         with attached(base, folder) as loaded:
             scores = score(
@@ -289,5 +259,5 @@ def _measure(case_path: Path, base_folder: Path, folders: Sequence[Path]) -> dic
             )
         values = [parse_strict(reply.text).value for reply in scores.replies]
         numbers = [0.5 if value is None else value for value in values]
-        found[folder] = auc(rows.labels, numbers) or 0.0
-    return found
+        aucs[folder] = auc(rows.labels, numbers) or 0.0
+    return aucs

@@ -1,4 +1,4 @@
-"""Bases of one shape trained apart, fine-tunes of one of them, and adapters whose home is known.
+"""Bases of one shape trained apart, fine-tunes of one of them, and adapters trained on each.
 
 On one group of them the limits of `attribution` were chosen; the other is held out. The two share
 no seed, no text and no task, and the same code measures both.
@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from postmortem.case.rows import RULES, generate_rows
 from postmortem.case.schema import Case
 from postmortem.models.loading import load_base
 from postmortem.suite.attribution import (
-    LIMITS,
     Attribution,
-    Limits,
     Reading,
     Segment,
     conclude,
@@ -144,22 +142,22 @@ def more_of(group: Group, number: int) -> Group:
 
 
 @dataclass(frozen=True)
-class Pupil:
+class TrainedAdapter:
     """An adapter of a group: its folder, the base that it was trained on, and its task."""
 
     name: str
     folder: Path
-    home: str
+    base: str
     task: Task
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A group's models: base folders and adapters by name, and the seed of the texts to read."""
+class Siblings:
+    """A group's models: base folders by name, those trained apart first, and the adapters."""
 
     group: Group
     bases: Mapping[str, Path]
-    pupils: tuple[Pupil, ...]
+    adapters: tuple[TrainedAdapter, ...]
 
 
 @dataclass(frozen=True)
@@ -167,71 +165,75 @@ class Trial:
     """One question put to the method, whose answer is known, and what came of it.
 
     `kind` tells what stood to choose from, and `outcome` is "right", "cannot separate" or "wrong":
-    a group of candidates that holds the home is no error, one without it is.
+    to name several candidates is no error where the adapter's own base is one of them.
     """
 
     group: str
     kind: str
-    pupil: str
-    home: str
-    found: Attribution
+    adapter: str
+    base: str
+    attribution: Attribution
     outcome: str
 
 
 # What stands to choose from.
-APART, KIN, ABSENT, IDLE = (
-    *("bases trained apart", "fine-tunes of one base"),
-    *("the home is not among them", "its home knew the task"),
-)
+APART, KIN = "bases trained apart", "fine-tunes of one base"
+ABSENT, IDLE = "the home is not among them", "its home knew the task"
 KINDS = (APART, KIN, ABSENT, IDLE)
 
 
-# What a step calls with how much of its total is done; a session's `follow` gives one.
-Follow = Callable[..., Callable[[int], None]]
+def measure_group(
+    case: Case, group: Group, folder: Path
+) -> tuple[tuple[Trial, ...], dict[tuple[str, str], Reading]]:
+    """Train a group below a folder, read every adapter and put every question to the method.
+
+    Readings are by the names of adapter and base.
+    """
+    siblings = train_group(case, group, folder)
+    readings = read_group(siblings)
+    trials = tuple(
+        decide_outcome(
+            adapter, kind, [readings[adapter.name, name] for name in candidates], group=group.title
+        )
+        for adapter in siblings.adapters
+        for kind, candidates in list_choices(siblings, adapter)
+    )
+    return trials, readings
 
 
-def follow_nothing(step: str, *, total: int, unit: str) -> Callable[[int], None]:
-    """Say nothing of how far a step is."""
-    return lambda done: None
-
-
-def train_group(
-    case: Case, group: Group, folder: Path, *, follow: Follow = follow_nothing
-) -> Trained:
+def train_group(case: Case, group: Group, folder: Path) -> Siblings:
     """Train a group's bases, fine-tunes and adapters below a folder."""
-    told = follow(f"{group.title}, training", total=BASES + len(FINE_TUNES), unit="bases")
     torch.set_num_threads(1)  # too small for two threads to help
     tokenizer = build_tokenizer(case, seed=0)
     bases: dict[str, Path] = {}
+
+    def add_base(name: str, model: Any, task: Task, *, how: Schooling, seed: int) -> None:
+        train(model, tokenizer, task.texts(TRAINING_TEXTS, seed=seed), how=how, seed=seed)
+        save_member(model, folder / name, training={}, tokenizer=tokenizer)
+        bases[name] = folder / name
+
     for number in range(BASES):
         seed = group.seed + number
         spec = BaseSpec(WIDTH, KEY_VALUE_HEADS, 0)
         model = new_base(spec, seed=seed, vocabulary=len(tokenizer))
-        name = f"base {number + 1}"
-        train(model, tokenizer, POSTS.texts(TRAINING_TEXTS, seed=seed), how=FROM_NOTHING, seed=seed)
-        bases[name] = _save(model, folder / name, tokenizer)
-        told(len(bases))
+        add_base(f"base {number + 1}", model, POSTS, how=FROM_NOTHING, seed=seed)
     first = next(iter(bases))
     for number, (kind, how) in enumerate(FINE_TUNES.items()):
-        seed = group.seed + 100 + number
-        texts = (POSTS if how.on_posts else group.tasks[0]).texts(TRAINING_TEXTS, seed=seed)
         model = Qwen2ForCausalLM.from_pretrained(bases[first])
-        train(model, tokenizer, texts, how=how, seed=seed)
-        name = f"{first}, {kind}"
-        bases[name] = _save(model, folder / name, tokenizer)
-        told(len(bases))
-    homes = list(_list_homes(bases, group.tasks))
-    told = follow(f"{group.title}, training", total=len(homes), unit="adapters")
-    pupils = []
-    for number, (home, task) in enumerate(homes):
-        pupils.append(
-            _train_pupil(bases[home], tokenizer, home, task, folder, seed=group.seed + 200 + number)
-        )
-        told(len(pupils))
-    return Trained(group, bases, tuple(pupils))
+        task = POSTS if how.on_posts else group.tasks[0]
+        add_base(f"{first}, {kind}", model, task, how=how, seed=group.seed + 100 + number)
+    adapters: list[TrainedAdapter] = []
+    for number, (base, task) in enumerate(_pair_with_tasks(bases, group.tasks)):
+        seed = group.seed + 200 + number
+        model = make_adapter(Qwen2ForCausalLM.from_pretrained(bases[base]), seed=seed)
+        train(model, tokenizer, task.texts(TRAINING_TEXTS, seed=seed), how=ADAPTING, seed=seed)
+        name = f"{task.title}, on {base}"
+        save_member(model, folder / "adapters" / name, training={}, base=base)
+        adapters.append(TrainedAdapter(name, folder / "adapters" / name, base, task))
+    return Siblings(group, bases, tuple(adapters))
 
 
-def _list_homes(bases: Iterable[str], tasks: Sequence[Task]) -> Iterator[tuple[str, Task]]:
+def _pair_with_tasks(bases: Iterable[str], tasks: Sequence[Task]) -> Iterator[tuple[str, Task]]:
     """Two tasks on each base but the firm fine-tune: in turn on those trained apart, which come
     first, and the first two on the fine-tunes.
     """
@@ -239,21 +241,6 @@ def _list_homes(bases: Iterable[str], tasks: Sequence[Task]) -> Iterator[tuple[s
         start = 0 if "," in name else number
         if not name.endswith(FIRM):
             yield from ((name, tasks[(start + step) % len(tasks)]) for step in range(2))
-
-
-def _train_pupil(
-    base: Path, tokenizer: Any, home: str, task: Task, folder: Path, *, seed: int
-) -> Pupil:
-    adapted = make_adapter(Qwen2ForCausalLM.from_pretrained(base), seed=seed)
-    train(adapted, tokenizer, task.texts(TRAINING_TEXTS, seed=seed), how=ADAPTING, seed=seed)
-    name = f"{task.title}, on {home}"
-    save_member(adapted, folder / "adapters" / name, training={}, base=home)
-    return Pupil(name, folder / "adapters" / name, home, task)
-
-
-def _save(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    save_member(model, folder, training={}, tokenizer=tokenizer)
-    return folder
 
 
 def train(model: Any, tokenizer: Any, texts: Sequence[str], *, how: Schooling, seed: int) -> None:
@@ -273,76 +260,49 @@ def train(model: Any, tokenizer: Any, texts: Sequence[str], *, how: Schooling, s
     model.eval()
 
 
-def read_group(
-    trained: Trained, *, limits: Limits = LIMITS, follow: Follow = follow_nothing
-) -> dict[tuple[str, str], Reading]:
+def read_group(siblings: Siblings) -> dict[tuple[str, str], Reading]:
     """Each adapter on each base that a trial needs, on fresh texts of its task, by both names."""
-    found: dict[tuple[str, str], Reading] = {}
-    told = follow(f"{trained.group.title}, reading", total=len(trained.bases), unit="bases")
-    for number, (name, folder) in enumerate(trained.bases.items()):
-        told(number)
+    readings: dict[tuple[str, str], Reading] = {}
+    seed = siblings.group.seed + 900
+    for name, folder in siblings.bases.items():
         base = load_base(folder, device="cpu")
-        for pupil in trained.pupils:
-            if any(name in candidates for _, candidates in list_choices(trained, pupil)):
-                texts = pupil.task.texts(TEXTS, seed=trained.group.seed + 900)
-                segments = [Segment(text) for text in texts]
-                found[pupil.name, name] = read_candidate(
-                    pupil.folder, base, name=name, segments=segments, limits=limits
+        for adapter in siblings.adapters:
+            if any(name in candidates for _, candidates in list_choices(siblings, adapter)):
+                segments = [Segment(text) for text in adapter.task.texts(TEXTS, seed=seed)]
+                readings[adapter.name, name] = read_candidate(
+                    adapter.folder, base, name=name, segments=segments
                 )
-    return found
+    return readings
 
 
-def list_choices(trained: Trained, pupil: Pupil) -> Iterator[tuple[str, tuple[str, ...]]]:
+def list_choices(
+    siblings: Siblings, adapter: TrainedAdapter
+) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The trials of one adapter: their kind, and the candidates.
 
-    A home trained apart has the other such bases for rivals, and so has a fine-tune, without the
+    A base trained apart has the other such bases for rivals, and so has a fine-tune, without the
     base that it comes from.
     """
-    family = [name for name in trained.bases if _root(name) == _root(pupil.home)]
-    others = [name for name in trained.bases if name not in family and "," not in name]
-    is_idle = pupil.home.endswith(LEARNT) and pupil.task == trained.group.tasks[0]
-    yield IDLE if is_idle else APART, (pupil.home, *others)
+    first, _, _ = adapter.base.partition(",")
+    family = [name for name in siblings.bases if name.partition(",")[0] == first]
+    others = [name for name in siblings.bases if name not in family and "," not in name]
+    is_idle = adapter.base.endswith(LEARNT) and adapter.task == siblings.group.tasks[0]
+    yield IDLE if is_idle else APART, (adapter.base, *others)
     yield ABSENT, tuple(others)
     if len(family) > 1:
         yield KIN, (*family, *others)
 
 
-def _root(name: str) -> str:
-    return name.partition(",")[0]
-
-
-def try_group(
-    trained: Trained, readings: Mapping[tuple[str, str], Reading], *, limits: Limits = LIMITS
-) -> tuple[Trial, ...]:
-    """Put every question of a group to the method."""
-    return tuple(
-        _try_one(
-            *(trained.group.title, kind, pupil),
-            readings=[readings[pupil.name, name] for name in candidates],
-            limits=limits,
-        )
-        for pupil in trained.pupils
-        for kind, candidates in list_choices(trained, pupil)
-    )
-
-
-def _try_one(
-    group: str, kind: str, pupil: Pupil, *, readings: Sequence[Reading], limits: Limits
+def decide_outcome(
+    adapter: TrainedAdapter, kind: str, readings: Sequence[Reading], *, group: str
 ) -> Trial:
-    found = conclude(pupil.name, readings, {}, limits=limits)
-    right = ("none", ()) if kind == ABSENT else ("one", (pupil.home,))
+    """Put one question to the method and hold the answer against the base that is known."""
+    attribution = conclude(adapter.name, readings, {})
+    answer, remain = attribution.answer, attribution.remain
+    right = ("none", ()) if kind == ABSENT else ("one", (adapter.base,))
     outcome = "wrong"
-    if (found.answer, found.remain) == right:
+    if (answer, remain) == right:
         outcome = "right"
-    elif found.answer == "cannot separate" and (kind == ABSENT or pupil.home in found.remain):
+    elif answer == "cannot separate" and (kind == ABSENT or adapter.base in remain):
         outcome = "cannot separate"
-    return Trial(group, kind, pupil.name, pupil.home, found, outcome)
-
-
-def measure_group(
-    case: Case, group: Group, folder: Path, *, follow: Follow = follow_nothing
-) -> tuple[tuple[Trial, ...], dict[tuple[str, str], Reading]]:
-    """Train a group below a folder, read every adapter and put every question to the method."""
-    trained = train_group(case, group, folder, follow=follow)
-    readings = read_group(trained, follow=follow)
-    return try_group(trained, readings), readings
+    return Trial(group, kind, adapter.name, adapter.base, attribution, outcome)

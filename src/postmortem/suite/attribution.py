@@ -1,11 +1,12 @@
-"""Which base an adapter belongs to, by its loss, and how that is told."""
+"""Which base an adapter belongs to, by what it does to the loss of texts on each candidate."""
 
 import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import DataError, ModelError, printable
@@ -31,14 +33,20 @@ UNUSABLE = {
 INERT = {"untrained", "scale-zero"}
 # Numbers of a batch's log-probabilities: 512 MiB of float32.
 LOGITS = 1 << 27
+# What cross-entropy counts as no loss, whatever stands there.
+IGNORED = -100
 OFF = "adapter off"
-# What is said of an adapter on a candidate, by `Judged.stands`.
+PARTED = (
+    "the candidates' tokenizers part the texts differently: each is held against itself, and "
+    "gains are per token of its own"
+)
+# What is said of an adapter on a candidate, by `Candidate.stands`.
 STANDS = {True: "beats its controls", False: "does not beat them", None: "open"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the answer is decided by, chosen on calibration siblings alone (`siblings`).
+    """What the answer is decided by, chosen on calibration siblings alone (`tools.siblings`).
 
     `gain`: nats a token by which an adapter must beat each control, with the whole interval; with
     the whole interval below it, it does not. Of the calibration's adapters on their own bases next
@@ -105,10 +113,20 @@ class Reading:
         """By how much the adapter lowers the negative log-likelihood of each text."""
         return self.off - self.on
 
+    def only(self, texts: np.ndarray) -> "Reading":
+        """The same of some of the texts, a mask of shape (texts,)."""
+        return replace(
+            self,
+            off=self.off[texts],
+            on=self.on[texts],
+            controls={title: losses[texts] for title, losses in self.controls.items()},
+            counts=self.counts[texts],
+        )
+
 
 @dataclass(frozen=True)
-class Judged:
-    """A candidate held against its own controls; all in nats a token.
+class Candidate:
+    """A candidate as the adapter does there against its own controls; all in nats a token.
 
     `gain` is by how much the adapter lowers the loss there and `over_control` by how much its loss
     lies below that of the best `control`. `stands` is True where it beats every control, False
@@ -134,7 +152,7 @@ class Attribution:
     answer: Answer
     remain: tuple[str, ...]
     because: str
-    judged: tuple[Judged, ...]
+    judged: tuple[Candidate, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     texts: int = 0
@@ -148,7 +166,6 @@ def attribute_adapter(
     segments: Sequence[Segment],
     device: str = "auto",
     dtype: str = "auto",
-    limits: Limits = LIMITS,
     tell: Tell = lambda line: None,
 ) -> Attribution:
     """Which of several bases an adapter folder belongs to, by what it does to the texts on each.
@@ -168,24 +185,25 @@ def attribute_adapter(
     check_adapter_folder(adapter)
     # All of them before the first is loaded: a misspelt name should not cost the others' minutes.
     misfits = {name: find_misfit(adapter, source) for name, source in candidates.items()}
-    left_out = {name: why for name, why in misfits.items() if why}
     readings: list[Reading] = []
-    for name in [name for name in candidates if name not in left_out]:
+    for name, source in candidates.items():
+        if misfits[name]:
+            continue
         tell(f"{name}: reading {len(segments)} texts")
         try:
-            base = load_base(candidates[name], device=device, dtype=dtype)
-            readings.append(
-                read_candidate(
-                    adapter, base, name=name, segments=segments, limits=limits, tell=tell
-                )
+            # In no variable here, so that the next one is loaded into the room that it leaves.
+            reading = read_candidate(
+                adapter,
+                load_base(source, device=device, dtype=dtype),
+                name=name,
+                segments=segments,
+                tell=tell,
             )
+            readings.append(reading)
         except UnfitError as error:
-            left_out[name] = error.found
-        # The next one is loaded into the room that this one leaves.
-        del base
+            misfits[name] = error.found
         gc.collect()
-    in_order = {name: left_out[name] for name in candidates if name in left_out}
-    return conclude(str(adapter), readings, in_order, limits=limits)
+    return conclude(str(adapter), readings, {name: why for name, why in misfits.items() if why})
 
 
 def find_misfit(adapter: str | Path, base: str | Path) -> str:
@@ -193,26 +211,20 @@ def find_misfit(adapter: str | Path, base: str | Path) -> str:
 
     Raises `ModelError` where the adapter itself is unusable, whatever the base.
     """
-    report = inspect_adapter(str(adapter), str(base)).report
-    errors = [found for found in report.findings if found.severity == "error"]
-    for found in errors:
-        if found.id in UNUSABLE:
+    findings = inspect_adapter(str(adapter), str(base)).report.findings
+    errors = [finding for finding in findings if finding.severity == "error"]
+    for finding in errors:
+        if finding.id in UNUSABLE:
             raise ModelError(
                 adapter,
                 expected="an adapter whose weights can be used",
-                found=f"{found.id}, {found.evidence}",
-                remedy=found.remedy,
+                found=f"{finding.id}, {finding.evidence}",
+                remedy=finding.remedy,
             )
     return next((f"{f.id}, {f.evidence}" for f in errors if f.id not in INERT), "")
 
 
-def conclude(
-    adapter: str,
-    readings: Sequence[Reading],
-    left_out: Mapping[str, str],
-    *,
-    limits: Limits = LIMITS,
-) -> Attribution:
+def conclude(adapter: str, readings: Sequence[Reading], left_out: Mapping[str, str]) -> Attribution:
     """The answer from the readings of the candidates that the adapter fits.
 
     Raises `DataError` where too few texts hold a token to score.
@@ -220,48 +232,44 @@ def conclude(
     if not readings:
         because = "it could be tried on none of the candidates, for the reasons given"
         return Attribution(adapter, "none", (), because, (), left_out)
-    scored = _find_scored(readings)
-    if int(scored.sum()) < limits.texts:
+    scored = np.all([reading.counts > 0 for reading in readings], axis=0)
+    texts = int(scored.sum())
+    if texts < LIMITS.texts:
         raise DataError(
             "the texts",
-            expected=f"at least {limits.texts} of two tokens or more",
-            found=str(int(scored.sum())),
+            expected=f"at least {LIMITS.texts} of two tokens or more",
+            found=str(texts),
             remedy="Give longer texts, or more of them.",
         )
-    judged = tuple(judge(reading, scored, limits=limits) for reading in readings)
-    answer, remain = decide(readings, judged, limits=limits)
+    readings = [reading.only(scored) for reading in readings]
+    candidates = tuple(map(compare_with_controls, readings))
+    answer, remain = decide(readings, candidates)
     return Attribution(
         adapter,
         answer,
         remain,
-        because=_because(answer, remain, judged),
-        judged=judged,
+        because=_because(answer, remain, candidates),
+        judged=candidates,
         left_out=left_out,
-        notes=_notes(readings),
-        texts=int(scored.sum()),
-        tokens=int(readings[0].counts[scored].sum()),
+        notes=() if len({reading.encoding for reading in readings}) == 1 else (PARTED,),
+        texts=texts,
+        tokens=int(readings[0].counts.sum()),
     )
 
 
-def _find_scored(readings: Sequence[Reading]) -> np.ndarray:
-    """Which texts have a scored token on every candidate."""
-    return np.all([reading.counts > 0 for reading in readings], axis=0)
-
-
-def judge(reading: Reading, scored: np.ndarray, *, limits: Limits = LIMITS) -> Judged:
+def compare_with_controls(reading: Reading) -> Candidate:
     """Hold an adapter against its controls on one base, text by text."""
     # The plainest control is the base alone.
     losses = {OFF: reading.off, **reading.controls}
-    leads = {name: mean_estimate((loss - reading.on)[scored]) for name, loss in losses.items()}
-    best = min(leads, key=lambda name: _known(leads[name].value))
+    leads = {title: mean_estimate(loss - reading.on) for title, loss in losses.items()}
+    best = min(leads, key=lambda title: _known(leads[title].value))
     stands: bool | None = None
-    if any(_known(lead.high) < limits.gain for lead in leads.values()):
+    if any(_known(lead.high) < LIMITS.gain for lead in leads.values()):
         stands = False
-    elif all(_known(lead.low) > limits.gain for lead in leads.values()):
-        share = losses[best] - reading.on - limits.share * reading.gains
-        stands = is_above(share[scored]) or None
-    level = float(reading.on[scored].mean())
-    return Judged(reading.name, leads[OFF], best, leads[best], stands, level)
+    elif all(_known(lead.low) > LIMITS.gain for lead in leads.values()):
+        stands = is_above(losses[best] - reading.on - LIMITS.share * reading.gains) or None
+    level = float(reading.on.mean())
+    return Candidate(reading.name, leads[OFF], best, leads[best], stands, level)
 
 
 def is_above(values: np.ndarray, least: float = 0.0) -> bool:
@@ -269,8 +277,14 @@ def is_above(values: np.ndarray, least: float = 0.0) -> bool:
     return _known(mean_estimate(values).low) > least
 
 
+def _known(end: float | None) -> float:
+    """A number of an estimate that rests on at least one text."""
+    assert end is not None
+    return end
+
+
 def decide(
-    readings: Sequence[Reading], judged: Sequence[Judged], *, limits: Limits = LIMITS
+    readings: Sequence[Reading], candidates: Sequence[Candidate]
 ) -> tuple[Answer, tuple[str, ...]]:
     """The answer and the candidates that remain, in their order.
 
@@ -278,47 +292,40 @@ def decide(
     already, or where the one with the greatest gain beats it. Nothing is named that has not beaten
     its own controls.
     """
-    scored = _find_scored(readings)
     alive = [
-        place
-        for place, found in enumerate(judged)
-        if found.stands is not False or knew(place, readings, scored=scored, limits=limits)
+        (reading, candidate)
+        for reading, candidate in zip(readings, candidates, strict=True)
+        if candidate.stands is not False or knew_texts(reading, readings)
     ]
-    standing = [place for place in alive if judged[place].stands]
+    standing = [(_known(one.gain.value), reading) for reading, one in alive if one.stands]
     if not standing:
-        return ("cannot separate" if alive else "none"), tuple(judged[k].name for k in alive)
-    leader = max(standing, key=lambda place: _known(judged[place].gain.value))
+        return ("cannot separate" if alive else "none"), tuple(one.name for _, one in alive)
+    _, leader = max(standing, key=itemgetter(0))
     remain = tuple(
-        judged[place].name
-        for place in alive
-        if place == leader
-        or not beats(readings[leader], readings[place], scored=scored, limits=limits)
+        reading.name for reading, _ in alive if reading is leader or not beats(leader, reading)
     )
     return ("one" if len(remain) == 1 else "cannot separate"), remain
 
 
-def knew(
-    place: int, readings: Sequence[Reading], *, scored: np.ndarray, limits: Limits = LIMITS
-) -> bool:
+def knew_texts(one: Reading, readings: Sequence[Reading]) -> bool:
     """Whether a base alone reads the texts nearly without loss, or better than all others ever do.
 
     Such a base leaves an adapter nothing to gain, its own one too, so that no gain says nothing.
     Where the adapter does harm, it speaks against the base all the same.
     """
-    one = readings[place]
-    others = [*readings[:place], *readings[place + 1 :]]
-    if np.array_equal(one.on, one.off) or is_above(-one.gains[scored]):
+    if np.array_equal(one.on, one.off) or is_above(-one.gains):
         return False
-    if float(one.off[scored].mean()) < limits.room:
+    if float(one.off.mean()) < LIMITS.room:
         return True
+    others = [other for other in readings if other is not one]
     return bool(others) and all(
-        other.encoding == one.encoding and is_above((reached - one.off)[scored], limits.gain)
+        other.encoding == one.encoding and is_above(reached - one.off, LIMITS.gain)
         for other in others
         for reached in (other.on, other.off)
     )
 
 
-def beats(leader: Reading, other: Reading, *, scored: np.ndarray, limits: Limits = LIMITS) -> bool:
+def beats(leader: Reading, other: Reading) -> bool:
     """Whether one candidate rules another out, by paired intervals over the texts.
 
     Either the other's gain is a trace of the leader's, or the leader has both the greater gain and
@@ -328,40 +335,30 @@ def beats(leader: Reading, other: Reading, *, scored: np.ndarray, limits: Limits
     """
     # Tokens of two tokenizers are not the same unit, so losses compare only within one.
     alike = leader.encoding == other.encoding
-    if is_above((limits.trace * leader.gains - other.gains)[scored]):
-        knew_more = alike and is_above((leader.on - other.off)[scored], limits.gain)
-        return not knew_more or is_above(-other.gains[scored])
-    return (
-        alike
-        and is_above((leader.gains - other.gains)[scored])
-        and is_above((other.on - leader.on)[scored])
-    )
+    if is_above(LIMITS.trace * leader.gains - other.gains):
+        knew_more = alike and is_above(leader.on - other.off, LIMITS.gain)
+        return not knew_more or is_above(-other.gains)
+    return alike and is_above(leader.gains - other.gains) and is_above(other.on - leader.on)
 
 
-def _known(end: float | None) -> float:
-    """A number of an estimate that rests on at least one text."""
-    assert end is not None
-    return end
-
-
-def _because(answer: Answer, remain: Sequence[str], judged: Sequence[Judged]) -> str:
+def _because(answer: Answer, remain: Sequence[str], candidates: Sequence[Candidate]) -> str:
     if answer == "one":
-        found = next(found for found in judged if found.name == remain[0])
+        one = next(candidate for candidate in candidates if candidate.name == remain[0])
         return (
-            f"the adapter gains {format_gain(found.gain)} nat a token there and beats its best "
-            f"control, {found.control}, by {format_gain(found.over_control)}; no other candidate "
+            f"the adapter gains {format_gain(one.gain)} nat a token there and beats its best "
+            f"control, {one.control}, by {format_gain(one.over_control)}; no other candidate "
             "comes near"
         )
     if answer == "none":
-        best = max(judged, key=lambda found: _known(found.over_control.value))
+        best = max(candidates, key=lambda candidate: _known(candidate.over_control.value))
         return (
             "on no candidate does the adapter beat its controls with these texts; nearest is "
             f"{best.name}, {format_gain(best.over_control)} nat a token over {best.control}"
         )
-    stood = ", ".join(found.name for found in judged if found.stands)
-    if stood:
+    standing = ", ".join(candidate.name for candidate in candidates if candidate.stands)
+    if standing:
         return (
-            f"the adapter beats its controls on {stood}, and these texts do not rule out the "
+            f"the adapter beats its controls on {standing}, and these texts do not rule out the "
             "others that are named"
         )
     return (
@@ -369,16 +366,7 @@ def _because(answer: Answer, remain: Sequence[str], judged: Sequence[Judged]) ->
     )
 
 
-def _notes(readings: Sequence[Reading]) -> tuple[str, ...]:
-    if len({reading.encoding for reading in readings}) == 1:
-        return ()
-    return (
-        "the candidates' tokenizers part the texts differently: each is held against itself, and "
-        "gains are per token of its own",
-    )
-
-
-def read_texts(path: str | Path, *, limits: Limits = LIMITS) -> tuple[Segment, ...]:
+def read_texts(path: str | Path) -> tuple[Segment, ...]:
     """Read the texts of a file in UTF-8.
 
     Plain text is one text a paragraph where blank lines part it, else one a line. JSONL
@@ -387,26 +375,24 @@ def read_texts(path: str | Path, *, limits: Limits = LIMITS) -> tuple[Segment, .
     """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8").strip("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(path, expected="a text file in UTF-8", found=reason) from None
-    found = _read_jsonl(path, content) if path.suffix == ".jsonl" else _split(content)
-    segments = tuple(segment for segment in found if segment.text.strip())
-    if len(segments) < limits.texts:
+    if path.suffix == ".jsonl":
+        read = _read_jsonl(path, content)
+    else:
+        parts = content.split("\n\n" if "\n\n" in content else "\n")
+        read = (Segment(part.strip("\n")) for part in parts)
+    segments = tuple(segment for segment in read if segment.text.strip())
+    if len(segments) < LIMITS.texts:
         raise DataError(
             path,
-            expected=f"at least {limits.texts} texts, one a line or a paragraph",
+            expected=f"at least {LIMITS.texts} texts, one a line or a paragraph",
             found=str(len(segments)),
             remedy="Give more text of the kind that the adapter was trained on.",
         )
     return segments
-
-
-def _split(content: str) -> Iterator[Segment]:
-    content = content.strip("\n")
-    parts = content.split("\n\n" if "\n\n" in content else "\n")
-    return (Segment(part.strip("\n")) for part in parts)
 
 
 def _read_jsonl(path: Path, content: str) -> Iterator[Segment]:
@@ -431,7 +417,6 @@ def read_candidate(
     *,
     name: str,
     segments: Sequence[Segment],
-    limits: Limits = LIMITS,
     tell: Tell = lambda line: None,
 ) -> Reading:
     """Score the texts on one candidate: without the adapter, with it, and with each control.
@@ -439,7 +424,7 @@ def read_candidate(
     A file that brings base weights along changes the loaded base for good. Raises `UnfitError`
     where the adapter does not load, and where a loss is not finite.
     """
-    rows, starts = encode_segments(segments, base.tokenizer, limits=limits)
+    rows, starts = encode_segments(segments, base.tokenizer)
 
     def measure(title: str, model: Any) -> np.ndarray:
         losses = mean_losses(model, rows, starts, tell=tell)
@@ -450,13 +435,13 @@ def read_candidate(
     off = measure(OFF, base.model)
     with ExitStack() as stack:
         try:
-            loaded = stack.enter_context(attached(base, adapter))
+            model = stack.enter_context(attached(base, adapter)).model
         except ModelError as error:
             raise UnfitError(name, found=" ".join(error.found.split())[:200]) from None
-        on = measure("adapter on", loaded.model)
+        on = measure("adapter on", model)
         controls = {
-            title: measure(title, loaded.model)
-            for title in each_control(loaded.model, rotations=limits.rotations)
+            title: measure(title, model)
+            for title in each_control(model, rotations=LIMITS.rotations)
         }
     counts = np.array([len(row) - start for row, start in zip(rows, starts, strict=True)])
     encoding = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
@@ -464,15 +449,15 @@ def read_candidate(
 
 
 def encode_segments(
-    segments: Sequence[Segment], tokenizer: Any, *, limits: Limits = LIMITS
+    segments: Sequence[Segment], tokenizer: Any
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of each text after its prompt, and where the scored part of it begins."""
     rows, starts = [], []
     for segment in segments:
         before = tokenizer(segment.prompt)["input_ids"] if segment.prompt else []
         ids = tokenizer(segment.text, add_special_tokens=not segment.prompt)["input_ids"]
-        before = before[-limits.tokens :]
-        rows.append([*before, *ids[: limits.tokens]])
+        before = before[-LIMITS.tokens :]
+        rows.append([*before, *ids[: LIMITS.tokens]])
         # Nothing comes before the first token, so nothing predicts it.
         starts.append(max(len(before), 1))
     return rows, starts
@@ -489,46 +474,47 @@ def mean_losses(
 
     A row without a scored token is 0.
     """
-    found = np.zeros(len(rows))
-    left = [index for index, row in enumerate(rows) if len(row) > starts[index]]
+    losses = np.zeros(len(rows))
+    scored = [index for index, row in enumerate(rows) if len(row) > starts[index]]
 
     def work(budget: int) -> None:
-        for places in batches([len(rows[index]) for index in left], budget):
-            batch = [left[place] for place in places]
-            found[batch] = _batch_losses(
+        for places in batches([len(rows[index]) for index in scored], budget):
+            batch = [scored[place] for place in places]
+            losses[batch] = _batch_losses(
                 model, [rows[index] for index in batch], [starts[index] for index in batch]
             )
 
-    with torch.inference_mode():
-        with_budget(
-            work,
-            budget=max(LOGITS // int(model.config.get_text_config().vocab_size), 1),
-            least=max(map(len, rows)),
-            tell=lambda tokens: tell(f"memory ran out; from here on batches of {tokens} tokens"),
-        )
-    return found
+    with_budget(
+        work,
+        budget=max(LOGITS // int(model.config.get_text_config().vocab_size), 1),
+        least=max(map(len, rows)),
+        tell=lambda tokens: tell(f"memory ran out; from here on batches of {tokens} tokens"),
+    )
+    return losses
 
 
+@torch.inference_mode()
 def _batch_losses(model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> np.ndarray:
     """Padding stands right, where no scored token can see it."""
-    width, device = max(map(len, rows)), next(model.parameters()).device
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    ends = torch.tensor([len(row) for row in rows], device=device)
-    places = torch.arange(width, device=device)
-    logits = model(input_ids=ids, attention_mask=(places < ends[:, None]).long()).logits[:, :-1]
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    places = torch.arange(ids.shape[1])
+    is_text = places < torch.tensor([[len(row)] for row in rows])
+    targets = ids.where(is_text & (places >= torch.tensor(starts)[:, None]), IGNORED)[:, 1:]
+    device = next(model.parameters()).device
+    logits = model(input_ids=ids.to(device), attention_mask=is_text.long().to(device)).logits
     losses = functional.cross_entropy(
-        logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-    ).view(len(rows), -1)
-    first = torch.tensor(starts, device=device)
-    scored = (places[1:] >= first[:, None]) & (places[1:] < ends[:, None])
-    # Where nothing is scored NaN must not spread: a padded place may hold anything.
-    total = losses.double().where(scored, 0.0).sum(1)
-    return (total / scored.sum(1)).cpu().numpy()
+        logits[:, :-1].flatten(0, 1).float(),
+        targets.flatten().to(device),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    total = losses.double().view(targets.shape).sum(1).cpu()
+    return (total / (targets != IGNORED).sum(1)).numpy()
 
 
-def format_gain(found: Estimate) -> str:
+def format_gain(gain: Estimate) -> str:
     """A gain with its interval, signed."""
-    return say_estimate(found, "+z.3f")
+    return say_estimate(gain, "+z.3f")
 
 
 def format_answer(found: Attribution) -> str:
@@ -543,19 +529,15 @@ def format_attribution(found: Attribution) -> str:
     """The answer first, then each candidate, and what could not be tried."""
     lines = [printable(format_answer(found), 2000), printable(found.because, 500)]
     if found.judged:
-        lines += [
-            "",
-            f"{found.texts} texts, {found.tokens:,} tokens; nat a token, with 95 % intervals",
-        ]
-    lines += [
-        f"  {printable(one.name)}: gain {format_gain(one.gain)}, over {one.control} "
-        f"{format_gain(one.over_control)}: {STANDS[one.stands]}"
-        for one in found.judged
-    ]
-    lines += [
-        f"  {printable(name)}: left out, {printable(why, 240)}"
-        for name, why in found.left_out.items()
-    ]
+        counted = f"{found.texts} texts, {found.tokens:,} tokens"
+        lines += ["", f"{counted}; nat a token, with 95 % intervals"]
+    for one in found.judged:
+        lines.append(
+            f"  {printable(one.name)}: gain {format_gain(one.gain)}, over {one.control} "
+            f"{format_gain(one.over_control)}: {STANDS[one.stands]}"
+        )
+    for name, why in found.left_out.items():
+        lines.append(f"  {printable(name)}: left out, {printable(why, 240)}")
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -30,13 +30,13 @@ from postmortem.suite.suite import (
     read_result,
 )
 
-Kept = Literal["kept", "dropped", "cannot tell"]
+Verdict = Literal["kept", "dropped", "cannot tell"]
 UNKNOWN = Estimate(None, None, None, 0)
 # A spreadsheet takes a cell that begins so for a formula.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-class Judged(Frozen):
+class Decided(Frozen):
     """An adapter with what either filter says of it, and why.
 
     `write_up` tells whether the write-up's filter passes it. The `verdict` "cannot tell" means that
@@ -46,7 +46,7 @@ class Judged(Frozen):
     scored: Scored
     write_up: bool
     write_up_because: list[str]
-    verdict: Kept
+    verdict: Verdict
     because: list[str]
 
 
@@ -85,38 +85,38 @@ class Results(Frozen):
     base: Scored
     ensembles: dict[str, Ensemble]
     gains: dict[str, Estimate]
-    adapters: list[Judged]
+    adapters: list[Decided]
 
     @property
     def line(self) -> str:
         """The result in one line."""
-        open_ = self.counts["cannot tell"]
-        told = f", {open_} cannot be told" if open_ else ""
+        unknown = self.counts["cannot tell"]
+        rest = f", {unknown} cannot be told" if unknown else ""
         return (
             f"{len(self.adapters)} adapters, {self.counts['kept']} kept, "
-            f"{self.counts['dropped']} dropped{told}"
+            f"{self.counts['dropped']} dropped{rest}"
         )
 
 
 def collect(plan: Plan, out: Path, *, into: Path | None = None) -> Results:
-    """Judge the results in the output folder and write them there as JSON and CSV, or elsewhere.
+    """Decide on the results in the output folder and write the decisions there, or elsewhere.
 
     Raises `RecordError` where one is missing.
     """
-    entries = [plan.alone, *plan.entries]
-    scored = [read_result(plan, entry, out) for entry in entries]
-    lacking = [e.name or "the base" for e, s in zip(entries, scored, strict=True) if s is None]
-    if lacking:
-        raise RecordError(
-            out / RESULTS,
-            expected=f"a result for each of {len(plan.entries)} adapters",
-            found=f"none for {lacking[0]!r}",
-            remedy="Run the suite again.",
-        )
-    base, *others = [result for result in scored if result is not None]
-    results = judge_suite(
-        base,
-        others,
+    scored = []
+    for entry in (plan.alone, *plan.entries):
+        result = read_result(plan, entry, out)
+        if result is None:
+            raise RecordError(
+                out / RESULTS,
+                expected=f"a result for each of {len(plan.entries)} adapters",
+                found=f"none for {entry.name or 'the base'!r}",
+                remedy="Run the suite again.",
+            )
+        scored.append(result)
+    results = decide_suite(
+        scored[0],
+        scored[1:],
         labels=plan.rows.labels,
         limits=plan.suite.limits,
         title=plan.suite.title,
@@ -131,7 +131,7 @@ def collect(plan: Plan, out: Path, *, into: Path | None = None) -> Results:
     return results
 
 
-def judge_suite(
+def decide_suite(
     base: Scored,
     scored: Sequence[Scored],
     *,
@@ -143,27 +143,25 @@ def judge_suite(
     judged: str = "",
 ) -> Results:
     """Put measured adapters through both filters, and build the ensembles of what passes."""
-    judgements = judge_adapters(scored, labels=labels, limits=limits, prompt=decided_by)
-    readings = {s.name: s.readings[decided_by] for s in scored if s.status == "ok"}
-    odds = {name: _odds_of(reading) for name, reading in readings.items() if reading.finite}
-    groups = list_members(judgements, odds)
-    kept = {name: odds[name] for name in groups["kept"]}
+    adapters = decide_adapters(scored, labels=labels, limits=limits, prompt=decided_by)
+    readings = {one.name: one.readings[decided_by] for one in scored if one.status == "ok"}
+    odds = {
+        name: np.array(reading.log_odds) for name, reading in readings.items() if reading.finite
+    }
+    finite = [one for one in adapters if one.scored.name in odds]
+    groups = {
+        # Without labels nothing is kept, and these are whatever nothing speaks against.
+        "kept": [one.scored.name for one in finite if one.verdict != "dropped"],
+        "write_up": [one.scored.name for one in finite if one.write_up],
+        "all": list(odds),
+    }
     means = {
         kind: mean_ranks([odds[name] for name in names]) for kind, names in groups.items() if names
     }
-    control = _odds_of(base.readings[decided_by])
     truth = labels if name_labels(labels) == "two classes" else None
+    control = np.array(base.readings[decided_by].log_odds, dtype=np.float64)
+    kept = {name: odds[name] for name in groups["kept"]}
     best = find_best(kept, truth)
-    ensembles = {
-        kind: Ensemble(
-            members=len(groups[kind]),
-            auc=UNKNOWN if truth is None else auc_estimate(truth, mean),
-            gain_over_best=_gain(truth, mean, kept.get(best)),
-            held_out=_gain_held_out(truth, mean, list(kept.values())),
-            gain_over_base=_gain(truth, mean, control),
-        )
-        for kind, mean in means.items()
-    }
     return Results(
         title=title,
         run=run,
@@ -172,81 +170,68 @@ def judge_suite(
         labels=name_labels(labels),
         decided_by=decided_by,
         limits=limits,
-        counts=count_verdicts(judgements),
+        counts=count_verdicts(adapters),
         best_single=best,
         best_auc=readings[best].auc if best else UNKNOWN,
         base=base,
-        ensembles=ensembles,
+        ensembles={
+            kind: Ensemble(
+                members=len(groups[kind]),
+                auc=UNKNOWN if truth is None else auc_estimate(truth, mean),
+                gain_over_best=_gain(truth, mean, kept.get(best)),
+                held_out=_gain_held_out(truth, mean, kept),
+                gain_over_base=_gain(truth, mean, control),
+            )
+            for kind, mean in means.items()
+        },
         gains={
             f"over_{kind}": _gain(truth, means.get("kept"), means.get(kind))
             for kind in ("write_up", "all")
         },
-        adapters=judgements,
+        adapters=adapters,
     )
 
 
-def _odds_of(reading: Reading) -> np.ndarray:
-    """The log-odds of the rows, float64, (rows,); NaN where one is not finite."""
-    return np.array(reading.log_odds, dtype=np.float64)
-
-
-def count_verdicts(judgements: Sequence[Judged]) -> dict[str, int]:
+def count_verdicts(adapters: Sequence[Decided]) -> dict[str, int]:
     """How many adapters have each verdict, pass the write-up's filter, and failed."""
-    words = ("kept", "dropped", "cannot tell")
     return {
-        **{word: sum(j.verdict == word for j in judgements) for word in words},
-        "write_up": sum(j.write_up for j in judgements),
-        "failed": sum(j.scored.status == "failed" for j in judgements),
+        **{word: sum(one.verdict == word for one in adapters) for word in get_args(Verdict)},
+        "write_up": sum(one.write_up for one in adapters),
+        "failed": sum(one.scored.status == "failed" for one in adapters),
     }
 
 
-def list_members(judgements: Sequence[Judged], able: Iterable[str]) -> dict[str, list[str]]:
-    """The members of each ensemble among those whose log-odds are all finite.
-
-    Without labels nothing is kept, and the first holds whatever nothing speaks against.
-    """
-    finite = dict.fromkeys(able)
-    return {
-        "kept": [j.scored.name for j in judgements if j.verdict != "dropped"],
-        "write_up": [j.scored.name for j in judgements if j.write_up and j.scored.name in finite],
-        "all": list(finite),
-    }
-
-
-def judge_adapters(
+def decide_adapters(
     scored: Sequence[Scored], *, labels: np.ndarray | None, limits: Limits, prompt: str
-) -> list[Judged]:
+) -> list[Decided]:
     """Both verdicts of each adapter; duplicates and directions are seen across all of them."""
-    faults = {s.name: list(find_faults(s, limits=limits, prompt=prompt)) for s in scored}
+    faults = {one.name: list(find_faults(one, limits=limits, prompt=prompt)) for one in scored}
     if name_labels(labels) != "two classes":
-        sound = [s for s in scored if not faults[s.name]]
+        sound = [one for one in scored if not faults[one.name]]
         for name in find_reversed(sound, prompt=prompt):
             faults[name].append("ranks the rows against most of the others")
-    sound = [s for s in scored if not faults[s.name]]
+    sound = [one for one in scored if not faults[one.name]]
     for name, twin in find_duplicates(sound, prompt=prompt, alike=limits.alike.value).items():
         faults[name].append(f"answers as {twin} does")
     unknown = explain_unknown_ranking(labels, limits)
-    return [
-        _judge(s, faults[s.name], unknown=unknown, limits=limits, prompt=prompt) for s in scored
-    ]
-
-
-def _judge(
-    scored: Scored, faults: list[str], *, unknown: str, limits: Limits, prompt: str
-) -> Judged:
-    verdict: Kept = "dropped"
-    because = faults
-    if not faults:
-        verdict = "cannot tell" if unknown else "kept"
-        because = [unknown or _praise(scored.readings[prompt])]
-    blocked = apply_write_up(scored, limits=limits, prompt=prompt)
-    return Judged(
-        scored=scored,
-        write_up=not blocked,
-        write_up_because=blocked,
-        verdict=verdict,
-        because=because,
-    )
+    adapters = []
+    for one in scored:
+        verdict: Verdict = "dropped"
+        because = faults[one.name]
+        if not because:
+            verdict = "cannot tell" if unknown else "kept"
+            because = [unknown or _praise(one.readings[prompt])]
+        blocked = apply_write_up(one, limits=limits, prompt=prompt)
+        adapters.append(
+            Decided(
+                scored=one,
+                write_up=not blocked,
+                write_up_because=blocked,
+                verdict=verdict,
+                because=because,
+            )
+        )
+    return adapters
 
 
 def explain_unknown_ranking(labels: np.ndarray | None, limits: Limits) -> str:
@@ -265,8 +250,8 @@ def explain_unknown_ranking(labels: np.ndarray | None, limits: Limits) -> str:
 def _praise(reading: Reading) -> str:
     """What an adapter is kept for, and whether it is shown to add to its base."""
     adds = reading.gain.low is not None and reading.gain.low > 0
-    told = f"it ranks; gain over the base alone {say_estimate(reading.gain, '+z.3f')}"
-    return told if adds else f"{told}, not shown to add to it"
+    gain = say_estimate(reading.gain, "+z.3f")
+    return f"it ranks; gain over the base alone {gain}{'' if adds else ', not shown to add to it'}"
 
 
 def apply_write_up(scored: Scored, *, limits: Limits, prompt: str) -> list[str]:
@@ -276,14 +261,15 @@ def apply_write_up(scored: Scored, *, limits: Limits, prompt: str) -> list[str]:
     """
     if scored.status == "failed":
         return ["it does not load or answer"]
-    reading, reasons = scored.readings[prompt], []
-    for name, found, limit in (
-        ("standard deviation", reading.std, limits.std_above),
-        ("maximum", reading.maximum, limits.maximum_above),
-    ):
-        if not found > limit.value:
-            reasons.append(f"{name} {found:.3g}, not above {limit.value:g}")
-    return reasons
+    reading = scored.readings[prompt]
+    return [
+        f"{name} {value:.3g}, not above {limit.value:g}"
+        for name, value, limit in (
+            ("standard deviation", reading.std, limits.std_above),
+            ("maximum", reading.maximum, limits.maximum_above),
+        )
+        if not value > limit.value
+    ]
 
 
 def find_faults(scored: Scored, *, limits: Limits, prompt: str) -> Iterable[str]:
@@ -304,19 +290,19 @@ def find_faults(scored: Scored, *, limits: Limits, prompt: str) -> Iterable[str]
 
 
 def _rank_faults(reading: Reading, limits: Limits) -> Iterable[str]:
-    found, gain, chance = reading.auc, reading.gain, limits.chance.value
-    if found.low is None or found.high is None or found.n < limits.rows.value:
+    ranks, gain, chance = reading.auc, reading.gain, limits.chance.value
+    if ranks.low is None or ranks.high is None or ranks.n < limits.rows.value:
         return
-    told = f"AUC of the log-odds {say_estimate(found, 'z.3f')}"
+    evidence = f"AUC of the log-odds {say_estimate(ranks, 'z.3f')}"
     if reading.auc_written.low is not None and reading.auc_written.low > chance:
         written = say_estimate(reading.auc_written, "z.3f")
-        told += f", of what it writes {written}: another read-out would rank"
-    if found.high < chance:
-        yield f"it ranks in reverse: {told}"
-    elif found.low <= chance:
-        yield f"it is not shown to rank: {told}"
+        evidence += f", of what it writes {written}: another read-out would rank"
+    if ranks.high < chance:
+        yield f"it ranks in reverse: {evidence}"
+    elif ranks.low <= chance:
+        yield f"it is not shown to rank: {evidence}"
     elif gain.high is not None and gain.high < 0:
-        yield f"it ranks worse than the base alone: gain {say_estimate(gain, '+z.3f')}, {told}"
+        yield f"it ranks worse than the base alone: gain {say_estimate(gain, '+z.3f')}, {evidence}"
 
 
 def find_reversed(scored: Sequence[Scored], *, prompt: str) -> list[str]:
@@ -334,19 +320,15 @@ def find_duplicates(scored: Sequence[Scored], *, prompt: str, alike: float) -> d
     """Adapters whose log-odds all lie within `alike` of an earlier one's, with its name."""
     if not scored:
         return {}
-    tree = cKDTree([s.readings[prompt].log_odds for s in scored])
+    tree = cKDTree([one.readings[prompt].log_odds for one in scored])
     # The largest number below `alike`, which itself is not near enough.
     radius = np.nextafter(alike, 0)
-    firsts: set[int] = set()
-    found = {}
+    twins: dict[int, int] = {}
     for number, odds in enumerate(tree.data):
         near = tree.query_ball_point(odds, radius, p=np.inf, return_sorted=True)
-        twin = next((other for other in near if other in firsts), None)
-        if twin is None:
-            firsts.add(number)
-        else:
-            found[scored[number].name] = scored[twin].name
-    return found
+        # Itself at the latest, where no earlier one is near that has no twin.
+        twins[number] = next(n for n in near if n == number or twins.get(n) == n)
+    return {scored[n].name: scored[twin].name for n, twin in twins.items() if twin != n}
 
 
 def mean_ranks(odds: Sequence[np.ndarray]) -> np.ndarray:
@@ -370,13 +352,12 @@ def _gain(
 
 
 def _gain_held_out(
-    truth: np.ndarray | None, mean: np.ndarray, singles: Sequence[np.ndarray]
+    truth: np.ndarray | None, mean: np.ndarray, singles: Mapping[str, np.ndarray]
 ) -> Estimate:
     if truth is None or not singles:
         return UNKNOWN
-    chosen, judged = slice(0, None, 2), slice(1, None, 2)
-    best = max(singles, key=lambda odds: auc(truth[chosen], odds[chosen]) or 0.0)
-    return _gain(truth[judged], mean[judged], best[judged])
+    best = find_best({name: odds[::2] for name, odds in singles.items()}, truth[::2])
+    return _gain(truth[1::2], mean[1::2], singles[best][1::2])
 
 
 def name_labels(labels: np.ndarray | None) -> Literal["two classes", "one class", "none"]:
@@ -411,17 +392,22 @@ def as_csv(results: Results) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*HEAD, "status", "message", "prompt", *COLUMNS])
-    for judged in results.adapters:
-        s = judged.scored
-        head = (
-            *(s.name, judged.verdict, "; ".join(judged.because)),
-            "passed" if judged.write_up else "blocked",
-            *("; ".join(judged.write_up_because), s.checker, ", ".join(s.findings)),
-            *(s.status, s.message),
-        )
-        for prompt, reading in s.readings.items() or [("", None)]:
-            cells = [tell(reading) if reading else None for tell in COLUMNS.values()]
-            writer.writerow([*map(safe_cell, (*head, prompt)), *cells])
+    for one in results.adapters:
+        scored = one.scored
+        head = [
+            scored.name,
+            one.verdict,
+            "; ".join(one.because),
+            "passed" if one.write_up else "blocked",
+            "; ".join(one.write_up_because),
+            scored.checker,
+            ", ".join(scored.findings),
+            scored.status,
+            scored.message,
+        ]
+        for prompt, reading in scored.readings.items() or [("", None)]:
+            cells = [value_of(reading) if reading else None for value_of in COLUMNS.values()]
+            writer.writerow([*map(safe_cell, [*head, prompt]), *cells])
     return stream.getvalue()
 
 

@@ -1,6 +1,7 @@
 """Scoring the adapters of a suite: the base is loaded once, and each result is on disk at once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ SHOWN = 240
 BATCH_TOKENS = 8192
 
 
-class Bench:
+class Scorer:
     """A base on which one adapter after another is asked the same prompts.
 
     `load` loads the base; it is called again where an adapter has changed the base's own weights,
@@ -45,88 +46,102 @@ class Bench:
         folder: str | Path,
         rows: Rows,
         prompts: Mapping[str, PromptTemplate],
-        max_new_tokens: int = 8,
-        max_prompt_tokens: int = 4096,
+        max_new_tokens: int,
+        max_prompt_tokens: int,
     ) -> None:
-        self._load, self.folder, self.rows, self.templates = load, folder, rows, prompts
+        self.load, self.folder, self.rows, self.templates = load, folder, rows, prompts
         self.max_new_tokens = max_new_tokens
         self.base = load()
-        self.mark = footprint(self.base.model)
+        self.footprint = footprint(self.base.model)
         self.prompts = {
             name: encode_rows(
                 template, rows, tokenizer=self.base.tokenizer, limit=max_prompt_tokens
             )
             for name, template in prompts.items()
         }
-        self.control = {name: self._ask(self.base.model, name) for name in prompts}
+        self.base_scores = self._ask(self.base.model)
 
     def score_base(self, *, digest: str = "", run: str = "") -> Scored:
         """The base alone as a result, under the name ""."""
-        readings = {name: self._read(name, scores) for name, scores in self.control.items()}
+        readings = self._read(self.base_scores)
         return Scored(name="", digest=digest, run=run, status="ok", readings=readings)
 
     def score(self, name: str, folder: str | Path, *, digest: str = "", run: str = "") -> Scored:
         """One adapter as a result; whatever is wrong with it, this returns."""
-        parts: dict[str, Any] = {"name": name, "digest": digest, "run": run}
-        parts |= self._inspect(folder)
+        parts = {"name": name, "digest": digest, "run": run, **self._inspect(folder)}
         try:
             with attached(self.base, folder) as loaded:
-                scores = {prompt: self._ask(loaded.model, prompt) for prompt in self.prompts}
-                warned = [printable(" ".join(w.split()), SHOWN) for w in loaded.warnings[:3]]
-            readings = {prompt: self._read(prompt, found) for prompt, found in scores.items()}
-            return Scored(status="ok", warnings=warned, readings=readings, **parts)
+                scores = self._ask(loaded.model)
+            warnings = [printable(" ".join(w.split()), SHOWN) for w in loaded.warnings[:3]]
+            readings = self._read(scores)
+            return Scored(status="ok", warnings=warnings, readings=readings, **parts)
         # An adapter is somebody else's file: no way in which it can fail may stop the others.
         except Exception as error:
-            return Scored(status="failed", message=_say(error), **parts)
+            return Scored(status="failed", message=_describe(error), **parts)
         finally:
-            self._restore()
-
-    def _restore(self) -> None:
-        """Load the base again where its weights or modules are not those it began with."""
-        if footprint(self.base.model) != self.mark:
-            self.base = self._load()
-            self.mark = footprint(self.base.model)
+            if footprint(self.base.model) != self.footprint:
+                self.base = self.load()
+                self.footprint = footprint(self.base.model)
 
     def _inspect(self, folder: str | Path) -> dict[str, Any]:
         try:
             report = inspect_adapter(str(folder), str(self.folder)).report
         except Exception as error:  # as above
-            return {"checker": f"not checkable: {_say(error)}"}
+            return {"checker": f"not checkable: {_describe(error)}"}
         return {
             "checker": report.verdict,
             "findings": [finding.id for finding in report.findings],
             "errors": [f.id for f in report.findings if f.severity == "error"],
         }
 
-    def _ask(self, model: Any, prompt: str) -> Scores:
-        return score(
-            model,
-            self.base.tokenizer,
-            prompts=self.prompts[prompt],
-            lead=lead_of(self.templates[prompt]),
-            max_new_tokens=self.max_new_tokens,
-            batch_tokens=BATCH_TOKENS,
-        )
+    def _ask(self, model: Any) -> dict[str, Scores]:
+        return {
+            name: score(
+                model,
+                self.base.tokenizer,
+                prompts=self.prompts[name],
+                lead=lead_of(template),
+                max_new_tokens=self.max_new_tokens,
+                batch_tokens=BATCH_TOKENS,
+            )
+            for name, template in self.templates.items()
+        }
 
-    def _read(self, prompt: str, scores: Scores) -> Reading:
-        labels, contract = self.rows.labels, self.templates[prompt].contract
-        values = [parse_as_written(reply.text).value for reply in scores.replies]
-        health = describe(values, groups=self.rows.groups, labels=labels)
-        control = self.control[prompt]
-        odds, before = (_log_odds(s.replies, contract) for s in (scores, control))
-        unknown = Estimate(None, None, None, len(values))
-        known = labels is not None and bool(np.isfinite(odds).all())
-        parsed = [_answers(reply, contract) for reply in scores.replies]
-        return Reading(
-            **{n: getattr(health, n) for n in ("mean", "std", "minimum", "maximum")},
-            **{n: getattr(health, n) for n in ("distinct", "tied_pairs")},
-            parsed=sum(parsed) / len(parsed),
-            auc_written=health.auc,
-            auc=auc_estimate(labels, odds) if known else unknown,  # type: ignore[arg-type]
-            gain=auc_gain_estimate(labels, odds, before) if known else unknown,  # type: ignore[arg-type]
-            effect=_effect(scores, control, contract=contract),
-            log_odds=[float(o) if np.isfinite(o) else None for o in odds],
-        )
+    def _read(self, scores: Mapping[str, Scores]) -> dict[str, Reading]:
+        return {
+            name: read_scores(
+                scores[name],
+                self.base_scores[name],
+                contract=template.contract,
+                rows=self.rows,
+            )
+            for name, template in self.templates.items()
+        }
+
+
+def read_scores(scores: Scores, base: Scores, *, contract: str, rows: Rows) -> Reading:
+    """What an adapter's answers to one prompt show beside those of the base alone."""
+    values = [parse_as_written(reply.text).value for reply in scores.replies]
+    health = describe(values, groups=rows.groups, labels=rows.labels)
+    odds, before = _log_odds(scores, contract), _log_odds(base, contract)
+    auc = gain = Estimate(None, None, None, len(values))
+    if rows.labels is not None and np.isfinite(odds).all():
+        auc = auc_estimate(rows.labels, odds)
+        gain = auc_gain_estimate(rows.labels, odds, before)
+    return Reading(
+        mean=health.mean,
+        std=health.std,
+        minimum=health.minimum,
+        maximum=health.maximum,
+        distinct=health.distinct,
+        tied_pairs=health.tied_pairs,
+        parsed=float(np.mean([_answers(reply, contract) for reply in scores.replies])),
+        auc_written=health.auc,
+        auc=auc,
+        gain=gain,
+        effect=_effect(scores, base, contract=contract),
+        log_odds=[float(o) if np.isfinite(o) else None for o in odds],
+    )
 
 
 def score_chunk(
@@ -144,10 +159,10 @@ def score_chunk(
     chunk = plan.chunks[number]
     missing = [entry for entry in chunk if read_result(plan, entry, out) is None]
     if missing or read_result(plan, plan.alone, out) is None:
-        bench = open_bench(plan)
-        _write(plan, plan.alone, out, bench.score_base(digest=plan.base_digest, run=plan.run))
+        scorer = open_scorer(plan)
+        _write(plan, plan.alone, out, scorer.score_base(digest=plan.base_digest, run=plan.run))
         for entry in missing:
-            scored = bench.score(entry.name, entry.folder, digest=entry.digest, run=plan.run)
+            scored = scorer.score(entry.name, entry.folder, digest=entry.digest, run=plan.run)
             _write(plan, entry, out, scored)
     report(f"chunk {number}: {len(missing)} of {len(chunk)} adapters scored")
     write_text(mark or out / CHUNKS / f"{number}.done", f"{plan.run}\n")
@@ -157,11 +172,11 @@ def _write(plan: Plan, entry: Entry, out: Path, scored: Scored) -> None:
     write_text(result_path(plan, entry, out), scored.model_dump_json() + "\n")
 
 
-def open_bench(plan: Plan) -> Bench:
-    """The bench of a plan, its base loaded."""
+def open_scorer(plan: Plan) -> Scorer:
+    """The scorer of a plan, its base loaded."""
     suite = plan.suite
-    return Bench(
-        lambda: load_base(plan.base, device=suite.device, dtype=suite.dtype),
+    return Scorer(
+        partial(load_base, plan.base, device=suite.device, dtype=suite.dtype),
         folder=plan.base,
         rows=plan.rows,
         prompts=plan.prompts,
@@ -170,11 +185,10 @@ def open_bench(plan: Plan) -> Bench:
     )
 
 
-def _log_odds(replies: Sequence[Reply], contract: str) -> np.ndarray:
+def _log_odds(scores: Scores, contract: str) -> np.ndarray:
     """The log-odds of what the prompt asks for, (rows,)."""
-    if contract == "yes_no":
-        return np.array([reply.yes_no_log_odds for reply in replies]).round(DECIMALS)
-    return np.array([reply.number_log_odds for reply in replies]).round(DECIMALS)
+    name = "yes_no_log_odds" if contract == "yes_no" else "number_log_odds"
+    return np.array([getattr(reply, name) for reply in scores.replies]).round(DECIMALS)
 
 
 def _answers(reply: Reply, contract: str) -> bool:
@@ -191,11 +205,11 @@ def _effect(scores: Scores, base: Scores, *, contract: str) -> float | None:
         for s in (scores, base)
     )
     with np.errstate(invalid="ignore"):
-        found = float(kl_divergence(p, q).mean())
-    return round(found, DECIMALS + 2) if np.isfinite(found) else None
+        effect = float(kl_divergence(p, q).mean())
+    return round(effect, DECIMALS + 2) if np.isfinite(effect) else None
 
 
-def _say(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """What went wrong, without the folder, which may differ between two equal runs."""
     if isinstance(error, ModelError):
         text = f"expected {error.expected}; found {error.found}"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +16,7 @@ from postmortem.case.rows import Rows, generate_rows, read_rows
 from postmortem.case.schema import Columns, Frozen, Identifier, PromptTemplate, Sentence
 from postmortem.checker.errors import RecordError, SuiteError, printable
 from postmortem.experiments.metrics import THRESHOLDS, Estimate
-from postmortem.experiments.records import digest_library, package_versions
+from postmortem.experiments.records import package_versions
 from postmortem.models.world import digest_model, find_base
 
 # The plan, the marks of finished chunks, and one file for each adapter's result.
@@ -70,6 +70,15 @@ class SuiteRows(Frozen):
     count: int = Field(default=0, ge=0, le=1_000_000)
     seed: int = 0
 
+    def read(self, place: Path) -> Rows:
+        """The rows, from files below `place`; `SuiteError` where neither way is given."""
+        if self.data:
+            labels = place / self.labels if self.labels else None
+            return read_rows(place / self.data, labels, columns=self.columns).head(self.count)
+        if not self.count or self.labels:
+            raise SuiteError("rows", expected="`data`, or a `count` above 0", found="neither")
+        return generate_rows(self.count, self.seed, columns=self.columns)
+
 
 class Suite(Frozen):
     """A suite file. Paths are relative to it.
@@ -85,7 +94,7 @@ class Suite(Frozen):
     rows: SuiteRows
     case: str = ""
     ask: Annotated[list[Identifier], Field(min_length=1)]
-    prompts: dict[Identifier, Asked] = Field(default_factory=dict)
+    prompts: dict[Identifier, Asked] = {}
     max_new_tokens: int = Field(default=8, ge=1, le=512)
     max_prompt_tokens: int = Field(default=4096, ge=16)
     limits: Limits = Limits()
@@ -126,7 +135,7 @@ class Scored(Frozen):
     """One adapter as measured, a file of its own; the base alone has the name "".
 
     `findings` are the checker's, those of severity error in `errors` as well. `run` is the digest
-    of all that can change a number beside the adapter, whose own is `digest`.
+    of what it was asked and by what, `digest` that of the adapter's files.
     """
 
     name: str
@@ -135,10 +144,10 @@ class Scored(Frozen):
     status: Literal["ok", "failed"]
     message: str = ""
     checker: str = ""
-    findings: list[str] = Field(default_factory=list)
-    errors: list[str] = Field(default_factory=list)
-    warnings: list[str] = Field(default_factory=list)
-    readings: dict[str, Reading] = Field(default_factory=dict)
+    findings: list[str] = []
+    errors: list[str] = []
+    warnings: list[str] = []
+    readings: dict[str, Reading] = {}
 
 
 # A folder's name as the system gives it: it need not be valid Unicode.
@@ -157,8 +166,8 @@ class Plan(Frozen):
     """A suite with its names resolved, as it stands in the output folder for every step.
 
     `chunks` holds the entries by the number of their chunk, `run` the digest that the results
-    must carry and `judged` that of what makes verdicts of them. `threads` is 0 where a step takes
-    all cores, `base_bytes` the size of the base's weights.
+    must carry and `judged` that of what is decided by. `threads` is 0 where a step takes all
+    cores, `base_bytes` the size of the base's weights.
     """
 
     suite: Suite
@@ -185,7 +194,7 @@ class Plan(Frozen):
     @property
     def rows(self) -> Rows:
         """The rows that are scored."""
-        return suite_rows(self.suite, Path(self.place))
+        return self.suite.rows.read(Path(self.place))
 
 
 def load_suite(path: str | Path) -> Suite:
@@ -206,10 +215,13 @@ def make_plan(path: str | Path) -> Plan:
     suite, place = load_suite(path), Path(path).resolve().parent
     base = find_base(str(place / suite.base) if (place / suite.base).is_dir() else suite.base)
     prompts = _find_prompts(suite, place)
-    rows = suite_rows(suite, place)
+    rows = suite.rows.read(place)
     entries = name_adapters(find_adapters(suite.adapters, place), place)
-    base_digest = digest_model(base)
+    chunks = [entries[at : at + suite.chunk] for at in range(0, len(entries), suite.chunk)]
+    base_digest, versions = digest_model(base), package_versions()
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    asked = {name: prompt.model_dump() for name, prompt in prompts.items()}
+    settings = (suite.max_new_tokens, suite.max_prompt_tokens, suite.device, suite.dtype)
     return Plan(
         suite=suite,
         place=str(place),
@@ -217,22 +229,15 @@ def make_plan(path: str | Path) -> Plan:
         base_digest=base_digest,
         base_bytes=size,
         prompts=prompts,
-        run=digest_run(suite, base=base_digest, rows=rows, prompts=prompts),
-        judged=digest_judgement(suite),
+        run=_digest([base_digest, rows.digest, asked, settings, versions]),
+        judged=_digest([suite.title, suite.ask, suite.limits.model_dump(), versions]),
         threads=1 if size < SMALL else 0,
-        chunks=cut_chunks(entries, suite.chunk),
+        chunks={f"{number:04d}": chunk for number, chunk in enumerate(chunks)},
     )
 
 
-def suite_rows(suite: Suite, place: Path) -> Rows:
-    """The rows of a suite."""
-    asked = suite.rows
-    if not asked.data:
-        if not asked.count or asked.labels:
-            raise SuiteError("rows", expected="`data`, or a `count` above 0", found="neither")
-        return generate_rows(asked.count, asked.seed, columns=asked.columns)
-    labels = place / asked.labels if asked.labels else None
-    return read_rows(place / asked.data, labels, columns=asked.columns).head(asked.count)
+def _digest(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_adapters(patterns: Sequence[str], place: Path) -> list[Path]:
@@ -241,26 +246,25 @@ def find_adapters(patterns: Sequence[str], place: Path) -> list[Path]:
     Whether a folder is a sound adapter is not asked here. Raises `SuiteError` for a pattern that
     matches no folder.
     """
-    found: dict[Path, None] = {}
+    folders: set[Path] = set()
     for pattern in patterns:
-        matched = [path for path in _match(pattern, place) if path.is_dir()]
-        if not matched:
+        matches = [path.resolve() for path in _match(pattern, place) if path.is_dir()]
+        if not matches:
             raise SuiteError(
                 f"adapters: {printable(pattern)}",
                 expected="at least one adapter folder",
                 found="none",
                 remedy=f"Paths are relative to {printable(place)}.",
             )
-        found |= dict.fromkeys(path.resolve() for path in matched)
-    return sorted(found, key=os.fsencode)
+        folders.update(matches)
+    return sorted(folders, key=os.fsencode)
 
 
-def _match(pattern: str, place: Path) -> Iterable[Path]:
+def _match(pattern: str, place: Path) -> list[Path]:
     path = place / pattern
     if not path.is_dir():
         # pathlib's own takes no absolute pattern, and its stars match hidden folders.
-        found = glob(pattern, root_dir=place, recursive=True)  # noqa: PTH207
-        return [place / name for name in found]
+        return [place / name for name in glob(pattern, root_dir=place, recursive=True)]  # noqa: PTH207
     inside = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
     is_adapter = any((path / name).exists() for name in MARKS)
     return [path] if is_adapter or not inside else inside
@@ -288,28 +292,6 @@ def digest_adapter(folder: Path) -> str:
         return digest_model(folder)
     except OSError:
         return UNREADABLE
-
-
-def cut_chunks(entries: list[Entry], size: int) -> dict[str, list[Entry]]:
-    """Entries in chunks of a size, by number."""
-    starts = range(0, len(entries), size)
-    return {f"{i:04d}": entries[at : at + size] for i, at in enumerate(starts)}
-
-
-def digest_run(suite: Suite, *, base: str, rows: Rows, prompts: dict[str, PromptTemplate]) -> str:
-    """Digest of everything beside an adapter that can change its numbers."""
-    asked = {name: prompt.model_dump() for name, prompt in prompts.items()}
-    settings = (suite.max_new_tokens, suite.max_prompt_tokens, suite.device, suite.dtype)
-    return _digest([base, rows.digest, asked, settings, digest_library(), package_versions()])
-
-
-def digest_judgement(suite: Suite) -> str:
-    """Digest of what turns measurements into verdicts, and of what the results are headed with."""
-    return _digest([suite.title, suite.ask, suite.limits.model_dump(), digest_library()])
-
-
-def _digest(parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_plan(plan: Plan, out: Path) -> None:
