@@ -26,7 +26,6 @@ from postmortem.experiments.records import (
     Verdict,
     check_kept,
     compare_answers,
-    confirm,
     confirm_files,
     input_digests,
     read_confirmation,
@@ -156,30 +155,23 @@ def with_profile(case, name, **changes):
     return case.model_copy(update={"profiles": {**case.profiles, name: changed}})
 
 
-def with_prompt(case):
-    """The case with another second prompt."""
-    prompt = case.prompts["v2"].model_copy(update={"template": "{body}?"})
-    return case.model_copy(update={"prompts": {**case.prompts, "v2": prompt}})
-
-
 def empty_values():
     """Values of a build before any record."""
     return {"measures": {}, "verdicts": {}, "texts": {}, "tables": {}}
 
 
 def test_what_is_as_it_was_made_is_read(project):
-    """Untouched records are read by name: one of each profile, or one for each training."""
+    """Untouched records of this case are read by name: one of each profile or of each training.
+
+    A book is built without the runs on real models, and another case reads none of these.
+    """
     check_kept(project)
-    assert sorted(list_kept("embedded")) == [
-        "attribution",
-        "catalogue",
-        "replays/0",
-        "replays/1",
-        "suite",
-        "world",
-    ]
+    assert {"world", "replays/0", "replays/1", *ALONE} == set(list_kept("embedded"))
     assert list(read_kept(project, "real_model")) == [PROFILE]
     assert [file.provenance.seed for file in read_replays(project)] == [0, 1]
+    assert read_kept(project.model_copy(update={"name": "another"}), "real_model") == {}
+    shutil.rmtree(Path("results", PROFILE))
+    check_kept(project)
 
 
 @pytest.mark.parametrize("place", ["embedded/world", "embedded/replays/1", f"{PROFILE}/real_model"])
@@ -202,12 +194,6 @@ def test_what_the_pages_read_must_be_there(project, name):
     write_kept(project.model_copy(update={"name": "another"}), "embedded", name)
     with pytest.raises(RecordError, match=rf"embedded/{name}\.jsonl.*another case"):
         check_kept(project)
-
-
-def test_what_is_kept_of_a_real_model_may_be_absent(project):
-    """A book is built without the runs on real models."""
-    shutil.rmtree(Path("results", PROFILE))
-    check_kept(project)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +232,11 @@ def test_a_model_that_was_not_trained_with_the_others_fails(project):
 def test_a_changed_prompt_of_the_case_fails(project):
     """A changed prompt makes every kept record stale, and changed prose does none."""
     check_kept(project.model_copy(update={"title": "Another"}))
+    prompt = project.prompts["v2"].model_copy(update={"template": "{body}?"})
+    changed = project.model_copy(update={"prompts": {**project.prompts, "v2": prompt}})
     for name in ("real_model", "replays/0", "replays/1"):
         with pytest.raises(RecordError, match=r"stale.*case with digest"):
-            read_kept(with_prompt(project), name)
+            read_kept(changed, name)
 
 
 def test_changed_rows_fail(project, monkeypatch):
@@ -275,14 +263,8 @@ def test_code_makes_nothing_stale(project):
     for notebook in Path("notebooks/kept").glob("*.ipynb"):
         notebook.unlink()
     check_kept(project)
-    assert (
-        "notebook" in read_records(Path("results", PROFILE, "real_model.jsonl")).provenance.digests
-    )
-
-
-def test_the_record_of_another_case_is_not_read(project):
-    """A record belongs to its case; another case with a profile of that name has none."""
-    assert read_kept(project.model_copy(update={"name": "another"}), "real_model") == {}
+    record = read_records(Path("results", PROFILE, "real_model.jsonl"))
+    assert "notebook" in record.provenance.digests
 
 
 def test_without_replays_the_remedy_is_said(project):
@@ -342,18 +324,30 @@ def ask_again(recorded, sample):
     return "sample.jsonl"
 
 
+def confirmations(file):
+    """How the page tells of a record's confirmation."""
+    values = empty_values()
+    add_recorded(values, {PROFILE: file})
+    return values["tables"]["recorded.again"]["rows"]
+
+
 def test_a_confirmation_names_its_day_and_commit(recorded):
-    """A sample that answers alike is kept beside the record, and the page says when and where."""
+    """A sample that answers alike is kept beside the record, and the page says when and where.
+
+    A record that is made again is not covered by the confirmation of the one before it.
+    """
     sample = ask_again(recorded, answer(number_log_odds=-2.0004))
     assert confirm_files(recorded.path, sample) == ("1 answers alike, log-odds within 0.0004 nat")
     found = read_confirmation(recorded)
     assert (found.made, found.commit) == ("2026-02-03 04:05 UTC", "abcdef+")
     assert (found.record, found.answers) == (recorded.digest, 1)
     assert found.versions["torch"]
-    values = empty_values()
-    add_recorded(values, {PROFILE: recorded})
-    again = [[PROFILE, "2026-02-03", "abcdef+", 1, "0.0004"]]
-    assert values["tables"]["recorded.again"]["rows"] == again
+    assert confirmations(recorded) == [[PROFILE, "2026-02-03", "abcdef+", 1, "0.0004"]]
+    more = [*recorded.records, Measure(key="more", value=1)]
+    write_records(recorded.path, recorded.provenance, records=more)
+    later = read_records(recorded.path)
+    assert read_confirmation(later) is None
+    assert confirmations(later) == [[PROFILE, "not yet", None, None, None]]
 
 
 @pytest.mark.parametrize("change", OTHERS, ids=str)
@@ -362,18 +356,6 @@ def test_another_answer_confirms_nothing(recorded, change):
     with pytest.raises(RecordError, match=r"answers on record.*Make the record again"):
         confirm_files(recorded.path, ask_again(recorded, answer(**change)))
     assert read_confirmation(recorded) is None
-
-
-def test_a_confirmation_is_of_one_record(recorded):
-    """A record made again is not covered by the confirmation of the one before it."""
-    confirm(recorded, read_records(ask_again(recorded, answer())))
-    more = [*recorded.records, Measure(key="more", value=1)]
-    write_records(recorded.path, recorded.provenance, records=more)
-    later = read_records(recorded.path)
-    assert read_confirmation(later) is None
-    values = empty_values()
-    add_recorded(values, {PROFILE: later})
-    assert values["tables"]["recorded.again"]["rows"] == [[PROFILE, "not yet", None, None, None]]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"record": 1}', "\x00"])
@@ -385,7 +367,7 @@ def test_a_confirmation_that_is_none_is_refused(recorded, text):
 
 
 def test_a_kept_record_is_read_under_its_profile(project):
-    """Each value of a kept record stands under the profile's name, whatever the reader runs."""
+    """A value of a kept record stands under its profile's name, or its own where it has no like."""
     values = empty_values()
     add_recorded(values, read_kept(project, "real_model"))
     assert values["measures"]["smollm2.v2.base.distinct"]["value"] == 1
@@ -396,11 +378,6 @@ def test_a_kept_record_is_read_under_its_profile(project):
         ["smollm2, 3 file", "base", 2],
     ]
     assert rows[0][6] == "0.50 [0.40,\N{NO-BREAK SPACE}0.60]"
-
-
-def test_a_kept_run_of_the_embedded_world_has_its_own_keys(project):
-    """What has no other like it stands on the page under the key it was recorded with."""
-    values = empty_values()
     write_kept(project, "embedded", "suite", [Measure(key="suite.rows", value=6)])
     add_kept(values, read_kept(project, "suite"))
     assert values["measures"]["suite.rows"]["value"] == 6
