@@ -26,43 +26,39 @@ def renamed(old, new, layers=28):
 
 
 PREFIX, LAYERS = "base_model.model.", "base_model.model.model."
+MISPLACED = {"key-prefix": "error"}
 
 
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
         # However the path to the layers was changed, or as other tools write it.
-        *(
-            (old, new, {"key-prefix": "error"})
-            for old, new in [
-                (PREFIX, ""),
-                (PREFIX, "base_model."),
-                (LAYERS, PREFIX),
-                (LAYERS, f"{LAYERS}model."),
-                (LAYERS, f"{PREFIX}transformer."),
-                (f"{LAYERS}layers.", f"{PREFIX}transformer.h."),
-                (PREFIX, f"{PREFIX}{PREFIX}"),
-                (PREFIX, f"module.{PREFIX}"),
-                (PREFIX, f"{PREFIX}module."),
-                (PREFIX, f"_orig_mod.{PREFIX}"),
-                (PREFIX, "base_model.model._orig_mod."),
-                (LAYERS, f"{LAYERS}decoder."),
-                ("lora_A", "lora_down"),
-            ]
-        ),
+        (PREFIX, "", MISPLACED),
+        (PREFIX, "base_model.", MISPLACED),
+        (LAYERS, PREFIX, MISPLACED),
+        (LAYERS, f"{LAYERS}model.", MISPLACED),
+        (LAYERS, f"{PREFIX}transformer.", MISPLACED),
+        (f"{LAYERS}layers.", f"{PREFIX}transformer.h.", MISPLACED),
+        (PREFIX, f"{PREFIX}{PREFIX}", MISPLACED),
+        (PREFIX, f"module.{PREFIX}", MISPLACED),
+        (PREFIX, f"{PREFIX}module.", MISPLACED),
+        (PREFIX, f"_orig_mod.{PREFIX}", MISPLACED),
+        (PREFIX, "base_model.model._orig_mod.", MISPLACED),
+        (LAYERS, f"{LAYERS}decoder.", MISPLACED),
+        ("lora_A", "lora_down", MISPLACED),
         # A leftover adapter name works on current PEFT and is only mentioned.
         (".weight", ".default.weight", {"key-prefix": "info"}),
         # Layers beyond the base's are one finding, which shapes that fit do not hide.
-        (
-            "layers.27.",
-            "layers.28.",
-            {"layer-out-of-range": "error", "missing-tensors": "error"},
-        ),
+        ("layers.27.", "layers.28.", {"layer-out-of-range": "error", "missing-tensors": "error"}),
     ],
 )
 def test_changed_keys_are_one_finding(tmp_path, old, new, expected):
     """Keys that find no module are told by what is wrong with them, and by nothing more."""
     assert ids(write(tmp_path / "a", renamed(old, new))) == expected
+
+
+NAME, BASE = "base_model_name_or_path", "Qwen/Qwen2.5-1.5B"
+OTHER_NAME = {"base-name-mismatch": "warning"}
 
 
 @pytest.mark.parametrize(
@@ -71,24 +67,15 @@ def test_changed_keys_are_one_finding(tmp_path, old, new, expected):
         # PEFT leaves a target that no layer holds at zero.
         ({"target_modules": ["q_proj", "v_proj"]}, None, {"missing-tensors": "warning"}),
         # One shape finding and no flood, at another width and depth.
-        (
-            {},
-            "Qwen/Qwen2.5-3B",
-            {"shape-mismatch": "error", "base-name-mismatch": "warning"},
-        ),
+        ({}, "Qwen/Qwen2.5-3B", {"shape-mismatch": "error", **OTHER_NAME}),
         # A path says nothing about the base; another hub id is another base.
-        *(
-            ({"base_model_name_or_path": name}, "Qwen/Qwen2.5-1.5B", expected)
-            for name, expected in [
-                ("/kaggle/input/qwen2.5/transformers/1.5b-instruct/1", {}),
-                ("./models/qwen", {}),
-                ("C:\\models\\qwen", {}),
-                ("Qwen/Qwen2.5-1.5B", {}),
-                ("Qwen/Qwen2.5-Coder-1.5B", {"base-name-mismatch": "warning"}),
-                ("Qwen/Qwen2.5-1.5B-Instruct", {"base-name-mismatch": "warning"}),
-                ("Qwen/Qwen2.5-1.5B-GPTQ-Int4", {"quantized-base-mismatch": "warning"}),
-            ]
-        ),
+        ({NAME: "/kaggle/input/qwen2.5/transformers/1.5b-instruct/1"}, BASE, {}),
+        ({NAME: "./models/qwen"}, BASE, {}),
+        ({NAME: "C:\\models\\qwen"}, BASE, {}),
+        ({NAME: BASE}, BASE, {}),
+        ({NAME: "Qwen/Qwen2.5-Coder-1.5B"}, BASE, OTHER_NAME),
+        ({NAME: "Qwen/Qwen2.5-1.5B-Instruct"}, BASE, OTHER_NAME),
+        ({NAME: "Qwen/Qwen2.5-1.5B-GPTQ-Int4"}, BASE, {"quantized-base-mismatch": "warning"}),
         # A key of a release after this table is no alarm while it is null or empty.
         ({"use_next_year": None, "next_year_list": []}, None, {"config-unknown-key": "info"}),
     ],
@@ -299,11 +286,7 @@ def test_partly_untrained_is_not_an_error(tmp_path, silent, expected):
     ("class_name", "changes", "expected"),
     [
         # It loads in silence, and its head does not.
-        (
-            "Qwen2ForSequenceClassification",
-            {"task_type": "CAUSAL_LM"},
-            {"head-dropped": "error"},
-        ),
+        ("Qwen2ForSequenceClassification", {"task_type": "CAUSAL_LM"}, {"head-dropped": "error"}),
         # Without a task it is suspicious and no more.
         ("Qwen2Model", {}, {"key-prefix": "warning"}),
     ],

@@ -53,6 +53,10 @@ def record(session, name, **changes):
     }
 
 
+OPEN_YEAR = {"date_agrees": "refuted", "software_existed": "cannot tell"}
+STATED = "systems__suspect__declared_megabytes"
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
@@ -90,11 +94,7 @@ def record(session, name, **changes):
         ),
         # The text is three tokens and four steps; a claim of three would fit.
         ("record_answer", {}, {"answer_fits_claim": "refuted"}),
-        (
-            "record_answer",
-            {"forensics__answer__claimed_tokens": 3},
-            {"answer_fits_claim": "holds"},
-        ),
+        ("record_answer", {"forensics__answer__claimed_tokens": 3}, {"answer_fits_claim": "holds"}),
         # The clock and the release of the software both speak against the claimed day.
         ("record_dates", {}, {"date_agrees": "refuted", "software_existed": "refuted"}),
         (
@@ -103,47 +103,13 @@ def record(session, name, **changes):
             {"date_agrees": "holds", "software_existed": "holds"},
         ),
         # Without a warning that dates the loader, or without its release, the year stays open.
-        *(
-            ("record_dates", unknown, {"date_agrees": "refuted", "software_existed": "cannot tell"})
-            for unknown in (
-                {"loading_warning": None},
-                {"forensics__claimed_date__peft_releases": {}},
-            )
-        ),
+        ("record_dates", {"loading_warning": None}, OPEN_YEAR),
+        ("record_dates", {"forensics__claimed_date__peft_releases": {}}, OPEN_YEAR),
         # A tenth of the computed size is let pass, no more.
-        *(
-            (
-                "record_sizes",
-                {"systems__suspect__declared_megabytes": stated},
-                {"size.suspect.here": here},
-            )
-            for stated, here in [
-                (8.7, "holds"),
-                (9.5, "holds"),
-                (9.7, "refuted"),
-                (None, "cannot tell"),
-            ]
-        ),
-        # A fault with a message that is absent is refuted, one that is silent stays open.
-        (
-            "record_messages",
-            {},
-            {
-                "temperature_in_use": "refuted",
-                "fault.newer-config": "holds",
-                **{
-                    f"fault.{name}": "refuted"
-                    for name in ("other-shapes", "other-rank", "key-prefix", "missing-tensors")
-                },
-                **{
-                    f"fault.{name}": "cannot tell"
-                    for name in (
-                        *("same-shapes", "no-effect", "wrong-scale", "surplus-tensors"),
-                        "not-finite",
-                    )
-                },
-            },
-        ),
+        ("record_sizes", {STATED: 8.7}, {"size.suspect.here": "holds"}),
+        ("record_sizes", {STATED: 9.5}, {"size.suspect.here": "holds"}),
+        ("record_sizes", {STATED: 9.7}, {"size.suspect.here": "refuted"}),
+        ("record_sizes", {STATED: None}, {"size.suspect.here": "cannot tell"}),
     ],
 )
 def test_what_the_facts_decide(session, name, changes, expected):
@@ -212,6 +178,17 @@ def test_a_single_row_has_no_later_ones(session):
     found = record(session, "record_timing", forensics__log__ticks=facts.log.ticks[:2], **one)
     assert found[Measure]["timing.first_row"].value == pytest.approx(0.945)
     assert found[Measure]["timing.later_row"].value is None
+
+
+def test_the_log_excludes_what_would_have_spoken(session):
+    """A fault with a message that is absent is refuted, one that is silent stays open."""
+    verdicts = {key: v.verdict for key, v in record(session, "record_messages")[Verdict].items()}
+    assert verdicts.pop("temperature_in_use") == "refuted"
+    loud = ("other-shapes", "other-rank", "key-prefix", "missing-tensors")
+    assert {f"fault.{id_}": "refuted" for id_ in loud}.items() <= verdicts.items()
+    assert verdicts["fault.newer-config"] == "holds"
+    silent = ("same-shapes", "no-effect", "wrong-scale", "surplus-tensors", "not-finite")
+    assert {f"fault.{id_}": "cannot tell" for id_ in silent}.items() <= verdicts.items()
 
 
 def test_a_message_in_the_log_is_the_fault(session):
@@ -364,10 +341,7 @@ def test_written_headers_are_those_of_an_adapter(case, tmp_path):
     size = case.true_size
     written = files.write_headers(size.base, tmp_path / "headers", size)
     whole = write_adapter(
-        size.base,
-        tmp_path / "whole",
-        rank=size.rank,
-        target_modules=tuple(size.target_modules),
+        size.base, tmp_path / "whole", rank=size.rank, target_modules=tuple(size.target_modules)
     )
     found, expected = (load_file(folder / WEIGHTS_FILE) for folder in (written, whole))
     assert {name: (t.shape, t.dtype) for name, t in found.items()} == {

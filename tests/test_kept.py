@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from answers import PROVENANCE, prediction
 
 from postmortem.book.publish import (
     add_bench,
@@ -19,8 +20,6 @@ from postmortem.checker.errors import RecordError
 from postmortem.experiments.records import (
     LARGEST_GAP,
     Measure,
-    Prediction,
-    Provenance,
     Table,
     Text,
     Verdict,
@@ -165,23 +164,16 @@ def test_without_replays_the_remedy_is_said(case):
         read_replays(case)
 
 
-def answer(**changes):
-    """A prediction of the base."""
-    parts = {"system": "base", "prompt": "v2", "row_id": "1", "group": "g", "label": 1}
-    parts |= {"text": "0.0", "token_ids": (1,), "prompt_tokens": 9, "full_prompt_tokens": 9}
-    parts |= {"finished": True, "value": 0.0, "stage": "float", "strict_value": 0.0}
-    parts |= {"expected_value": 0.1, "number_log_odds": -2.0, "yes_no_log_odds": 0.5}
-    return Prediction(**(parts | changes))
-
-
 def test_answers_are_held_against_each_other_place_by_place():
     """Those that both have are compared; rounding is no difference, and the first one is named."""
-    kept = [answer(), answer(row_id="2"), answer(row_id="3", text="0.5")]
-    near = answer(number_log_odds=-2.0 + LARGEST_GAP / 2)
-    found = compare_answers(kept, [near, answer(row_id="9")])
+    kept = [prediction(), prediction(row_id="2"), prediction(row_id="3", text="0.5")]
+    near = prediction(number_log_odds=-2.0 + LARGEST_GAP / 2)
+    found = compare_answers(kept, [near, prediction(row_id="9")])
     assert (found.answers, found.texts, found.alike) == (1, 1, True)
     assert found.largest_gap == pytest.approx(LARGEST_GAP / 2)
-    found = compare_answers(kept, [near, answer(row_id="2", text="0.1"), answer(row_id="3")])
+    found = compare_answers(
+        kept, [near, prediction(row_id="2", text="0.1"), prediction(row_id="3")]
+    )
     assert (found.answers, found.texts, found.alike) == (3, 1, False)
     assert found.first.startswith("base, v2, 2: '0.0' on record, '0.1'")
 
@@ -190,23 +182,6 @@ def test_answers_are_held_against_each_other_place_by_place():
 def recorded(tmp_path, monkeypatch):
     """A record of two models with a value of each kind and one answer."""
     monkeypatch.chdir(tmp_path)
-    provenance = Provenance(
-        notebook="real_model",
-        case="qwen-lora",
-        profile=PROFILE,
-        parameters={"rows": 6},
-        digests={},
-        versions={},
-        device="cpu",
-        dtype="float32",
-        seed=0,
-        aside={
-            "started": "2026-01-01 10:00 UTC",
-            "seconds": 60.0,
-            "hardware": "a card",
-            "commit": "0123456789ab",
-        },
-    )
     records = [
         Table(key="members", columns=("role", "digest"), rows=(("suspect", "0"), ("donor", "1"))),
         Measure(key="v2.rows", value=6),
@@ -217,9 +192,9 @@ def recorded(tmp_path, monkeypatch):
         Verdict(key="v2.base.reproduces", verdict="holds", because="so"),
         Verdict(key="v2.base.knows", verdict="cannot tell", because="so"),
         Text(key="v2.base.commonest_text", text="<b>0.0</b>"),
-        answer(),
+        prediction(),
     ]
-    write_records("real_model.jsonl", provenance, records=records)
+    write_records("real_model.jsonl", PROVENANCE, records=records)
     return read_records("real_model.jsonl")
 
 
@@ -248,7 +223,7 @@ def test_a_confirmation_names_its_day_and_commit(recorded):
 
     A record that is made again is not covered by the confirmation of the one before it.
     """
-    sample = ask_again(recorded, answer(number_log_odds=-2.0004))
+    sample = ask_again(recorded, prediction(number_log_odds=-2.0004))
     assert confirm_files(recorded.path, sample) == ("1 answers alike, log-odds within 0.0004 nat")
     found = read_confirmation(recorded)
     assert (found.made, found.commit) == ("2026-02-03 04:05 UTC", "abcdef+")
@@ -279,7 +254,7 @@ def test_a_confirmation_names_its_day_and_commit(recorded):
 def test_another_answer_confirms_nothing(recorded, change):
     """What differs, or has nothing to compare, leaves no confirmation."""
     with pytest.raises(RecordError, match=r"answers on record.*Make the record again"):
-        confirm_files(recorded.path, ask_again(recorded, answer(**change)))
+        confirm_files(recorded.path, ask_again(recorded, prediction(**change)))
     assert read_confirmation(recorded) is None
 
 
@@ -323,7 +298,7 @@ def test_how_an_adapter_was_trained_is_read_beside_it(case, tmp_path):
 
 def test_two_trainings_are_compared_by_bytes_and_answers(recorded):
     """What two trainings have in common: models the same to the byte, and texts of answers."""
-    other = read_records(ask_again(recorded, answer(text="0.5")))
+    other = read_records(ask_again(recorded, prediction(text="0.5")))
     assert describe_difference(recorded, recorded) == (
         "2 of 2 models the same to the byte, 1 of 1 answers the same"
     )

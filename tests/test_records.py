@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+from answers import PROVENANCE, prediction
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,8 +10,6 @@ from postmortem.case.files import write_text
 from postmortem.checker.errors import RecordError
 from postmortem.experiments.records import (
     Measure,
-    Prediction,
-    Provenance,
     Replay,
     Seal,
     Table,
@@ -24,36 +23,6 @@ from postmortem.experiments.records import (
     write_records,
 )
 
-PROVENANCE = Provenance(
-    notebook="attempt",
-    case="qwen-lora",
-    profile="embedded",
-    parameters={"rows": 0, "fast": True, "share": 1.0, "data": "", "labels": None},
-    digests={"case": "c0", "module parsing": "p0"},
-    versions={"python": "3.11.0"},
-    device="cpu",
-    dtype="float32",
-    seed=0,
-    aside={"host": "here", "started": 1.5},
-)
-PREDICTION = {
-    "system": "base",
-    "prompt": "v2",
-    "row_id": "2029",
-    "group": "R",
-    "label": None,
-    "text": "0.0",
-    "token_ids": (15, 13, 15),
-    "prompt_tokens": 371,
-    "full_prompt_tokens": 371,
-    "finished": True,
-    "value": 0.0,
-    "stage": "float",
-    "strict_value": None,
-    "expected_value": 0.1,
-    "number_log_odds": -2.197,
-    "yes_no_log_odds": -30.5,
-}
 REPLAY = Replay(
     key="no-op/silent/0",
     cause="no-op",
@@ -64,7 +33,7 @@ REPLAY = Replay(
     features={"share": 1.0, "unique": 1, "text": "0.0", "parsed": True, "auc": None},
 )
 EACH = [
-    Prediction(**PREDICTION),
+    prediction(label=None, strict_value=None, yes_no_log_odds=-30.5),
     Measure(key="v1.auc", value=0.5, low=0.25, high=1e-07, n=10, unit="AUC"),
     Measure(key="v1.none", value=None, reason="no labels"),
     Verdict(key="v1.parsed", verdict="holds", because="It does."),
@@ -171,9 +140,8 @@ def test_any_beginning_is_refused(sealed):
     [
         (lambda lines: lines[:-1], "found 9 line.* the run did not finish"),
         (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "changed after the run"),
-        (lambda lines: 2 * lines, "changed after the run"),
     ],
-    ids=["no seal", "moved lines", "two files in one"],
+    ids=["no seal", "moved lines"],
 )
 def test_other_lines_are_refused(sealed, change, match):
     """The order and number of the lines are sealed too, and a run without its seal is told."""
@@ -226,8 +194,8 @@ def test_times_and_host_are_not_in_the_digest():
     [
         lambda x: Measure(key="k", value=x),
         lambda x: Measure(key="k", value=0.5, low=0.1, high=x),
-        lambda x: Prediction(**PREDICTION | {"number_log_odds": x}),
-        lambda x: Prediction(**PREDICTION | {"strict_value": x}),
+        lambda x: prediction(number_log_odds=x),
+        lambda x: prediction(strict_value=x),
         lambda x: Table(key="k", columns=("a",), rows=((1,), (x,))),
         lambda x: REPLAY.model_copy(update={"features": {"share": 1.0, "auc": x}}),
         lambda x: Timing(key="k", seconds=x),

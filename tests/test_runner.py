@@ -3,6 +3,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from answers import PROVENANCE
 from nbformat import v4
 
 from postmortem.book.runner import (
@@ -19,7 +20,7 @@ from postmortem.checker.errors import (
     ParameterError,
     RecordError,
 )
-from postmortem.experiments.records import Provenance, write_records
+from postmortem.experiments.records import write_records
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 BUILT, KEPT = (sorted(NOTEBOOKS.glob(pattern)) for pattern in ("*.ipynb", "kept/*.ipynb"))
@@ -31,11 +32,6 @@ COMMON = {
     **dict.fromkeys(("device", "dtype"), ("str", False)),
 }
 PYTHON = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-PROVENANCE = {
-    **dict.fromkeys(("notebook", "case", "profile", "device", "dtype"), "x"),
-    **{name: {} for name in ("parameters", "digests", "versions")},
-    "seed": 0,
-}
 
 
 def make_notebook(folder, *sources, parameters="", metadata=PYTHON, tags=()):
@@ -159,7 +155,7 @@ def test_notebook_runs(tmp_path):
     """A notebook that ran whole takes its place with its values, and says what it did."""
     records = tmp_path / "records.jsonl"
     text = '\'"""\\\n{rule} 👍'
-    sealed = write_records(records, Provenance(**PROVENANCE), records=[])
+    sealed = write_records(records, PROVENANCE, records=[])
     content = records.read_bytes()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "done.failed.ipynb").write_text("of an earlier run")
@@ -204,12 +200,7 @@ def test_notebook_runs(tmp_path):
             NotebookFailed,
             "expected a living kernel; found one that died",
         ),
-        (
-            "a",
-            {"kernel": "none"},
-            NotebookNotStarted,
-            "expected a kernel 'none'; found No such",
-        ),
+        ("a", {"kernel": "none"}, NotebookNotStarted, "expected a kernel 'none'; found No such"),
     ],
     ids=["raises", "leaves early", "takes too long", "dies", "unknown kernel"],
 )
@@ -244,7 +235,7 @@ def test_notebook_without_a_language(tmp_path):
 def test_notebook_that_does_not_seal_its_records(tmp_path):
     """Records of an earlier run do not pass for those of a run that sealed none."""
     records = tmp_path / "records.jsonl"
-    write_records(records, Provenance(**PROVENANCE), records=[])
+    write_records(records, PROVENANCE, records=[])
     notebook = make_notebook(tmp_path, "a = 1", parameters="records: str")
     with pytest.raises(RecordError, match=r"records\.jsonl: expected a record file"):
         run(notebook, {"records": str(records)})
