@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from postmortem.case import files
 from postmortem.checker.errors import WeightsError
 from postmortem.cli import main
 from postmortem.models import packaged as weights
@@ -313,7 +314,7 @@ def test_changed_model_is_refused(publish, after, message):
         weights._compare_probes(publish(b"any"), ([1], torch.tensor([1.0])), after=after)
 
 
-def test_two_runs_at_once_fetch_once(publish, shelf, monkeypatch, capsys):
+def test_two_runs_at_once_fetch_once(publish, shelf, monkeypatch):
     """The second of two runs waits, then finds the first one's model."""
     publish(b"abcdefghijkl")
     reached, go = threading.Event(), threading.Event()
@@ -324,7 +325,7 @@ def test_two_runs_at_once_fetch_once(publish, shelf, monkeypatch, capsys):
         write_fake_model(entry, gguf_file)
 
     monkeypatch.setattr(weights, "convert_gguf", convert_when_told)
-    monkeypatch.setattr(weights, "_report", lambda line: "waiting" in line and go.set())
+    monkeypatch.setattr(files, "print", lambda line, **_: go.set(), raising=False)
     first = threading.Thread(target=weights.fetch_weights, args=("tiny",))
     first.start()
     reached.wait(10)
