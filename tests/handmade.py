@@ -15,6 +15,16 @@ CONFIG = {
     "target_modules": ["q_proj"],
     "base_model_name_or_path": "Qwen/Qwen2.5-1.5B",
 }
+# The sizes of that base, as its config.json has them.
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8960,
+    "vocab_size": 151936,
+}
 SHAPES = {"lora_A": [2, 1536], "lora_B": [1536, 2]}
 
 

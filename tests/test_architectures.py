@@ -1,5 +1,4 @@
 import json
-from typing import Any
 
 import pytest
 import tiny
@@ -19,7 +18,7 @@ VISION = {
 }
 
 
-def true_modules(class_name: str, config: Any) -> dict[str, tuple[int, int, bool]]:
+def true_modules(class_name, config):
     """Read names, sizes and biases from the transformers class on the meta device."""
     with torch.device("meta"):
         model = getattr(tf, class_name)(config)
@@ -34,20 +33,19 @@ def true_modules(class_name: str, config: Any) -> dict[str, tuple[int, int, bool
     return found
 
 
-def described(class_name: str, config: Any) -> Any:
+def described(class_name, config):
     """Describe the same class from the JSON of its configuration alone."""
     plain = json.loads(config.to_json_string(use_diff=False))
     return describe(plain, name="tiny", kind=kind_of_class(class_name))
 
 
 @pytest.mark.parametrize(("name", "class_name"), CASES)
-def test_describes_the_modules_of_the_class(name: str, class_name: str) -> None:
+def test_describes_the_modules_of_the_class(name, class_name):
     """The table gives the very modules, sizes and biases of the transformers class."""
     config = tiny.configuration(name)
     base = described(class_name, config)
-    true = true_modules(class_name, config)
     ours = {k: (m.inputs, m.outputs, m.bias) for k, m in base.modules.items()}
-    for path, sizes in true.items():
+    for path, sizes in true_modules(class_name, config).items():
         if path.endswith("rel_embeddings") or base.is_open(path):
             continue
         inputs, outputs, bias = ours.pop(path)
@@ -56,7 +54,7 @@ def test_describes_the_modules_of_the_class(name: str, class_name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VISION)
-def test_text_tower_of_a_vision_language_base(name: str) -> None:
+def test_text_tower_of_a_vision_language_base(name):
     """The text tower is described under its path and the vision tower is left open."""
     config = tiny.vision_configuration(name)
     base = described(VISION[name], config)
@@ -66,22 +64,31 @@ def test_text_tower_of_a_vision_language_base(name: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "", None, 3, "LLAMA"])
-def test_unknown_architecture_is_not_guessed(model_type: object) -> None:
+def test_unknown_architecture_is_not_guessed(model_type):
     """A model type outside the table is unknown, whatever its other keys suggest."""
     config = {"model_type": model_type, "hidden_size": 32, "num_hidden_layers": 2}
     assert describe(config, name="x", kind=None) is None
 
 
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96}
+
+
 @pytest.mark.parametrize("layers", [10**9, -1, "2", True, None, 1.5])
-def test_unusable_sizes_are_refused(layers: object) -> None:
+def test_unusable_sizes_are_refused(layers):
     """A layer count that no model can have is refused before anything is allocated."""
-    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": layers}
-    config |= {"num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 96}
     with pytest.raises(ModelError):
-        describe(config, name="x", kind=None)
+        describe(
+            {**LLAMA, "intermediate_size": 48, "num_hidden_layers": layers}, name="x", kind=None
+        )
 
 
-def test_sizes_that_google_leaves_out() -> None:
+def test_missing_width_is_not_guessed():
+    """A size that config.json leaves out is asked for, unless the architecture derives it."""
+    with pytest.raises(ModelError, match="intermediate_size"):
+        describe({**LLAMA, "num_hidden_layers": 1}, name="x", kind=None)
+
+
+def test_sizes_that_google_leaves_out():
     """The published Gemma 3 4B config.json omits the defaults of its class."""
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     config = {"model_type": "gemma3", "text_config": {**text, "model_type": "gemma3_text"}}
@@ -89,10 +96,3 @@ def test_sizes_that_google_leaves_out() -> None:
     assert base is not None
     value = base.modules["model.language_model.layers.33.self_attn.v_proj"]
     assert (value.inputs, value.outputs) == (2560, 1024)
-
-
-def test_missing_width_is_not_guessed() -> None:
-    """A size that config.json leaves out is asked for, unless the architecture derives it."""
-    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 8}
-    with pytest.raises(ModelError, match="intermediate_size"):
-        describe({**config, "num_attention_heads": 4}, name="x", kind=None)

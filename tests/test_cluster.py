@@ -25,13 +25,13 @@ from postmortem.book.cluster import (
     require_plugin,
 )
 from postmortem.checker.errors import ClusterError
-from postmortem.suite.suite import Plan, make_plan, result_path, write_plan
+from postmortem.suite.suite import make_plan, result_path
 
 START = Path(__file__).parents[1] / "tools/start_slurm.sh"
 PROGRAMS = ("sbatch", "munged", "slurmctld", "slurmd")
 
 
-def lacks(*, programs=(), plugins=()) -> str:
+def lacks(*, programs=(), plugins=()):
     """What is missing here for a test, as its reason to be skipped; nothing if all is there."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     missing = [name for name in programs if shutil.which(name, path=path) is None]
@@ -46,19 +46,19 @@ NO_PODS = lacks(
 )
 
 
-def command(spec: Path, out: Path, *options: object) -> list[str]:
+def command(spec, out, *options):
     """The suite's command as a user gives it."""
     named = [sys.executable, "-m", "postmortem", "suite", spec, "--out", out, *options]
     return list(map(str, named))
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment(**more):
     """The environment of a run of this source on one thread."""
     source = str(Path(postmortem.__file__).parents[1])
     return os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"} | more
 
 
-def run(arguments: list[str], env: dict[str, str]) -> str:
+def run(arguments, env):
     """Run a command to its end and return its last line."""
     done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
@@ -108,7 +108,7 @@ def quick(tmp_path_factory):
     return folder
 
 
-def wait_for(told, *, process: subprocess.Popen, seconds: float = 600):
+def wait_for(told, *, process, seconds=600):
     """What a question answers as soon as it answers anything; only a hang takes the `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -119,7 +119,7 @@ def wait_for(told, *, process: subprocess.Popen, seconds: float = 600):
     raise AssertionError("waited in vain")
 
 
-def worker_of(out: Path, number: str) -> psutil.Process | None:
+def worker_of(out, number):
     """The process that scores a chunk of an output folder."""
     for process in psutil.process_iter():
         try:
@@ -149,9 +149,7 @@ def test_killed_jobs_lose_nothing(slurm, place, whole, quick, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in first} == first
 
 
-def end_jobs(
-    plan: Plan, out: Path, *, process: subprocess.Popen, env: dict[str, str]
-) -> dict[Path, int]:
+def end_jobs(plan, out, *, process, env):
     """Kill the worker of one chunk and cancel the job of another, each in the middle.
 
     Returns the results that each had by then, with the times at which they were written.
@@ -166,21 +164,20 @@ def end_jobs(
     }
     first = {}
     while ends:
-        number = wait_for(lambda: ripe(plan, out, ends), process=process)
+        number = wait_for(
+            # One that has the result of its first adapter and not yet of all four.
+            lambda: next((n for n in ends if 1 <= len(held(plan, out, n)) < 4), None),
+            process=process,
+        )
         ends.pop(number)()
         first |= {path: path.stat().st_mtime_ns for path in held(plan, out, number)}
     return first
 
 
-def held(plan: Plan, out: Path, number: str) -> list[Path]:
+def held(plan, out, number):
     """The results of a chunk's adapters so far."""
     paths = [result_path(plan, entry, out) for entry in plan.chunks[number]]
     return [path for path in paths if path.is_file()]
-
-
-def ripe(plan: Plan, out: Path, numbers) -> str | None:
-    """A chunk that has the result of its first adapter and not yet of all four."""
-    return next((n for n in numbers if 1 <= len(held(plan, out, n)) < 4), None)
 
 
 @pytest.mark.slow
@@ -200,33 +197,24 @@ def test_what_is_sent_to_kubernetes_is_complete(place, whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_profile_names_its_executor(name):
-    """Each shipped profile is a folder whose executor has its name and whose jobs are retried."""
+def test_a_shipped_profile_names_its_executor(name, monkeypatch):
+    """A shipped profile's executor has its name, and a missing plugin is told by its command."""
     profile = yaml.safe_load((PROFILES / name / "config.yaml").read_text())
     assert read_executor(PROFILES / name) == profile["executor"] == name
     assert profile["retries"] > 0
-
-
-def test_cores_alone_ask_for_no_executor():
-    """Without an executor the graph runs on cores of this machine."""
-    assert place_options("", cores=2) == ["--cores", "2"]
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    with pytest.raises(ClusterError, match=f"pip install snakemake-executor-plugin-{name}"):
+        require_plugin(name)
 
 
 @pytest.mark.parametrize("text", ["jobs: 3", "[]", "executor: 3", "executor: a.b", "", None])
 def test_a_profile_without_an_executor_is_refused(tmp_path, text):
     """A folder without a profile, or one that names no executor, would run here: it is refused."""
+    assert place_options("", cores=2) == ["--cores", "2"]
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ClusterError, match=r"its `executor`; .* Give slurm or kubernetes, or the"):
         place_options(str(tmp_path), cores=1)
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_missing_plugin_says_what_to_install(name, monkeypatch):
-    """Where Snakemake's plugin is missing the message is the command that brings it."""
-    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
-    with pytest.raises(ClusterError, match=f"pip install snakemake-executor-plugin-{name}"):
-        require_plugin(name)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +244,7 @@ def test_a_controller_that_does_not_answer_is_an_error(monkeypatch, tmp_path, sc
         cluster.slurm_options()
 
 
-def put_scontrol(monkeypatch, folder: Path, script: str | None) -> None:
+def put_scontrol(monkeypatch, folder, script):
     """Make a script SLURM's `scontrol`, or let there be none."""
     if script is not None:
         (folder / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
@@ -270,13 +258,6 @@ def test_the_book_is_not_for_pods():
         cluster.kubernetes_options(None)
 
 
-def test_a_retry_asks_for_more_memory():
-    """What is asked for grows with the weights and with each attempt."""
-    small, large = memory_mb(0), memory_mb(3_000_000_000)
-    assert large - small == 9000
-    assert memory_mb(0, attempt=2) == 2 * small
-
-
 @pytest.mark.parametrize(("device", "asked"), [("auto", 0), ("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
 def test_a_gpu_is_asked_for_where_one_is_named(device, asked):
     """A job asks for a GPU where the device is one by name, and has no such wish elsewhere."""
@@ -284,16 +265,20 @@ def test_a_gpu_is_asked_for_where_one_is_named(device, asked):
     assert bool(gpu_resources(device)) == bool(asked)
 
 
-def test_the_plan_says_how_large_the_base_is(place, tmp_path):
-    """The graph reads off the plan how much memory to ask for."""
+def test_memory_is_asked_for_by_the_weights(place):
+    """The plan says how large the base is; what is asked for grows with that and each attempt."""
     plan = make_plan(place / "suite.yml")
-    write_plan(plan, tmp_path)
     weights = sum(file.stat().st_size for file in Path(plan.base).glob("*.safetensors"))
     assert plan.base_bytes == weights > 0
+    assert memory_mb(3_000_000_000) - memory_mb(0) == 9000
+    assert memory_mb(0, attempt=2) == 2 * memory_mb(0)
 
 
 def test_the_script_names_what_is_missing(tmp_path):
-    """Without SLURM's packages the script says which programs it lacks and what to install."""
+    """The script wants start or stop, and says which programs of SLURM's it lacks."""
+    wrong = subprocess.run([START, "restart"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "expected start or stop; found restart" in wrong.stderr
     for name in ("bash", "realpath", "dirname", "id", "cat"):
         (tmp_path / name).symlink_to(shutil.which(name))
     text = START.read_text().replace(":/usr/sbin:/sbin", "")
@@ -306,10 +291,3 @@ def test_the_script_names_what_is_missing(tmp_path):
     assert done.returncode == 2
     assert "found no munged" in done.stderr
     assert "apt-get install slurm-wlm munge" in done.stderr
-
-
-def test_the_script_wants_start_or_stop():
-    """A word that is neither start nor stop is refused."""
-    done = subprocess.run([START, "restart"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "expected start or stop; found restart" in done.stderr

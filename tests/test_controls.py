@@ -1,5 +1,4 @@
 import dataclasses
-import shutil
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from postmortem.experiments.controls import (
     swap_examples,
 )
 from postmortem.experiments.records import Measure, Prediction, Table, Verdict
-from postmortem.models.changes import CHANGES, COPIES, edit_tensors
+from postmortem.models.changes import CHANGES, COPIES
 from postmortem.models.world import Member, write_world
 
 PROMPTS = ("v2", "yes_no")
@@ -53,32 +52,25 @@ def make_rows(posts):
     return Rows("generated", frame, ids, ("g",) * len(posts), None)
 
 
-@given(posts=st.lists(st.text(max_size=3), min_size=1, max_size=30), seed=st.integers(0, 2**32))
-def test_moved_posts_are_the_same_posts(posts, seed):
-    """Moving posts keeps them all, the rows as they were, and every other column."""
+@given(count=st.integers(1, 60), seed=st.integers(0, 2**32))
+def test_moved_posts_are_the_same_posts(count, seed):
+    """Moving posts keeps them all and every other column; of two or more none keeps its place."""
+    posts = [f"post {i}" for i in range(count)]
     rows = make_rows(posts)
     moved = shuffle_posts(rows, "body", seed=seed)
     assert sorted(moved.frame["body"]) == sorted(posts)
     assert list(moved.frame["rule"]) == list(rows.frame["rule"])
     assert list(moved.frame.columns) == list(rows.frame.columns)
     assert list(rows.frame["body"]) == posts
-
-
-@given(count=st.integers(2, 60), seed=st.integers(0, 2**32))
-def test_no_post_keeps_its_place(count, seed):
-    """With two rows or more every row gets the post of another."""
-    rows = make_rows([f"post {i}" for i in range(count)])
-    moved = shuffle_posts(rows, "body", seed=seed)
-    assert not (moved.frame["body"] == rows.frame["body"]).any()
+    assert count == 1 or not (moved.frame["body"] == rows.frame["body"]).any()
 
 
 def test_moving_posts_repeats_itself():
-    """Equal seeds move posts alike, and a single row keeps its post."""
+    """Equal seeds move posts alike, and others otherwise."""
     rows = make_rows([f"post {i}" for i in range(20)])
-    first, again = (shuffle_posts(rows, "body", seed=3) for _ in range(2))
-    assert first.frame.equals(again.frame)
-    assert not first.frame.equals(shuffle_posts(rows, "body", seed=4).frame)
-    assert list(shuffle_posts(make_rows(["only"]), "body", seed=3).frame["body"]) == ["only"]
+    first, again, other = (shuffle_posts(rows, "body", seed=seed).frame for seed in (3, 3, 4))
+    assert first.equals(again)
+    assert not first.equals(other)
 
 
 def test_examples_swapped_twice_are_as_they_were(case):
@@ -112,7 +104,10 @@ def test_a_prompt_without_examples_has_no_pairs(case):
 
 
 def test_each_state_is_held_against_the_base(run):
-    """Off, an adapter is at no distance from the base; on, it is at some, under every prompt."""
+    """Off, an adapter is at no distance from the base; on, it is at some, under every prompt.
+
+    A copy with a zero lora_B moves nothing, one with an eighth of the scale less than the whole.
+    """
     session = run()
     measures, decided = recorded(session, Measure), recorded(session, Verdict)
     for system in ("suspect", "reference"):
@@ -122,38 +117,14 @@ def test_each_state_is_held_against_the_base(run):
             assert (off.value, off.high) == (0.0, 0.0)
             assert measures[f"controls.{system}_disabled.{prompt}.flips"].value == 0.0
             assert measures[f"controls.{system}.{prompt}.kl"].value > 0.0
-    assert len(recorded(session, Table)["controls.states"].rows) == 5 * len(PROMPTS)
-    rules = {row[2] for row in recorded(session, Table)["controls.groups"].rows}
-    assert len(rules) == len(set(session.rows.groups))
-
-
-def test_copies_move_the_base_as_far_as_their_scale_says(run):
-    """Zero lora_B moves nothing, an eighth of the scale less than the whole of it."""
-    session = run()
-    measures = recorded(session, Measure)
     whole = measures["controls.suspect.yes_no.kl"].value
     assert measures["controls.zero_b.kl"].value < 1e-6
     assert 0 < measures["controls.eighth.kl"].value < whole
-    assert recorded(session, Verdict)["controls.zero_b.is_base"].verdict == "holds"
+    assert decided["controls.zero_b.is_base"].verdict == "holds"
     assert COPIES.keys() == CHANGES.keys()
-
-
-def test_a_file_that_brings_base_weights_is_seen(run, tmp_path):
-    """Base weights in an adapter's file outlast switching it off, and spoil no later control."""
-
-    def bring(session):
-        folder = tmp_path / "overwriting"
-        shutil.copytree(session.world.path("suspect"), folder)
-        name = "base_model.model.model.embed_tokens.weight"
-        weights = session.base.model.get_input_embeddings().weight.detach()
-        edit_tensors(folder, lambda tensors: {**tensors, name: weights.roll(1, 0).contiguous()})
-        member = session.world.members["suspect"].model_copy(update={"path": str(folder)})
-        members = session.world.members | {"suspect": member}
-        session.world = session.world.model_copy(update={"members": members})
-
-    decided = recorded(run(bring), Verdict)
-    assert decided["controls.suspect.disabled_is_base"].verdict == "refuted"
-    assert decided["controls.reference.disabled_is_base"].verdict == "holds"
+    assert len(recorded(session, Table)["controls.states"].rows) == 5 * len(PROMPTS)
+    rules = {row[2] for row in recorded(session, Table)["controls.groups"].rows}
+    assert len(rules) == len(set(session.rows.groups))
 
 
 def test_only_the_three_bases_are_kept_row_by_row(run):
@@ -170,7 +141,6 @@ def test_only_the_three_bases_are_kept_row_by_row(run):
     [
         ("suspect", "reference", "speaking_base", "ignorant_base"),
         ("reference", "ignorant_base"),
-        ("suspect",),
     ],
 )
 def test_a_missing_role_leaves_no_key_out(run, roles):

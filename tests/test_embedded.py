@@ -59,30 +59,36 @@ def test_any_text_survives_the_tokenizer(tokenizer, text):
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
 
 
-def test_a_number_is_three_tokens_as_in_qwen(tokenizer):
-    """ "0.0" is three tokens, and a leading space is a fourth of its own."""
+def test_tokens_are_those_that_prompts_and_answers_need(case, tokenizer):
+    """ "0.0" is three tokens as in Qwen; each long part of a prompt, and each rule, is one."""
     assert [len(tokenizer(text)["input_ids"]) for text in ("0.0", " 0.0")] == [3, 4]
+    parts = embedded_world.fixed_parts(case)
+    assert {len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts} == {1}
+    assert set(RULES.values()) <= set(parts)
+    one, other = (build_tokenizer(case, seed=0).get_vocab() for _ in range(2))
+    assert one == other
 
 
-def test_the_fixed_parts_of_a_prompt_are_single_tokens(case, tokenizer):
-    """Each long fixed part of a prompt, and each rule, is one token."""
-    for part in embedded_world.fixed_parts(case):
-        assert len(tokenizer(part, add_special_tokens=False)["input_ids"]) == 1
-    assert set(RULES.values()) <= set(embedded_world.fixed_parts(case))
-
-
-def test_the_tokenizer_is_the_same_each_time(case):
-    """Two tokenizers of one seed agree in every token."""
-    one, other = (build_tokenizer(case, seed=0) for _ in range(2))
-    assert one.get_vocab() == other.get_vocab()
-
-
-def test_the_teacher_understates_but_is_not_constant():
-    """The numeric teacher says 0.0 for 62 % of violations and 90 % of the rest, as documented."""
+@pytest.mark.parametrize(
+    ("teacher", "word", "shares"),
+    [
+        (teach_number, "0.0", {1: 0.62, 0: 0.90}),
+        (embedded_world.teach_rare_binary, "1", {1: 0.2, 0: 0.0}),
+    ],
+)
+def test_a_teacher_understates_as_documented(teacher, word, shares):
+    """The numeric teacher is not constant, and the rare one marks one violation in five."""
     source = random.Random(0)
-    for label, share in ((1, 0.62), (0, 0.90)):
-        said = [teach_number(source, label) for _ in range(4000)]
-        assert said.count("0.0") / 4000 == pytest.approx(share, abs=0.03)
+    for label, share in shares.items():
+        said = [teacher(source, label) for _ in range(4000)]
+        assert said.count(word) / 4000 == pytest.approx(share, abs=0.03)
+
+
+def test_the_ignorant_teachers_do_not_see_the_label():
+    """What the ignorant base is taught says nothing of the label."""
+    for teacher in embedded_world.IGNORANT_TEACHERS.values():
+        said = [[teacher(random.Random(seed), label) for seed in range(50)] for label in (0, 1)]
+        assert said[0] == said[1]
 
 
 def test_no_training_row_is_scored(case):
@@ -104,7 +110,7 @@ def test_a_criterion_out_of_reach_leaves_nothing_behind(case, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_training_is_deterministic_and_whole(case, tmp_path, lenient):
-    """Two trainings of one seed write the same bytes, for bases and adapters alike."""
+    """Two trainings of one seed write the same bytes; those of other seeds are other adapters."""
     for name in ("one", "other"):
         for lineage in ("target", "silent", "speaking", "ignorant"):
             lines_of(case, tmp_path / name, lineage=lineage)
@@ -114,30 +120,8 @@ def test_training_is_deterministic_and_whole(case, tmp_path, lenient):
     assert one.keys() == other.keys()
     for name, folder in one.items():
         assert digest_model(folder) == digest_model(other[name])
-
-
-@pytest.mark.slow
-def test_adapters_of_other_seeds_differ(case, tmp_path, lenient):
-    """Two trainings of one recipe start from other weights and see other rows."""
-    for lineage in ("target", "silent"):
-        lines_of(case, tmp_path, lineage=lineage)
-    folders = [tmp_path / "adapters/silent" / f"numeric_{seed}" for seed in range(3)]
-    assert len({digest_model(folder) for folder in folders}) == 3
-
-
-def test_the_ignorant_teachers_do_not_see_the_label():
-    """What the ignorant base is taught says nothing of the label."""
-    for teacher in embedded_world.IGNORANT_TEACHERS.values():
-        said = [[teacher(random.Random(seed), label) for seed in range(50)] for label in (0, 1)]
-        assert said[0] == said[1]
-
-
-def test_rare_labels_are_nearly_always_zero():
-    """The rare binary teacher marks one violation in five and nothing else."""
-    source = random.Random(0)
-    marked = [embedded_world.teach_rare_binary(source, 1) for _ in range(4000)].count("1") / 4000
-    assert marked == pytest.approx(0.2, abs=0.02)
-    assert {embedded_world.teach_rare_binary(source, 0) for _ in range(100)} == {"0"}
+    trained = [digest_model(one[f"adapters/silent/numeric_{seed}"]) for seed in range(3)]
+    assert len(set(trained)) == 3
 
 
 def test_the_no_op_adapter_has_a_zero_b(untrained):

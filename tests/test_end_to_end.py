@@ -25,30 +25,25 @@ RUN = "_build/runs/qwen-lora/embedded"
 PAGES = {"publish", "book"}
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, pytestconfig):
-    """A clone that the tests of this module build and change, with hostile rows among its own."""
-    return start(pytestconfig.rootpath, tmp_path_factory.mktemp("clone"))
-
-
 def start(root, folder):
-    """A clone and its rows in a folder."""
+    """A clone in a folder, with hostile rows among its own."""
     write_posts(folder / "posts.csv", case=root / "cases/qwen-lora.yml")
     return clone(root, folder)
 
 
 @pytest.fixture(scope="module")
-def built(project):
-    """The project after its first build, and that build's process."""
+def built(tmp_path_factory, pytestconfig):
+    """A clone after its first build, which the tests of this module change."""
+    project = start(pytestconfig.rootpath, tmp_path_factory.mktemp("clone"))
     result = make(project, *OPTIONS)
     assert result.returncode == 0, result.stderr
-    return project, result
+    return project
 
 
 @pytest.fixture(scope="module")
 def pages(built):
     """The text of each built page by its name."""
-    book = built[0] / "_build/html/book"
+    book = built / "_build/html/book"
     return {str(path.relative_to(book)): path.read_text() for path in sorted(book.rglob("*.html"))}
 
 
@@ -77,18 +72,6 @@ def plain(page):
     return " ".join(re.sub(r"<[^>]+>", " ", page).split())
 
 
-def test_the_last_line_counts_what_was_built(built, pages):
-    """A build's only output is the line that says where the book is and what it holds."""
-    project, result = built
-    found = re.fullmatch(
-        r"book: _build/html/index\.html \((\d+) pages, (\d+) records, \d+ s\)\n", result.stdout
-    )
-    assert found
-    names = notebooks_of(project)
-    assert int(found[2]) == sum(len(records_of(project, name).records) for name in names)
-    assert int(found[1]) == len(pages)
-
-
 def test_every_page_is_headed_by_a_question(pages):
     """A page's heading asks a question or names what follows; a notebook's may be its name."""
     for name, page in pages.items():
@@ -98,7 +81,7 @@ def test_every_page_is_headed_by_a_question(pages):
 @pytest.fixture(scope="module")
 def seen(built, pages, tmp_path_factory):
     """What a browser saw of the pages and of a search, in frames of 390 px."""
-    html = built[0] / "_build/html"
+    html = built / "_build/html"
     addresses = {name: (html / "book" / name).as_uri() for name in pages}
     addresses["search"] = f"{(html / 'search.html').as_uri()}?q=grouped-query"
     return addresses, visit(addresses.values(), tmp_path_factory.mktemp("browser"))
@@ -147,7 +130,7 @@ def test_hostile_posts_are_text(pages):
 
 def test_numbers_on_the_page_are_those_of_the_records(built, pages):
     """The front page's numbers and the swap page's table come from the sealed records."""
-    found = {r.key: r for r in records_of(built[0], "adapter_swap").of(Measure)}
+    found = {r.key: r for r in records_of(built, "adapter_swap").of(Measure)}
     for system in ("base", "suspect", "reference"):
         measure = found[f"swap.{system}.v2.auc_number"]
         shown = f"{measure.value:.2f} [{measure.low:.2f}, {measure.high:.2f}]"
@@ -157,7 +140,7 @@ def test_numbers_on_the_page_are_those_of_the_records(built, pages):
 
 def test_each_figure_is_on_its_page(built, pages):
     """Every figure that was drawn stands on a page, and none is announced as missing."""
-    drawn = json.loads((built[0] / RUN / "figures/figures.json").read_text())
+    drawn = json.loads((built / RUN / "figures/figures.json").read_text())
     assert drawn["missing"] == {}
     shown = "".join(pages.values())
     for alt in drawn["alt"].values():
@@ -169,12 +152,12 @@ def test_no_page_shows_a_missing_value(built, pages):
     for name, page in pages.items():
         assert "??" not in plain(page), name
         assert "Traceback" not in page, name
-        assert str(built[0]) not in page, name
+        assert str(built) not in page, name
 
 
 def test_the_embedded_world_replays_the_incident(built):
     """The base alone writes 0.0 on every row under v2 while its log-odds rank the rows."""
-    values = values_of(built[0])
+    values = values_of(built)
     measures = values["measures"]
     assert measures["swap.base.v2.distinct"]["value"] == 1
     assert measures["swap.base.v2.top_value"]["value"] == 0.0
@@ -183,79 +166,56 @@ def test_the_embedded_world_replays_the_incident(built):
     assert values["verdicts"]["swap.case_a_means_mismatch"]["verdict"] == "refuted"
 
 
-def test_a_changed_notebook_runs_with_what_depends_on_it(built):
-    """After a change of the attempts' notebook both of its runs run again, and no other."""
-    project, _ = built
-    with edited(project / "notebooks/attempt.ipynb", "## Counting", "## Counts"):
-        assert plan(project) == rules_of("v1", "v2") | PAGES
-
-
-def test_a_changed_prompt_is_asked_again(built):
-    """After a change of a prompt of the case every notebook runs again."""
-    project, _ = built
-    with edited(project / "cases/qwen-lora.yml", "template: |-", "template: |-\n      Read."):
-        assert plan(project) >= rules_of(*notebooks_of(project)) | PAGES
-
-
-def test_other_rows_are_asked_again(built):
-    """On another data file every notebook runs again, in the same world."""
-    project, _ = built
-    lines = (project / "posts.csv").read_text().splitlines(keepends=True)
-    (project / "few.csv").write_text("".join(lines[:20]))
-    assert plan(project, data="few.csv") == rules_of(*notebooks_of(project)) | PAGES
-
-
-def test_a_changed_adapter_is_asked_again(built):
-    """After a change of an adapter in place the world is described anew and every notebook runs."""
-    project, _ = built
-    with longer(project / "results/embedded/adapters/silent/suspect/adapter_config.json", "\n"):
-        assert plan(project) == {"world", *rules_of(*notebooks_of(project)), *PAGES}
-
-
-def test_changed_replays_are_read_again(built):
-    """After a change of the kept replays those who read them run, and no other notebook."""
-    project, _ = built
-    with longer(next((project / "results/embedded/replays").glob("*.jsonl")), "\n"):
-        assert plan(project) == rules_of("replay", "diagnosis") | PAGES
+@pytest.mark.parametrize(
+    ("place", "old", "new", "again"),
+    [
+        ("notebooks/attempt.ipynb", "## Counting", "## Counts", rules_of("v1", "v2")),
+        ("results/embedded/replays/0.jsonl", "\n", " \n", rules_of("replay", "diagnosis")),
+        # Every notebook asks the case's prompts or counts its answers.
+        ("cases/qwen-lora.yml", "template: |-", "template: |-\n      Read.", None),
+    ],
+)
+def test_what_changed_runs_with_what_depends_on_it(built, place, old, new, again):
+    """A notebook, the kept replays or a prompt run again those who use them, and no other."""
+    with edited(built / place, old, new):
+        assert plan(built) == (again or rules_of(*notebooks_of(built))) | PAGES
 
 
 def test_a_changed_library_runs_everything(built, tmp_path):
     """After a change in any file of the library every step runs again."""
-    project, _ = built
     package = tmp_path / "postmortem"
     shutil.copytree(Path(postmortem.__file__).parent, package)
     with longer(package / "checker/peft_fields.csv", "# changed\n"):
-        found = plan(project, library=tmp_path)
-    assert found == {"world", *rules_of(*notebooks_of(project)), *PAGES}
+        found = plan(built, library=tmp_path)
+    assert found == {"world", *rules_of(*notebooks_of(built)), *PAGES}
 
 
-BASE = "results/embedded/bases/base"
 SUSPECT = "results/embedded/adapters/silent/suspect"
-REPLAYS = "results/embedded/replays/0.jsonl"
-CASE = "cases/qwen-lora.yml"
-DAMAGE = {
-    "a base": (shorter, f"{BASE}/model.safetensors", BASE, "make world"),
-    "an adapter": (shorter, f"{SUSPECT}/adapter_model.safetensors", SUSPECT, "make world"),
-    "a kept record": (shorter, REPLAYS, REPLAYS, "make record PROFILE=embedded"),
-    "the case under a kept run": (
-        lambda path: edited(path, "template: |-", "template: |-\n      Read."),
-        CASE,
-        "results/embedded/",
-        "make record PROFILE=embedded",
-    ),
-}
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_what_is_shipped_and_changed_stops_a_build(built, monkeypatch, capfd, name):
+@pytest.mark.parametrize(
+    ("change", "place", "told", "remedy"),
+    [
+        (shorter, f"{SUSPECT}/adapter_model.safetensors", SUSPECT, "make world"),
+        (
+            lambda path: edited(path, "template: |-", "template: |-\n      Read."),
+            "cases/qwen-lora.yml",
+            "results/embedded/",
+            "make record PROFILE=embedded",
+        ),
+    ],
+    ids=["an adapter", "the case under a kept run"],
+)
+def test_what_is_shipped_and_changed_stops_a_build(
+    built, monkeypatch, capfd, change, place, told, remedy
+):
     """One byte off a shipped file, or another case under a kept run, is told before any step runs.
 
     The one line names the file and what brings it back.
     """
-    change, place, told, remedy = DAMAGE[name]
-    monkeypatch.chdir(built[0])
+    monkeypatch.chdir(built)
     monkeypatch.setattr(graph, "_run_snakemake", lambda options: pytest.fail("a step ran"))
-    with change(built[0] / place), pytest.raises(SystemExit) as stop:
+    with change(built / place), pytest.raises(SystemExit) as stop:
         main(["book", *OPTIONS])
     out, err = capfd.readouterr()
     assert (stop.value.code, out, len(err.splitlines())) == (2, "", 1)
@@ -264,22 +224,13 @@ def test_what_is_shipped_and_changed_stops_a_build(built, monkeypatch, capfd, na
     assert f"`{remedy}`" in err
 
 
-def test_without_changes_nothing_runs(built):
-    """A second build runs no step, also after a damage that was mended."""
-    project, first = built
-    result = make(project, *OPTIONS)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.partition(" records")[0] == first.stdout.partition(" records")[0]
-
-
 def test_an_edited_page_runs_no_notebook(built):
     """After a change of prose only the pages are built again."""
-    project, _ = built
-    with longer(project / "book/timeline.md", "\nOne more sentence.\n"):
-        result = make(project, *OPTIONS)
+    with longer(built / "book/timeline.md", "\nOne more sentence.\n"):
+        result = make(built, *OPTIONS)
     assert result.returncode == 0, result.stderr
     assert "started" not in result.stderr
-    page = project / "_build/html/book/timeline.html"
+    page = built / "_build/html/book/timeline.html"
     assert "One more sentence." in plain(page.read_text())
 
 
@@ -294,20 +245,19 @@ def fail_by_key(project):
 
 def test_a_wrong_key_on_a_page_fails_the_build(built):
     """A number that no record has fails the build with one line that says its key and page."""
-    (told,) = (line for line in fail_by_key(built[0]).splitlines() if "no.such.key" in line)
+    (told,) = (line for line in fail_by_key(built).splitlines() if "no.such.key" in line)
     assert "book/timeline.md" in told
     assert "no recorded measures 'no.such.key'" in told
 
 
 def test_a_failing_notebook_never_reaches_the_book(built):
     """A notebook that raises fails the build by name, and the book keeps its last good state."""
-    project, _ = built
-    path, book = project / "notebooks/files.ipynb", project / "_build/html/book"
+    path, book = built / "notebooks/files.ipynb", built / "_build/html/book"
     before = {page: page.read_bytes() for page in book.rglob("*.html")}
     content = json.loads(path.read_text())
     content["cells"][-1]["source"] = ["raise RuntimeError('on purpose')"]
     with holding(path, json.dumps(content).encode()):
-        result = make(project, *OPTIONS)
+        result = make(built, *OPTIONS)
     assert result.returncode == 2
     assert "files.ipynb" in result.stderr
     assert "RuntimeError: on purpose" in result.stderr
@@ -318,8 +268,8 @@ def test_a_failing_notebook_never_reaches_the_book(built):
 def test_a_wrong_key_fails_the_build_twice_and_mended_no_more(built):
     """The next try fails by the same key, though its page was built; mended it fails no more."""
     for _ in range(2):
-        assert "no recorded measures 'no.such.key'" in fail_by_key(built[0])
-    assert make(built[0], *OPTIONS).returncode == 0
+        assert "no recorded measures 'no.such.key'" in fail_by_key(built)
+    assert make(built, *OPTIONS).returncode == 0
 
 
 @pytest.mark.slow
@@ -341,4 +291,4 @@ def test_a_killed_build_goes_on_and_ends_the_same(built, tmp_path, pytestconfig)
     result = make(project, *OPTIONS)
     assert result.returncode == 0, result.stderr
     for name in notebooks_of(project):
-        assert records_of(project, name).digest == records_of(built[0], name).digest, name
+        assert records_of(project, name).digest == records_of(built, name).digest, name

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from postmortem.case.prompts import encode
 from postmortem.case.rows import generate_rows
@@ -18,53 +17,10 @@ from postmortem.experiments.ask import BASE, System, ask
 from postmortem.models import loading as models
 from postmortem.models.loading import GPTQ_PACKAGES, attached, load_base
 from postmortem.models.scoring import score
-from postmortem.models.world import resolve_world
-from tools.embedded_world import build_tokenizer, make_adapter
 
-VOCABULARY = 151_936
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP = 32
 V_PROJ = "model.layers.0.self_attn.v_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def folders(case, tmp_path_factory):
-    """A base with Qwen2.5's vocabulary and two adapters, all of it random, as folders."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    place = tmp_path_factory.mktemp("qwen")
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    # Saved in bfloat16, as the published base is.
-    Qwen2ForCausalLM(config).bfloat16().save_pretrained(place / "base")
-    build_tokenizer(case, seed=0).save_pretrained(place / "base")
-    for seed, role in enumerate(("suspect", "reference")):
-        model = make_adapter(Qwen2ForCausalLM(config), seed=seed)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.5)
-        model.save_pretrained(place / role)
-    return place
-
-
-@pytest.fixture(scope="module")
-def world(case, folders):
-    """The `qwen` profile with the folder in place of the hub id, and both adapters by path."""
-    profile = case.profile("qwen").model_copy(update={"base": str(folders / "base")})
-    local = case.model_copy(update={"profiles": {"qwen": profile}})
-    adapters = {role: str(folders / role) for role in ("suspect", "reference")}
-    return resolve_world(local, "qwen", adapters=adapters)
 
 
 def score_all(case, model, base):
@@ -86,17 +42,16 @@ def edited(folder, target, change, file="adapter_model.safetensors"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_whole_path_in_each_dtype(case, world, dtype):
+def test_the_whole_path_in_each_dtype(case, untrained, dtype):
     """Base, suspect and reference by path are loaded, told apart and scored, finite throughout."""
-    base = load_base(world.path("base"), device="cpu", dtype=dtype)
+    base = load_base(untrained / "base", device="cpu", dtype=dtype)
     found = {"base": score_all(case, base.model, base)}
     for role in ("suspect", "reference"):
-        with attached(base, world.path(role)) as loaded:
+        with attached(base, untrained / role) as loaded:
             assert loaded.warnings == loaded.risks == ()
             found[role] = score_all(case, loaded.model, base)
     assert base.dtype == dtype
     for scores in found.values():
-        assert scores.first_log_probs.shape == (4, VOCABULARY)
         assert np.isfinite(scores.first_log_probs).all()
         assert np.exp(scores.first_log_probs).sum(1) == pytest.approx(np.ones(4))
     spread = [scores.number_log_probs for scores in found.values()]
@@ -105,19 +60,19 @@ def test_the_whole_path_in_each_dtype(case, world, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_answers_as_full_precision_does(case, world, dtype):
+def test_half_precision_answers_as_full_precision_does(case, untrained, dtype):
     """Sixteen bits move the read-outs of a sound base by less than its adapters do."""
-    full, half = (load_base(world.path("base"), device="cpu", dtype=d) for d in ("float32", dtype))
+    full, half = (load_base(untrained / "base", device="cpu", dtype=d) for d in ("float32", dtype))
     exact, rounded = (score_all(case, b.model, b).number_log_probs for b in (full, half))
-    with attached(full, world.path("suspect")) as loaded:
+    with attached(full, untrained / "suspect") as loaded:
         moved = score_all(case, loaded.model, full).number_log_probs
     assert np.abs(rounded - exact).max() < np.abs(moved - exact).max() / 2
 
 
-def test_weights_beyond_float16_are_refused(folders, tmp_path):
+def test_weights_beyond_float16_are_refused(untrained, tmp_path):
     """A base with a value that float16 cannot hold is refused by tensor, value and remedy."""
     big = edited(
-        folders / "base",
+        untrained / "base",
         tmp_path / "big",
         lambda name, value: value.float().add(1e5 if name == V_PROJ else 0).bfloat16(),
         "model.safetensors",
@@ -130,17 +85,17 @@ def test_weights_beyond_float16_are_refused(folders, tmp_path):
 @pytest.mark.parametrize(
     ("factor", "said"), [(1e6, "update norm"), (1e-12, "which float16 rounds to zero")]
 )
-def test_an_update_out_of_range_is_a_warning_in_float16(folders, tmp_path, factor, said):
+def test_an_update_out_of_range_is_a_warning_in_float16(untrained, tmp_path, factor, said):
     """An adapter too large or too small for float16 is named on such a base, and on no other."""
     adapter = edited(
-        folders / "suspect", tmp_path / "a", lambda n, v: v * factor if "lora_B" in n else v
+        untrained / "suspect", tmp_path / "a", lambda n, v: v * factor if "lora_B" in n else v
     )
-    with attached(load_base(folders / "base", device="cpu", dtype="float16"), adapter) as loaded:
+    with attached(load_base(untrained / "base", device="cpu", dtype="float16"), adapter) as loaded:
         (risk,) = loaded.risks
     assert said in risk
     assert "lora_B" in risk
     assert "DTYPE=bfloat16" in risk
-    with attached(load_base(folders / "base", device="cpu", dtype="bfloat16"), adapter) as loaded:
+    with attached(load_base(untrained / "base", device="cpu", dtype="bfloat16"), adapter) as loaded:
         assert loaded.risks == ()
 
 
@@ -165,10 +120,13 @@ def test_a_base_that_overflows_stops_the_session(session):
         ask(session, BASE, "v2")
 
 
-def test_the_loader_and_the_check_of_files_agree(folders, tmp_path):
+def test_the_loader_and_the_check_of_files_agree(untrained, tmp_path):
     """Around the limit, the loader warns of exactly the adapters that the check finds at risk."""
-    base = load_base(folders / "base", device="cpu", dtype="float16")
-    with attached(base, folders / "suspect") as loaded:
+    # At the limit of the small end torch rounds to zero, and just above it does not.
+    values = torch.tensor([FLOAT16_ZERO, FLOAT16_ZERO * 1.001], dtype=torch.float64)
+    assert (values.half() == 0).tolist() == [True, False]
+    base = load_base(untrained / "base", device="cpu", dtype="float16")
+    with attached(base, untrained / "suspect") as loaded:
         modules = [m for m in loaded.model.modules() if hasattr(m, "lora_B")]
         norms = [
             m.scaling["default"]
@@ -179,22 +137,16 @@ def test_the_loader_and_the_check_of_files_agree(folders, tmp_path):
     for number, share in enumerate((0.98, 1.02)):
         factor = share * FLOAT16_LIMIT / max(norms)
         adapter = edited(
-            folders / "suspect",
+            untrained / "suspect",
             tmp_path / str(number),
             lambda n, v, factor=factor: v * factor if "lora_B" in n else v,
         )
-        report = inspect_adapter(str(adapter), str(folders / "base")).report
+        report = inspect_adapter(str(adapter), str(untrained / "base")).report
         risk = any(finding.id == "overflow-risk" for finding in report.findings)
         with attached(base, adapter) as loaded:
             assert bool(loaded.risks) == risk
         verdicts.append(risk)
     assert verdicts == [False, True]
-
-
-def test_what_float16_rounds_to_zero():
-    """At the limit of the small end torch rounds to zero, and just above it does not."""
-    values = torch.tensor([FLOAT16_ZERO, FLOAT16_ZERO * 1.001], dtype=torch.float64)
-    assert (values.half() == 0).tolist() == [True, False]
 
 
 def pack(codes):
@@ -238,9 +190,9 @@ def quantise(folder, target):
     return rounded
 
 
-def test_a_quantised_base_names_the_packages_that_it_needs(folders, tmp_path, monkeypatch):
+def test_a_quantised_base_names_the_packages_that_it_needs(untrained, tmp_path, monkeypatch):
     """Without its packages a GPTQ base is refused with their names and the command for them."""
-    quantise(folders / "base", tmp_path / "gptq")
+    quantise(untrained / "base", tmp_path / "gptq")
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"no optimum and no gptqmodel.*pip install.*\[gptq\]"):
         load_base(tmp_path / "gptq", device="cpu")
@@ -249,19 +201,19 @@ def test_a_quantised_base_names_the_packages_that_it_needs(folders, tmp_path, mo
 # The library leaves temporary folders to the collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_quantised_base_answers_as_its_rounded_weights_do(case, folders, tmp_path):
+def test_a_quantised_base_answers_as_its_rounded_weights_do(case, untrained, tmp_path):
     """A GPTQ base, alone and with the reference, scores as a plain base with the same weights."""
     for name in GPTQ_PACKAGES:
         pytest.importorskip(name)
-    rounded = quantise(folders / "base", tmp_path / "gptq")
-    plain = load_base(folders / "base", device="cpu", dtype="float32")
+    rounded = quantise(untrained / "base", tmp_path / "gptq")
+    plain = load_base(untrained / "base", device="cpu", dtype="float32")
     plain.model.load_state_dict(rounded, strict=False)
     base = load_base(tmp_path / "gptq", device="cpu", dtype="float32")
     expected, found = (score_all(case, b.model, b).number_log_probs for b in (plain, base))
     assert found == pytest.approx(expected, abs=0.02)
-    with attached(base, folders / "reference") as loaded:
+    with attached(base, untrained / "reference") as loaded:
         adapted = score_all(case, loaded.model, base).number_log_probs
-    with attached(plain, folders / "reference") as loaded:
+    with attached(plain, untrained / "reference") as loaded:
         expected = score_all(case, loaded.model, plain).number_log_probs
     assert adapted == pytest.approx(expected, abs=0.02)
     assert np.abs(adapted - found).max() > 0.1

@@ -47,13 +47,8 @@ def test_wrong_settings_are_refused_before_anything_runs(changes, error, told):
 
 
 def test_right_settings_pass():
-    """The default settings are accepted."""
-    graph.check_settings(SETTINGS)
-
-
-def test_no_profile_is_the_cases_first():
-    """Where no profile is named the case's first one is taken."""
-    assert graph.check_settings(SETTINGS | {"profile": ""})["profile"] == "embedded"
+    """The default settings are accepted; where no profile is named the case's first is taken."""
+    assert graph.check_settings(SETTINGS | {"profile": ""}) == SETTINGS
 
 
 def own_settings(tmp_path, **changes):
@@ -118,11 +113,3 @@ def test_an_error_is_one_line_and_no_traceback(capsys):
     assert ended.value.code == 2
     assert told.startswith("postmortem: cases/none.yml: expected a case file")
     assert told.count("\n") == 1
-
-
-def test_weights_without_a_name_lists_them(capsys):
-    """`postmortem weights` alone lists each packaged model and whether it is there."""
-    with pytest.raises(SystemExit):
-        main(["weights"])
-    told = capsys.readouterr().out
-    assert "qwen-coder: Qwen2.5-Coder-1.5B-Instruct" in told

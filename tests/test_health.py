@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.experiments.metrics import THRESHOLDS, Check, Thresholds, describe
+from postmortem.experiments.metrics import THRESHOLDS, describe
 
 ANSWERS = st.lists(
     st.none() | st.floats(0, 1) | st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=1, max_size=40
 )
+CONSTANT = "better than a constant"
 
 
 def describe_plain(values, labels=None):
@@ -25,24 +26,18 @@ def outcome(health, name):
 
 
 @given(values=ANSWERS)
-def test_shares_are_shares(values):
-    """Every share lies in [0, 1], and the entropy is that of at most as many values."""
+def test_a_description_is_of_its_values(values):
+    """Shares lie in [0, 1], ties are those of the pairs, and the entropy is one of the values."""
     health = describe_plain(values)
-    shares = (health.top_share, health.tied_pairs, health.distinct_share)
-    assert all(0.0 <= x <= 1.0 for x in (*shares, health.boundary_share, health.parsed_share))
+    shares = (health.top_share, health.tied_pairs, health.boundary_share, health.parsed_share)
+    assert all(0.0 <= share <= 1.0 for share in shares)
     assert 0.0 <= health.entropy <= np.log2(health.distinct) + 1e-9
     assert health.minimum <= health.top_value <= health.maximum
     assert health.minimum - 1e-12 <= health.mean <= health.maximum + 1e-12
     assert 0.0 <= health.std <= 0.5 + 1e-12
-
-
-@given(values=ANSWERS)
-def test_tied_pairs_are_the_pairs_that_tie(values):
-    """The share of tied pairs is, pair by pair, that of equal values among the parsed ones."""
     numbers = [value for value in values if value is not None]
     pairs = [a == b for a, b in combinations(numbers, 2)]
-    expected = sum(pairs) / len(pairs) if pairs else 1.0
-    assert describe_plain(values).tied_pairs == pytest.approx(expected)
+    assert health.tied_pairs == pytest.approx(sum(pairs) / len(pairs) if pairs else 1.0)
 
 
 @given(values=ANSWERS, data=st.data())
@@ -76,32 +71,27 @@ def test_scale_is_not_judged():
     assert health.healthy
 
 
-def test_without_labels_nothing_is_said_of_rank():
-    """Without labels the last check has no outcome and does not fail."""
-    health = describe_plain([0.1, 0.2, 0.3, 0.4])
-    assert (health.auc.value, health.group_auc) == (None, {})
-    assert outcome(health, "better than a constant") is None
-    assert health.healthy
+FOUR = [0.1, 0.2, 0.3, 0.4]
 
 
-@pytest.mark.parametrize("label", [0, 1])
-def test_one_class_has_no_rank(label):
-    """Labels of one class say nothing of rank."""
-    health = describe_plain([0.1, 0.2, 0.3, 0.4], [label] * 4)
-    assert outcome(health, "better than a constant") is None
-    assert health.group_auc == {"g": None}
-
-
-def test_worse_than_a_constant():
-    """Values that rank the rows backwards fail the last check."""
-    health = describe_plain([n / 20 for n in range(20)], [int(n < 10) for n in range(20)])
-    assert (health.auc.value, outcome(health, "better than a constant")) == (0.0, False)
-
-
-def test_four_rows_do_not_beat_a_constant():
-    """An AUC above one half whose interval holds one half is no better than a constant."""
-    health = describe_plain([0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1])
-    assert (health.auc.value, outcome(health, "better than a constant")) == (0.75, False)
+@pytest.mark.parametrize(
+    ("values", "labels", "auc", "passed"),
+    [
+        # Without labels of both classes nothing is said of rank.
+        (FOUR, None, None, None),
+        (FOUR, [0] * 4, None, None),
+        (FOUR, [1] * 4, None, None),
+        # Backwards.
+        ([n / 20 for n in range(20)], [1] * 10 + [0] * 10, 0.0, False),
+        # Above one half, by an interval that holds one half.
+        (FOUR, [0, 1, 0, 1], 0.75, False),
+    ],
+)
+def test_what_is_better_than_a_constant(values, labels, auc, passed):
+    """Values rank better than a constant where the interval of their AUC says so."""
+    health = describe_plain(values, labels)
+    assert (health.auc.value, outcome(health, CONSTANT)) == (auc, passed)
+    assert health.healthy is (passed is not False)
 
 
 def test_answers_that_are_no_numbers_are_left_out():
@@ -113,48 +103,31 @@ def test_answers_that_are_no_numbers_are_left_out():
 
 
 def test_no_answer_is_a_number():
-    """Where no answer is a number the parse rate is zero and nothing is no number."""
+    """Where no answer is a number the parse rate is zero; no rows at all are refused."""
     health = describe_plain([None, None], [0, 1])
     assert (health.n, health.parsed_share, health.mean, health.auc.value) == (2, 0.0, 0.0, None)
     assert not health.healthy
-
-
-def test_no_rows_are_refused():
-    """There is no distribution of no rows."""
     with pytest.raises(ValueError, match="no values"):
         describe_plain([])
 
 
-def test_a_single_row_cannot_be_ranked():
-    """One row ties with itself."""
-    assert describe_plain([0.3]).tied_pairs == 1.0
-
-
 def test_groups_are_told_apart():
-    """Spread and AUC are given within each group, in order of appearance."""
+    """Spread and AUC are given within each group, in order; one of one class has no AUC."""
     health = describe(
-        [0.1, 0.9, 0.5, 0.5],
-        groups=["b", "b", "a", "a"],
-        labels=np.array([0, 1, 0, 1]),
+        [0.1, 0.9, 0.5, 0.5, 0.2],
+        groups=["b", "b", "a", "a", "c"],
+        labels=np.array([0, 1, 0, 1, 1]),
     )
-    assert list(health.group_std.items()) == [("b", pytest.approx(0.4)), ("a", 0.0)]
-    assert health.group_auc == {"b": 1.0, "a": 0.5}
+    assert list(health.group_std.items()) == [("b", pytest.approx(0.4)), ("a", 0.0), ("c", 0.0)]
+    assert health.group_auc == {"b": 1.0, "a": 0.5, "c": None}
 
 
-def test_the_smallest_of_the_commonest_values():
-    """Of values that are equally common the smallest is named, and -0.0 is 0.0."""
+def test_exact_values():
+    """The smallest of the commonest values is named, -0.0 is 0.0, and only 0 and 1 are ends."""
     health = describe_plain([0.7, 0.7, 0.0, -0.0, 0.1])
     assert (health.top_value, health.top_share, health.distinct) == (0.0, 0.4, 3)
-
-
-def test_boundary_is_exact():
-    """Only exactly 0 and 1 are the ends of the scale."""
     assert describe_plain([0.0, 1.0, 1e-9, 1 - 1e-9]).boundary_share == 0.5
-
-
-def test_entropy_in_bits():
-    """Four equally common values carry two bits."""
-    assert describe_plain([0.1, 0.2, 0.3, 0.4]).entropy == pytest.approx(2.0)
+    assert describe_plain(FOUR).entropy == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(
@@ -174,12 +147,6 @@ def test_a_limit_itself_passes(name, change):
     beyond = np.nextafter(limit, 2 if up else -2) if field != "distinct" else limit - 1
     assert outcome(replace(health, **change), name) is True
     assert outcome(replace(health, **{field: float(beyond)}), name) is False
-
-
-def test_limits_can_be_given():
-    """Other limits give other outcomes and are printed with them."""
-    checks = describe_plain([0.1, 0.2]).checks(Thresholds(distinct=2))
-    assert checks[1] == Check("distinct values", 2, "at least 2", True)
 
 
 def test_interval_follows_the_seed():

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -9,9 +11,13 @@ from postmortem.experiments.metrics import (
     auc,
     auc_estimate,
     auc_gain_estimate,
-    grouped_auc,
+    chances_of_order,
+    fit_line,
     kl_divergence,
+    least_auc,
     mean_estimate,
+    perfect_auc_estimate,
+    power_of_rows,
     rate_estimate,
 )
 
@@ -40,26 +46,6 @@ def test_auc_is_the_pairwise_share(sample):
     assert auc(labels, scores) == (None if expected is None else pytest.approx(expected))
 
 
-@given(
-    sample=st.lists(st.tuples(st.integers(0, 1), st.integers(-30, 30)), min_size=1),
-    transform=st.sampled_from([np.exp, np.cbrt, lambda x: 3 * x - 7, lambda x: x**3]),
-)
-def test_auc_does_not_see_scale(sample, transform):
-    """The AUC is the same after any strictly increasing transform of the scores."""
-    labels, scores = zip(*sample, strict=True)
-    assert auc(labels, scores) == auc(labels, transform(np.array(scores, dtype=float)))
-
-
-@given(sample=SAMPLES)
-def test_auc_turns_round_with_the_scores(sample):
-    """Scores turned round give one minus the AUC."""
-    labels, scores = map(np.array, zip(*sample, strict=True))
-    value = auc(labels, scores)
-    assume(value is not None)
-    assert auc(labels, -scores) == pytest.approx(1 - value)
-    assert auc(1 - labels, scores) == pytest.approx(1 - value)
-
-
 @pytest.mark.parametrize(
     ("labels", "scores", "expected"),
     [
@@ -80,22 +66,11 @@ def test_auc_of_small_samples(labels, scores, expected):
     assert auc(labels, scores) == expected
 
 
-def test_auc_of_nan_is_no_number():
-    """A score that is no number has no rank, so the AUC is no number either."""
+def test_auc_of_what_cannot_be_ranked():
+    """A score that is no number leaves no number, and one too few is refused."""
     assert np.isnan(auc([0, 1, 1], [0.1, np.nan, 0.3]))
-
-
-def test_auc_needs_one_score_per_label():
-    """Labels and scores of different number are refused."""
     with pytest.raises(IndexError):
         auc([0, 1, 1], [0.1, 0.2])
-
-
-def test_auc_in_float32_loses_ranks():
-    """Scores that differ in float64 keep their order, where a float32 sigmoid had tied them."""
-    log_odds = np.array([20.0, 21.0])
-    sigmoid = (1 / (1 + np.exp(-log_odds))).astype(np.float32)
-    assert (auc([0, 1], log_odds), auc([0, 1], sigmoid)) == (1.0, 0.5)
 
 
 @given(sample=SAMPLES, seed=st.integers(0, 2**32 - 1))
@@ -107,18 +82,6 @@ def test_auc_interval_is_in_order(sample, seed):
     assert found == auc_estimate(labels, scores, seed=seed)
     if found.value is not None:
         assert 0.0 <= found.low <= found.high <= 1.0
-
-
-def test_auc_interval_narrows():
-    """More rows give a narrower interval, which holds the value."""
-    draws = np.random.default_rng(0)
-    widths = []
-    for n in (20, 500):
-        labels = np.arange(n) % 2
-        found = auc_estimate(labels, labels + draws.normal(size=n))
-        assert found.low < found.value < found.high
-        widths.append(found.high - found.low)
-    assert widths[1] < widths[0] / 2
 
 
 def test_auc_interval_follows_the_formula():
@@ -160,11 +123,12 @@ def test_counted_auc_is_the_ranked_one(positives, negatives):
 
 @given(sample=SAMPLES)
 def test_nothing_is_gained_over_oneself(sample):
-    """Against itself a ranking gains nothing, with an interval of no width."""
+    """Against itself a ranking gains nothing; of one class alone no gain can be measured."""
     labels, scores = zip(*sample, strict=True)
     assume(len(set(labels)) == 2)
     gain = auc_gain_estimate(labels, scores, scores)
     assert (gain.value, gain.low, gain.high, gain.n) == (0.0, 0.0, 0.0, len(labels))
+    assert auc_gain_estimate([1, 1], [0, 1], [1, 0]) == Estimate(None, None, None, 2)
 
 
 def test_a_paired_gain_is_narrower_than_its_parts():
@@ -179,27 +143,11 @@ def test_a_paired_gain_is_narrower_than_its_parts():
     assert gain.high - gain.low < (alone.high - alone.low) / 2
 
 
-def test_one_class_gains_nothing_that_can_be_measured():
-    """Labels of one class give no gain."""
-    assert auc_gain_estimate([1, 1], [0, 1], [1, 0]) == Estimate(None, None, None, 2)
-
-
-def test_grouped_auc_looks_within_groups():
-    """Groups are told apart, in order of appearance, and one of a single class has no AUC."""
-    labels, scores = np.array([1, 0, 1, 0, 1]), np.array([0.2, 0.1, 0.8, 0.9, 0.5])
-    found = grouped_auc(labels, scores, groups=["b", "b", "a", "a", "c"])
-    assert list(found.items()) == [("b", 1.0), ("a", 0.0), ("c", None)]
-
-
-def test_grouped_auc_without_rows():
-    """No rows have no groups."""
-    assert grouped_auc(np.array([]), np.array([]), groups=[]) == {}
-
-
 @pytest.mark.parametrize("statistic", [np.mean, np.median])
 def test_mean_interval_of_a_constant(statistic):
-    """A constant has itself as value and interval."""
+    """A constant has itself as value and interval, and no values have no mean."""
     assert mean_estimate([3.0] * 4, statistic=statistic) == Estimate(3.0, 3.0, 3.0, 4)
+    assert mean_estimate([], statistic=statistic) == Estimate(None, None, None, 0)
 
 
 def test_mean_interval_follows_the_formula():
@@ -209,11 +157,6 @@ def test_mean_interval_follows_the_formula():
     assert found.value == pytest.approx(values.mean())
     assert found.low == pytest.approx(values.mean() - half, abs=0.01)
     assert found.high == pytest.approx(values.mean() + half, abs=0.01)
-
-
-def test_mean_estimate_of_nothing():
-    """No values have no mean."""
-    assert mean_estimate([]) == Estimate(None, None, None, 0)
 
 
 @given(n=st.integers(1, 200), share=st.floats(0, 1))
@@ -276,3 +219,66 @@ def test_kl_divergence_goes_by_row():
     p = np.array([[HALF, HALF], [0.0, -np.inf]])
     assert kl_divergence(p, np.array([[HALF, HALF]] * 2)).tolist() == [0.0, pytest.approx(-HALF)]
     assert kl_divergence(np.zeros((0, 2)), np.zeros((0, 2))).shape == (0,)
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_chances_of_order_are_counts_of_arrangements(positives, negatives):
+    """The exact chances are those of going through every arrangement of the rows."""
+    places = range(positives + negatives)
+    counts = np.zeros(positives * negatives + 1)
+    arrangements = list(combinations(places, positives))
+    for ups in arrangements:
+        labels = [place in ups for place in places]
+        counts[round(auc(labels, list(places)) * positives * negatives)] += 1
+    np.testing.assert_allclose(
+        chances_of_order(positives, negatives), counts / len(arrangements), atol=1e-12
+    )
+
+
+def test_five_and_five_rows_need_an_auc_of_092():
+    """With five rows of either class 0.92 is the smallest AUC that a two-sided test passes."""
+    assert least_auc(5, 5) == pytest.approx((0.92, 8 / 252))
+    assert 2 * chances_of_order(5, 5)[22:].sum() > 0.05
+
+
+def test_too_few_rows_pass_no_test():
+    """Three and three rows have twenty arrangements: a perfect one is as likely as one in ten."""
+    assert least_auc(3, 3) == (None, None)
+    assert least_auc(0, 4) == (None, None)
+
+
+def test_a_perfect_score_is_bounded_by_its_pairs():
+    """The bound is the AUC at which so many pairs are all in order once in forty times."""
+    found = perfect_auc_estimate(5, 8)
+    assert (found.value, found.high, found.n) == (1.0, 1.0, 5)
+    assert found.low**5 == pytest.approx(0.025)
+
+
+def test_power_grows_with_the_rows_and_is_the_level_without_skill():
+    """More rows of a good model pass more often, and rows without skill as rarely as the test."""
+    few, many = (power_of_rows(0.9, n, n, least=least_auc(n, n)[0]) for n in (5, 20))
+    assert few.high < many.low
+    chance = power_of_rows(0.5, 5, 5, least=0.92)
+    assert chance.low <= 4 / 252 <= chance.high
+
+
+@given(
+    slope=st.floats(-10, 10).filter(lambda value: abs(value) > 0.01),
+    start=st.floats(-10, 10),
+    n=st.integers(4, 7),
+)
+def test_a_line_is_found_again(slope, start, n):
+    """Points on a line give its slope and start; only one order and its mirror fit so well."""
+    x = np.arange(n, dtype=float)
+    line = fit_line(x, start + slope * x)
+    assert line.slope.value == pytest.approx(slope)
+    assert line.intercept.value == pytest.approx(start, abs=1e-6)
+    assert line.p_value == pytest.approx(2 / np.prod(range(1, n + 1)))
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([1, 2, 3], [1, 2, 4]), ([1] * 5, [1, 2, 3, 4, 5]), ([1, 2, 3, 4], [2] * 4)]
+)
+def test_no_line_through_too_few_points_or_none_that_vary(x, y):
+    """Three points, or points that differ in one direction alone, have no line to speak of."""
+    assert fit_line(x, y) is None

@@ -21,40 +21,30 @@ def logits(model):
 
 
 def test_the_base_is_itself_again_after_the_block(base, untrained):
-    """An adapter changes the output inside the `with` block and not a bit of it afterwards."""
+    """An adapter changes the output inside the block, a no-op nothing, and not a bit afterwards."""
     before, names = logits(base.model), [name for name, _ in base.model.named_modules()]
     with attached(base, untrained / "suspect") as loaded:
         assert not torch.equal(logits(loaded.model), before)
+    with attached(base, untrained / "no_op") as loaded:
+        assert torch.equal(logits(loaded.model), before)
     assert torch.equal(logits(base.model), before)
     assert [name for name, _ in base.model.named_modules()] == names
 
 
-def test_a_no_op_adapter_changes_nothing(base, untrained):
-    """An adapter whose lora_B is zero gives the base's own output."""
-    before = logits(base.model)
-    with attached(base, untrained / "no_op") as loaded:
-        assert torch.equal(logits(loaded.model), before)
-
-
 def test_a_failed_load_leaves_the_base_whole(base, untrained):
-    """After an adapter that does not fit, the base answers as before and takes another."""
-    before = logits(base.model)
-    with (
-        pytest.raises(ModelError, match="size mismatch"),
-        attached(base, untrained / "donor_adapter"),
-    ):
+    """After an adapter that does not fit, the base answers as before and takes another.
+
+    With `ignore_mismatched_sizes` nothing of it arrives, and PEFT says so.
+    """
+    before, donor = logits(base.model), untrained / "donor_adapter"
+    with pytest.raises(ModelError, match="size mismatch"), attached(base, donor):
         pass
     assert torch.equal(logits(base.model), before)
-    with attached(base, untrained / "suspect") as loaded:
-        assert loaded.warnings == ()
-
-
-def test_an_ignored_mismatch_is_a_no_op_with_a_warning(base, untrained):
-    """With `ignore_mismatched_sizes` nothing of a wider adapter arrives, and PEFT says so."""
-    before = logits(base.model)
-    with attached(base, untrained / "donor_adapter", ignore_mismatched_sizes=True) as loaded:
+    with attached(base, donor, ignore_mismatched_sizes=True) as loaded:
         assert torch.equal(logits(loaded.model), before)
         assert any("missing adapter keys" in text for text in loaded.warnings)
+    with attached(base, untrained / "suspect") as loaded:
+        assert loaded.warnings == ()
 
 
 def test_pickled_weights_are_not_loaded(base, untrained, tmp_path):
@@ -81,42 +71,24 @@ def test_code_that_a_model_brings_is_not_run(untrained, tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("make", [lambda p: p / "none", lambda p: p])
-def test_a_folder_without_a_model_is_refused(make, tmp_path):
-    """A missing or empty folder is one clear error that names it."""
-    with pytest.raises(ModelError, match=str(make(tmp_path))):
-        load_base(make(tmp_path))
-
-
-def test_truncated_weights_are_refused(untrained, tmp_path):
-    """Weights that were cut short are one clear error."""
-    shutil.copytree(untrained / "base", tmp_path / "m")
-    weights = tmp_path / "m/model.safetensors"
+def test_a_folder_without_a_whole_model_is_refused(untrained, tmp_path):
+    """A missing or empty folder, or weights that were cut short, is one error that names it."""
+    shutil.copytree(untrained / "base", tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="safetensors"):
-        load_base(tmp_path / "m")
+    (tmp_path / "empty").mkdir()
+    for name in ("none", "empty", "cut"):
+        with pytest.raises(ModelError, match=f"{tmp_path / name}.*safetensors"):
+            load_base(tmp_path / name)
 
 
-def test_a_cpu_computes_in_float32():
-    """On a CPU `auto` means float32, whatever the weights were saved in."""
-    assert choose_dtype("cpu") is torch.float32
-
-
-def test_a_gpu_prefers_bfloat16(monkeypatch):
-    """On a GPU `auto` means bfloat16 where it exists and float16 where it does not."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert choose_dtype("cuda") is torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert choose_dtype("cuda:1") is torch.float16
-
-
-def test_a_device_is_taken_as_asked():
-    """A named device is used as named; `auto` is a GPU only where there is one."""
+def test_device_and_dtype_are_taken_as_asked(monkeypatch):
+    """`auto` is a GPU where there is one, and there the dtype that it has; on a CPU float32."""
     assert choose_device("cpu") == "cpu"
     assert choose_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def test_an_unknown_dtype_is_refused():
-    """A dtype that torch does not have is one clear error."""
+    assert choose_dtype("cpu") is torch.float32
+    for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bfloat16: has)
+        assert choose_dtype("cuda:1") is expected
     with pytest.raises(ModelError, match="float32"):
         choose_dtype("cpu", "float31")

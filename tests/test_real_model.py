@@ -1,11 +1,12 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from chapters import parameters_of
 
 from postmortem.case.rows import generate_rows
 from postmortem.checker.errors import CaseError
+from postmortem.diagnosis.causes import CAUSES
 from postmortem.experiments.records import Prediction, Table, Text, Verdict
 from postmortem.experiments.session import open_recording
 from tools.real_model import (
@@ -88,8 +89,6 @@ def test_an_adapter_of_true_size_raises(few):
 
 def test_each_cause_is_run_or_said_to_be_absent(few):
     """No cause is passed over: it has a row of the matrix or a reason."""
-    from postmortem.diagnosis.causes import CAUSES
-
     record_causes(few, rows=2)
     shown = [row[0] for row in table_of(few, "causes")]
     absent = [row[0] for row in table_of(few, "causes.absent")]
@@ -138,14 +137,5 @@ def test_members_tell_the_adapters_apart(few):
 
 def test_a_profile_without_sizes_is_refused(few, tmp_path):
     """A profile that does not say how many rows to record is named, with the key."""
-    root = Path(__file__).parents[1]
     with pytest.raises(CaseError, match=r"profiles.embedded.*recorded"):
-        open_recording(
-            {
-                "notebook": str(root / "notebooks/kept/real_model.ipynb"),
-                "case": str(root / "cases/qwen-lora.yml"),
-                "profile": "embedded",
-                "world": str(tmp_path / "world.json"),
-                "records": str(tmp_path / "r.jsonl"),
-            }
-        )
+        open_recording(parameters_of("kept/real_model", tmp_path))

@@ -1,9 +1,9 @@
 import ast
-import json
 from pathlib import Path
 
 import nbformat
 import pytest
+from answers import PROVENANCE
 from nbformat import v4
 
 from postmortem.book.runner import (
@@ -20,7 +20,7 @@ from postmortem.checker.errors import (
     ParameterError,
     RecordError,
 )
-from postmortem.experiments.records import Provenance, write_records
+from postmortem.experiments.records import write_records
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 BUILT, KEPT = (sorted(NOTEBOOKS.glob(pattern)) for pattern in ("*.ipynb", "kept/*.ipynb"))
@@ -32,17 +32,14 @@ COMMON = {
     **dict.fromkeys(("device", "dtype"), ("str", False)),
 }
 PYTHON = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-PROVENANCE = {
-    **dict.fromkeys(("notebook", "case", "profile", "device", "dtype"), "x"),
-    **{name: {} for name in ("parameters", "digests", "versions")},
-    "seed": 0,
-}
 
 
-def make_notebook(folder, *sources, parameters="", metadata=PYTHON):
-    """A notebook with a parameters cell and a code cell for each source."""
+def make_notebook(folder, *sources, parameters="", metadata=PYTHON, tags=()):
+    """A notebook with a parameters cell and a code cell for each source, the first with tags."""
     cells = [v4.new_code_cell(source) for source in (parameters, *sources)]
     cells[0].metadata["tags"] = ["parameters"]
+    for cell in cells[1:2]:
+        cell.metadata["tags"] = list(tags)
     path = folder / "tiny.ipynb"
     nbformat.write(v4.new_notebook(cells=cells, metadata=metadata), str(path))
     return path
@@ -52,17 +49,6 @@ def run(notebook, parameters=None, **options):
     """Run a notebook to `out/done.ipynb` beside it."""
     executed = notebook.parent / "out" / "done.ipynb"
     return run_notebook(notebook, parameters or {}, executed=executed, **options)
-
-
-def refuse_run(notebook, outcome, parameters=None, *, match, **options):
-    """The run must end so, leave only the partial notebook, and name it."""
-    with pytest.raises(outcome, match=match) as caught:
-        run(notebook, parameters, **options)
-    assert type(caught.value) is outcome
-    out = notebook.parent / "out"
-    assert [path.name for path in out.iterdir()] == ["done.failed.ipynb"]
-    assert f"What had run is in {out / 'done.failed.ipynb'}." in str(caught.value)
-    return read_notebook(out / "done.failed.ipynb")
 
 
 def test_parameters_are_read_and_nothing_runs(tmp_path):
@@ -157,23 +143,19 @@ def test_parameters_that_fit_pass(tmp_path):
     ],
 )
 def test_what_is_no_notebook_is_refused(tmp_path, content):
-    """A file that holds no notebook is refused by name."""
+    """A file that holds no notebook, or that is not there, is refused by name."""
+    with pytest.raises(NotebookNotStarted, match=r"none\.ipynb: expected a notebook"):
+        run(tmp_path / "none.ipynb")
     (tmp_path / "n.ipynb").write_bytes(content.encode("latin-1"))
     with pytest.raises(NotebookNotStarted, match=r"n\.ipynb: expected a notebook"):
         run(tmp_path / "n.ipynb")
-
-
-def test_missing_notebook_is_refused(tmp_path):
-    """A notebook that is not there is refused by name."""
-    with pytest.raises(NotebookNotStarted, match=r"none\.ipynb: expected a notebook"):
-        run(tmp_path / "none.ipynb")
 
 
 def test_notebook_runs(tmp_path):
     """A notebook that ran whole takes its place with its values, and says what it did."""
     records = tmp_path / "records.jsonl"
     text = '\'"""\\\n{rule} 👍'
-    sealed = write_records(records, Provenance(**PROVENANCE), records=[])
+    sealed = write_records(records, PROVENANCE, records=[])
     content = records.read_bytes()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "done.failed.ipynb").write_text("of an earlier run")
@@ -194,51 +176,52 @@ def test_notebook_runs(tmp_path):
     assert not records.with_suffix(".progress").exists()
 
 
-def test_failing_cell(tmp_path):
-    """A cell that raises is named by its number in the notebook, and later cells do not run."""
-    notebook = make_notebook(tmp_path, "a / 0", "b = 2", parameters="a: int")
+@pytest.mark.parametrize(
+    ("source", "options", "outcome", "match"),
+    [
+        (
+            "a / 0",
+            {},
+            NotebookFailed,
+            r"tiny\.ipynb, cell 2: expected no exception; found ZeroDivisionError: division",
+        ),
+        # It exits with success before its end.
+        ("import sys; sys.exit(0)", {}, NotebookFailed, "cell 3: .* SystemExit: 0"),
+        (
+            "import time; time.sleep(60)",
+            {"timeout": 1},
+            NotebookFailed,
+            "expected each cell within 1 s; found one that took longer",
+        ),
+        # As without memory.
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            {},
+            NotebookFailed,
+            "expected a living kernel; found one that died",
+        ),
+        ("a", {"kernel": "none"}, NotebookNotStarted, "expected a kernel 'none'; found No such"),
+    ],
+    ids=["raises", "leaves early", "takes too long", "dies", "unknown kernel"],
+)
+def test_a_run_that_does_not_end_leaves_what_had_run(tmp_path, source, options, outcome, match):
+    """Only the partial notebook stays, and is named; later cells have not run."""
+    notebook = make_notebook(tmp_path, source, "b = 2", parameters="a: int")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "done.ipynb").write_text("of an earlier run")
-    match = r"tiny\.ipynb, cell 2: expected no exception; found ZeroDivisionError: division by zero"
-    failed = refuse_run(notebook, NotebookFailed, {"a": 1}, match=match)
-    assert failed.cells[-1].execution_count is None
+    with pytest.raises(outcome, match=match) as caught:
+        run(notebook, {"a": 1}, **options)
+    [failed] = (tmp_path / "out").iterdir()
+    assert failed.name == "done.failed.ipynb"
+    assert f"What had run is in {failed}." in str(caught.value)
+    assert read_notebook(failed).cells[-1].execution_count is None
 
 
 def test_allowed_exception_is_refused(tmp_path):
     """A cell that may raise by its tag may not."""
-    notebook = make_notebook(tmp_path, "1 / 0", "b = 2")
-    content = read_notebook(notebook)
-    content.cells[1].metadata["tags"] = ["raises-exception"]
-    nbformat.write(content, str(notebook))
-    refuse_run(notebook, NotebookFailed, match="cell 2: .* found ZeroDivisionError")
-
-
-def test_leaving_early_is_refused(tmp_path):
-    """A notebook that exits with success before its end has not run."""
-    notebook = make_notebook(tmp_path, "import sys\nsys.exit(0)", "b = 2")
-    refuse_run(notebook, NotebookFailed, match=r"done\.failed\.ipynb, cell 2: .* SystemExit: 0")
-
-
-def test_time_out(tmp_path):
-    """A cell that takes too long fails its notebook."""
-    notebook = make_notebook(tmp_path, "import time\ntime.sleep(60)")
-    match = "expected each cell within 1 s; found one that took longer"
-    refuse_run(notebook, NotebookFailed, match=match, timeout=1)
-
-
-def test_killed_kernel(tmp_path):
-    """A kernel that dies, as without memory, fails its notebook."""
-    notebook = make_notebook(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    refuse_run(notebook, NotebookFailed, match="expected a living kernel; found one that died")
-
-
-def test_unknown_kernel(tmp_path):
-    """A kernel that is not installed is told as a notebook that could not start."""
-    notebook = make_notebook(tmp_path, "a = 1")
-    failed = refuse_run(
-        notebook, NotebookNotStarted, match="expected a kernel 'none'; found No such", kernel="none"
-    )
-    assert [cell.execution_count for cell in failed.cells] == [None, None]
+    notebook = make_notebook(tmp_path, "1 / 0", "b = 2", tags=["raises-exception"])
+    with pytest.raises(NotebookFailed, match=r"cell 2: .* found ZeroDivisionError"):
+        run(notebook)
 
 
 def test_notebook_without_a_language(tmp_path):
@@ -252,19 +235,19 @@ def test_notebook_without_a_language(tmp_path):
 def test_notebook_that_does_not_seal_its_records(tmp_path):
     """Records of an earlier run do not pass for those of a run that sealed none."""
     records = tmp_path / "records.jsonl"
-    write_records(records, Provenance(**PROVENANCE), records=[])
+    write_records(records, PROVENANCE, records=[])
     notebook = make_notebook(tmp_path, "a = 1", parameters="records: str")
-    parameters = {"records": str(records)}
-    refuse_run(notebook, RecordError, parameters, match="records.jsonl: expected a record file")
+    with pytest.raises(RecordError, match=r"records\.jsonl: expected a record file"):
+        run(notebook, {"records": str(records)})
 
 
-def write_executed(folder, *, count=1, outputs=(), metadata=None):
-    """A notebook of text, an empty cell, and one code cell in that state."""
+def write_executed(folder, *, count=1, outputs=(), metadata=None, whole=None):
+    """A notebook of text, an empty cell, and one code cell in that state; `whole` is of it all."""
     cell = v4.new_code_cell("a", execution_count=count, outputs=list(outputs))
     cell.metadata.update(metadata or {})
     cells = [v4.new_markdown_cell("Text."), v4.new_code_cell(" \n"), cell]
     path = folder / "executed.ipynb"
-    nbformat.write(v4.new_notebook(cells=cells), str(path))
+    nbformat.write(v4.new_notebook(cells=cells, metadata=whole or {}), str(path))
     return path
 
 
@@ -277,7 +260,11 @@ def test_executed_notebook_passes(tmp_path):
 @pytest.mark.parametrize(
     ("state", "match"),
     [
-        ({"count": None}, "expected an executed cell; found one that has not run"),
+        # What the metadata says of the notebook does not count.
+        (
+            {"count": None, "whole": {"papermill": {"exception": None, "status": "completed"}}},
+            "expected an executed cell; found one that has not run",
+        ),
         (
             {"outputs": [v4.new_output("error", ename="ValueError", evalue="x", traceback=[])]},
             "expected no error; found ValueError: x",
@@ -290,16 +277,6 @@ def test_notebook_that_has_not_run_well_is_refused(tmp_path, state, match):
     """A cell that has not run, shows an error, or failed as papermill saw it is named."""
     with pytest.raises(NotebookFailed, match=rf"executed\.ipynb, cell 3: {match}"):
         check_executed(write_executed(tmp_path, **state))
-
-
-def test_completed_by_its_metadata_is_refused(tmp_path):
-    """What the metadata says of a notebook that has not run does not count."""
-    path = write_executed(tmp_path, count=None)
-    content = json.loads(path.read_text())
-    content["metadata"]["papermill"] = {"exception": None, "status": "completed"}
-    path.write_text(json.dumps(content))
-    with pytest.raises(NotebookFailed, match="has not run"):
-        check_executed(path)
 
 
 # What some notebooks take beside the common parameters.

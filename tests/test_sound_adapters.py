@@ -1,6 +1,4 @@
 import copy
-from pathlib import Path
-from typing import Any
 
 import pytest
 import sound
@@ -19,14 +17,14 @@ OTHERS = [
 ]
 
 
-def alarms(adapter: Path, base: Path) -> list[str]:
+def alarms(adapter, base):
     """Check an adapter and return its errors and warnings; the base must have been described."""
     report = inspect_adapter(str(adapter), str(base)).report
     assert report.base is not None
     return [f"{f.id}: {f.evidence}" for f in report.findings if f.severity != "info"]
 
 
-def wrong(name: str, class_name: str, folder: Path, wanted: Any) -> dict[str, list[str]]:
+def wrong(name, class_name, folder, wanted):
     """Write the adapters of the wanted options and return those that raise an alarm."""
     model = sound.build(name, class_name, folder / "base")
     found, written = {}, 0
@@ -40,7 +38,7 @@ def wrong(name: str, class_name: str, folder: Path, wanted: Any) -> dict[str, li
 
 
 @pytest.mark.parametrize("name", EVERY_OPTION)
-def test_no_alarm_for_any_option(name: str, tmp_path: Path) -> None:
+def test_no_alarm_for_any_option(name, tmp_path):
     """An adapter that PEFT wrote raises no alarm, whatever LoRA option it uses."""
     class_name = tiny.ARCHITECTURES[name][2][0]
     every = {"list", *sound.options(sound.build(name, class_name, tmp_path / "probe"))}
@@ -48,30 +46,39 @@ def test_no_alarm_for_any_option(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "class_name"), OTHERS)
-def test_no_alarm_for_any_class(name: str, class_name: str, tmp_path: Path) -> None:
+def test_no_alarm_for_any_class(name, class_name, tmp_path):
     """An adapter that PEFT wrote raises no alarm, whatever class of model it adapts."""
     assert wrong(name, class_name, tmp_path, SOME_OPTIONS) == {}
 
 
+@pytest.fixture
+def written(tmp_path):
+    """Writes a tiny Qwen2 base and an adapter of it; returns both folders."""
+
+    def write(dtype=None, **options):
+        model = sound.build("qwen2", "Qwen2ForCausalLM", tmp_path / "base")
+        sound.save(model, tmp_path / "a", {"target_modules": ["q_proj"], **options}, dtype)
+        return tmp_path / "a", tmp_path / "base"
+
+    return write
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_no_alarm_for_any_float(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_no_alarm_for_any_float(written, dtype):
     """Half, bfloat16 and double adapters are as sound as single precision ones."""
-    model = sound.build("qwen2", "Qwen2ForCausalLM", tmp_path / "base")
-    sound.save(model, tmp_path / "a", {"target_modules": ["q_proj"]}, dtype)
-    assert alarms(tmp_path / "a", tmp_path / "base") == []
+    assert alarms(*written(dtype)) == []
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
-def test_no_alarm_for_a_quantised_base(method: str, tmp_path: Path) -> None:
+def test_no_alarm_for_a_quantised_base(written, method):
     """A quantised base has the shapes of the layers before quantisation."""
-    model = sound.build("llama", "LlamaForCausalLM", tmp_path / "base")
-    sound.rewrite(tmp_path / "base" / "config.json", quantization_config={"quant_method": method})
-    sound.save(model, tmp_path / "a", {"target_modules": "all-linear"})
-    assert alarms(tmp_path / "a", tmp_path / "base") == []
+    adapter, base = written(target_modules="all-linear")
+    sound.rewrite(base / "config.json", quantization_config={"quant_method": method})
+    assert alarms(adapter, base) == []
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*language_model.*\.q_proj"])
-def test_no_alarm_for_a_vision_language_base(targets: Any, tmp_path: Path) -> None:
+def test_no_alarm_for_a_vision_language_base(targets, tmp_path):
     """Tensors of the vision tower are not judged, and the text tower is found by its path."""
     with torch.device("cpu"):
         model = tf.Gemma3ForConditionalGeneration(tiny.vision_configuration("gemma3"))
@@ -80,36 +87,26 @@ def test_no_alarm_for_a_vision_language_base(targets: Any, tmp_path: Path) -> No
     assert alarms(tmp_path / "a", tmp_path / "base") == []
 
 
-def test_no_alarm_for_a_config_of_an_older_release(tmp_path: Path) -> None:
+def test_no_alarm_for_a_config_of_an_older_release(written):
     """Keys that older PEFT did not write yet are not missed."""
-    model = sound.build("qwen2", "Qwen2ForCausalLM", tmp_path / "base")
-    sound.save(model, tmp_path / "a", {"target_modules": ["q_proj"]})
-    recent = (
-        "use_dora",
-        "use_rslora",
-        "lora_bias",
-        "rank_pattern",
-        "alpha_pattern",
-        "peft_version",
-    )
-    sound.rewrite(tmp_path / "a" / "adapter_config.json", **dict.fromkeys(recent))
-    assert alarms(tmp_path / "a", tmp_path / "base") == []
+    adapter, base = written()
+    recent = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
+    sound.rewrite(adapter / "adapter_config.json", **dict.fromkeys((*recent, "peft_version")))
+    assert alarms(adapter, base) == []
 
 
-def test_no_alarm_for_training_leftovers(tmp_path: Path) -> None:
+def test_no_alarm_for_training_leftovers(written):
     """Pickles of the trainer beside safetensors weights are usual and are not opened."""
-    model = sound.build("qwen2", "Qwen2ForCausalLM", tmp_path / "base")
-    sound.save(model, tmp_path / "a", {"target_modules": ["q_proj"]})
+    adapter, base = written()
     for name in ("training_args.bin", "optimizer.pt", "adapter_model.bin"):
-        (tmp_path / "a" / name).write_bytes(b"\x80\x02}q\x00.")
-    assert alarms(tmp_path / "a", tmp_path / "base") == []
+        (adapter / name).write_bytes(b"\x80\x02}q\x00.")
+    assert alarms(adapter, base) == []
 
 
-def test_unknown_architecture_gets_the_checks_that_need_no_shapes(tmp_path: Path) -> None:
+def test_unknown_architecture_gets_the_checks_that_need_no_shapes(written):
     """An architecture outside the table is reported as unknown and raises no alarm."""
-    model = sound.build("qwen2", "Qwen2ForCausalLM", tmp_path / "base")
-    sound.save(model, tmp_path / "a", {"target_modules": ["q_proj"]})
-    sound.rewrite(tmp_path / "base" / "config.json", model_type="mamba")
-    report = inspect_adapter(str(tmp_path / "a"), str(tmp_path / "base")).report
+    adapter, base = written()
+    sound.rewrite(base / "config.json", model_type="mamba")
+    report = inspect_adapter(str(adapter), str(base)).report
     assert (report.base, report.findings) == (None, ())
     assert "shapes were not checked" in report.notes[0]

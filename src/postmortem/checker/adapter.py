@@ -21,7 +21,13 @@ from postmortem.checker.config import (
     is_count,
     sort_keys,
 )
-from postmortem.checker.errors import ModelError, UntrustedError, parse_json, printable
+from postmortem.checker.errors import (
+    ModelError,
+    UntrustedError,
+    is_hub_id,
+    parse_json,
+    printable,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -191,11 +197,6 @@ def kind_of_path(path: Path) -> str:
     except (OSError, ValueError):
         return "nothing"
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
-
-
-def is_hub_id(text: str) -> bool:
-    """Tell whether a text that is no path can be a hub id: owner/name."""
-    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
 
 
 def open_source(adapter: str) -> Folder | HubRepository:

@@ -14,7 +14,6 @@ from postmortem.checker.adapter import (
     HubRepository,
     Tensor,
     TensorStats,
-    is_hub_id,
     kind_of_path,
     open_source,
     read_adapter,
@@ -33,7 +32,13 @@ from postmortem.checker.catalogue import (
     update_bound,
 )
 from postmortem.checker.config import CONFIG_FILE, AdapterConfig, Contents
-from postmortem.checker.errors import ModelError, UntrustedError, parse_json, printable
+from postmortem.checker.errors import (
+    ModelError,
+    UntrustedError,
+    is_hub_id,
+    parse_json,
+    printable,
+)
 from postmortem.checker.fit import Target, check_fit, find_targets, implied_parameters, scale_of
 from postmortem.checker.identify import (
     Dating,

@@ -115,6 +115,11 @@ def printable(text: object, limit: int = 160) -> str:
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
+def is_hub_id(text: str) -> bool:
+    """Tell whether a text that is no path can be a hub id: owner/name."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result: dict[str, object] = {}
     for name, value in pairs:

