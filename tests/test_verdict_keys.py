@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 import postmortem
-from postmortem.book.publish import add_case_values
+from postmortem.book.tables import add_case_values
 
 SOURCE = Path(postmortem.__file__).parent
 BOOK = Path(__file__).parents[1] / "book"
