@@ -8,7 +8,7 @@ import pytest
 import torch
 from chapters import recorded, run_chapter
 from safetensors.torch import load_file, save_file
-from test_prose import typed_numbers
+from test_pages import named_keys, typed_numbers
 
 from postmortem.book.publish import add_run_values, collect_values
 from postmortem.book.tables import add_any_case, judge
@@ -134,18 +134,6 @@ def test_every_key_of_the_pages_is_recorded_for_any_case(kind, place, tmp_path):
         if key not in values[kind] and not key.startswith("diagnosis.")
     }
     assert lacking == set()
-
-
-def named_keys(text):
-    """Kind and key of each record that a page names."""
-    kinds = {"num": "measures", "est": "measures", "verdict": "verdicts", "because": "verdicts"}
-    kinds |= {"text": "texts"}
-    for role, key in re.findall(r"\{(\w+)\}`([^`:]+)[^`]*`", text):
-        yield kinds[role], key
-    for key in re.findall(r"\{record-table\} (\S+)", text):
-        yield "tables", key
-    for key in re.findall(r"\{when\} (?:has|lacks) (\S+)", text):
-        yield "measures", key
 
 
 def test_an_adapter_that_does_not_load_is_a_finding(place, tmp_path):
