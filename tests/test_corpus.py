@@ -1,4 +1,7 @@
-from collections import Counter
+import math
+import re
+from collections import Counter, defaultdict
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -6,9 +9,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.case.rows import RULES, WORDS, generate_rows, read_rows
-from postmortem.case.schema import Columns
+from postmortem.case import rows as corpora
+from postmortem.case.rows import (
+    HELD_OUT_RULE,
+    RULES,
+    WORDS,
+    choose_rows,
+    generate_moderation_rows,
+    generate_rows,
+    read_rows,
+    sentences,
+)
+from postmortem.case.schema import PLACEHOLDER, Columns
 from postmortem.checker.errors import DataError
+from postmortem.experiments.metrics import auc
+
+POSTS = ("body", *corpora.EXAMPLES)
+PARTS = re.compile(r"[^\W_]+|[“”>!]")
+GENERATORS = (
+    generate_rows,
+    generate_moderation_rows,
+    partial(generate_moderation_rows, held_out=True),
+)
+every_generator = pytest.mark.parametrize(
+    "generate", GENERATORS, ids=["keywords", "moderation", "held out"]
+)
 
 
 def write(folder, text, name="rows.csv"):
@@ -18,37 +43,54 @@ def write(folder, text, name="rows.csv"):
     return path
 
 
-@pytest.mark.parametrize("count", [1, 2, 300])
-def test_generated_rows_are_complete(count):
-    """Each generated row has an id of its own, a rule, a label and every text column filled."""
-    rows = generate_rows(count, 0)
+@every_generator
+@given(count=st.integers(1, 40), seed=st.integers(0, 10**6))
+def test_generated_rows_are_complete(generate, count, seed):
+    """Rows of any count and seed are whole: ids differ, no text is empty or has an open slot."""
+    rows = generate(count, seed)
     assert len(rows) == len(set(rows.ids)) == len(rows.labels) == len(rows.frame) == count
-    assert set(rows.groups) <= set(RULES.values())
+    assert {"rule", *POSTS} <= set(rows.frame)
     assert set(rows.labels.tolist()) <= {0, 1}
-    assert all(rows.row(index)[name] for index in range(count) for name in rows.frame)
+    for index in range(count):
+        for text in rows.row(index).values():
+            assert text.strip()
+            assert not PLACEHOLDER.search(text)
 
 
-def test_generated_rows_follow_the_seed():
-    """The same seed gives the same rows, another seed others."""
-    assert generate_rows(20, 3).digest == generate_rows(20, 3).digest
-    assert generate_rows(20, 3).digest != generate_rows(20, 4).digest
+@every_generator
+def test_generated_rows_follow_the_seed(generate):
+    """The same seed gives the same rows, another seed others, and fewer rows are the first."""
+    assert generate(20, 3).digest == generate(20, 3).digest != generate(20, 4).digest
+    assert generate(11, 3).digest == generate(30, 3).head(11).digest
 
 
-def test_fewer_generated_rows_are_the_first():
-    """Fewer rows of a seed are the beginning of more."""
-    assert generate_rows(10, 0).digest == generate_rows(30, 0).head(10).digest
-
-
-def test_generated_classes_are_balanced():
+@every_generator
+def test_generated_classes_are_balanced(generate):
     """Violations are about half of the rows of each rule."""
-    rows = generate_rows(2000, 0)
-    for rule in RULES.values():
-        share = rows.labels[np.asarray(rows.groups) == rule].mean()
-        assert 0.45 < share < 0.55
+    rows = generate(2000, 0)
+    for rule in set(rows.groups):
+        assert 0.45 < rows.labels[np.asarray(rows.groups) == rule].mean() < 0.55
 
 
-def test_the_rule_must_be_read():
-    """The same topic violates one rule and not the other, so the post alone does not decide."""
+@every_generator
+def test_generated_rows_take_the_columns_of_the_case(generate):
+    """Generated rows come under the names that the case gives to its columns."""
+    rows = generate(3, 0, columns=Columns(text="post", group="law"))
+    assert {"post", "law"} <= set(rows.frame)
+    assert not {"body", "rule"} & set(rows.frame)
+    assert rows.groups == tuple(rows.frame["law"])
+
+
+@pytest.mark.parametrize(
+    ("profile", "words"), [("embedded", "generated, seed"), ("smollm2", "generated moderation")]
+)
+def test_a_profile_chooses_its_corpus(case, profile, words):
+    """Rows come from the generator that the profile names, and say so."""
+    assert choose_rows(case, profile, rows=4).source.startswith(words)
+
+
+def test_a_topic_violates_one_rule_alone():
+    """Among keywords the same topic violates one rule and not the other: both must be read."""
     rows = generate_rows(2000, 0)
     sales = set(WORDS["advertising"])
     found = Counter(
@@ -60,12 +102,106 @@ def test_the_rule_must_be_read():
     assert found[False, 0] > found[False, 1]
 
 
-def test_generated_rows_take_the_columns_of_the_case():
-    """Generated rows come under the names that the case gives to its columns."""
-    rows = generate_rows(3, 0, columns=Columns(text="post", group="law"))
-    assert {"post", "law"} <= set(rows.frame)
-    assert not {"body", "rule"} & set(rows.frame)
-    assert rows.groups == tuple(rows.frame["law"])
+def test_the_held_out_rule_stands_apart():
+    """Default rows never show the held-out rule, and held-out rows show no other."""
+    held_out = sentences().rules[HELD_OUT_RULE]
+    rows = generate_moderation_rows(400, 0)
+    assert set(rows.groups) == {r.text for r in sentences().rules.values() if r is not held_out}
+    drugs = sentences().slots["drug"]
+    assert not any(drug in post for name in POSTS for post in rows.frame[name] for drug in drugs)
+    assert set(generate_moderation_rows(50, 0, held_out=True).groups) == {held_out.text}
+
+
+@pytest.mark.parametrize("name", list(sentences().rules))
+def test_the_same_sentence_breaks_a_rule_and_is_reported(name, monkeypatch):
+    """A rule's acts stand in violations, and the very same ones under words that report them."""
+    monkeypatch.setattr(corpora, "NOISE_SHARE", 0.0)
+    rows = generate_moderation_rows(1500, 0, held_out=name == HELD_OUT_RULE)
+    rule = sentences().rules[name]
+    for act in rule.acts:
+        stem = max(PLACEHOLDER.split(act)[::2], key=len)
+        labels = [
+            label
+            for body, group, label in zip(rows.frame["body"], rows.groups, rows.labels, strict=True)
+            if group == rule.text and stem in body
+        ]
+        assert set(labels) == {0, 1}
+
+
+def test_a_sentence_violates_its_own_rule_alone():
+    """The same sentence is a violation under its own rule and none under another."""
+    rows = generate_moderation_rows(1500, 0)
+    rule = sentences().rules["legal"]
+    sign = "under the law of this state"
+    found = Counter(
+        (group == rule.text, int(label))
+        for body, group, label in zip(rows.frame["body"], rows.groups, rows.labels, strict=True)
+        if sign in body
+    )
+    assert found[True, 1] > 0
+    assert found[False, 0] > 0
+    assert found[False, 1] == 0
+
+
+def test_examples_are_of_their_kind(monkeypatch):
+    """Positive examples break the row's rule, and negative ones do not, by a bare act of it."""
+    monkeypatch.setattr(corpora, "NOISE_SHARE", 0.0)
+    rows = generate_moderation_rows(200, 0)
+    by_text = {rule.text: rule for rule in sentences().rules.values()}
+    for index in range(len(rows)):
+        row = rows.row(index)
+        assert len({row[name] for name in POSTS}) == len(POSTS)
+        for name in corpora.EXAMPLES:
+            bare = re.sub(r"“.*?”|>!.*?!<", "", row[name]).lower()
+            stems = [
+                max(PLACEHOLDER.split(act)[::2], key=len).lower()
+                for act in by_text[row["rule"]].acts
+            ]
+            assert any(stem in bare for stem in stems) == name.startswith("positive")
+
+
+def words_of(text):
+    """The words of a text and its quotation marks, each once."""
+    return set(PARTS.findall(text.lower()))
+
+
+def bag_of_words_auc(train, held_out, *, by_rule):
+    """AUC of a naive Bayes of words, one for each rule or one for all, on held-out rows."""
+    found = {0: defaultdict(Counter), 1: defaultdict(Counter)}
+    rows = Counter()
+    for body, rule, label in zip(train.frame["body"], train.groups, train.labels, strict=True):
+        rule = rule if by_rule else ""
+        found[label][rule].update(words_of(body))
+        rows[rule, label] += 1
+
+    def evidence(word, rule, label):
+        return math.log((found[label][rule][word] + 1) / (rows[rule, label] + 2))
+
+    scores = [
+        sum(
+            evidence(word, rule if by_rule else "", 1) - evidence(word, rule if by_rule else "", 0)
+            for word in sorted(words_of(body))
+        )
+        for body, rule in zip(held_out.frame["body"], held_out.groups, strict=True)
+    ]
+    return auc(held_out.labels, scores)
+
+
+def test_no_vocabulary_decides():
+    """A bag of words ranks held-out rows above chance, far from right, worse without the rule."""
+    train, held_out = generate_moderation_rows(400, 10), generate_moderation_rows(600, 0)
+    with_rule = bag_of_words_auc(train, held_out, by_rule=True)
+    without = bag_of_words_auc(train, held_out, by_rule=False)
+    assert 0.6 < with_rule < 0.93
+    assert without < with_rule - 0.05
+
+
+def test_links_are_no_sign():
+    """Links stand in posts of either label."""
+    rows = generate_moderation_rows(600, 0)
+    links = sentences().slots["link"]
+    linked = [any(link in body for link in links) for body in rows.frame["body"]]
+    assert 0.2 < rows.labels[linked].mean() < 0.8
 
 
 @pytest.mark.parametrize(("count", "left"), [(0, 5), (2, 2), (5, 5), (9, 5)])
@@ -76,59 +212,33 @@ def test_head(count, left):
     assert head.ids == generate_rows(5, 0).ids[:left]
 
 
-def test_head_without_labels(tmp_path):
-    """Rows without labels stay so."""
-    assert read_rows(write(tmp_path, "row_id,body\n1,a\n2,b\n")).head(1).labels is None
-
-
 def test_read_rows_takes_texts_as_they_are(tmp_path):
-    """Texts such as NA, 007, 1.0, an emoji, two lines or nothing are not interpreted."""
-    texts = [
-        "NA",
-        "nan",
-        "007",
-        "1.0",
-        "",
-        " padded ",
-        "👍\u2028é",
-        'say "no", {rule}',
-        "two\nlines",
-    ]
+    """Texts such as NA, 007, an emoji, two lines, nothing or very much are not interpreted."""
+    texts = ["NA", "nan", "007", "1.0", "", " padded ", "👍\u2028é", 'say "no", {rule}']
+    texts += ["two\nlines", "x" * 2_000_000]
     path = tmp_path / "rows.csv"
-    pd.DataFrame({"row_id": [f"0{n}" for n in range(9)], "body": texts}).to_csv(path, index=False)
+    pd.DataFrame({"row_id": [f"0{n}" for n in range(10)], "body": texts}).to_csv(path, index=False)
     rows = read_rows(path)
     assert [rows.row(index)["body"] for index in range(len(rows))] == texts
-    assert rows.ids == tuple(f"0{n}" for n in range(9))
-    assert (rows.groups, rows.labels) == (("all",) * 9, None)
+    assert rows.ids == tuple(f"0{n}" for n in range(10))
+    assert (rows.groups, rows.labels) == (("all",) * 10, None)
 
 
-def test_read_rows_with_labels_within(tmp_path):
-    """Labels in the file become the truth and are no text that a prompt could show."""
-    text = "row_id,body,rule,rule_violation\n7,a,R,1\n8,b,Q,0\n9,c,R,0.0\n"
-    rows = read_rows(write(tmp_path, text))
+def test_labels_within_and_beside(tmp_path):
+    """Labels in the file are the truth and no text; those of a file beside it, by id, go before."""
+    data = write(tmp_path, "row_id,body,rule,rule_violation\n7,a,R,1\n8,b,Q,0\n9,c,R,0.0\n")
+    rows = read_rows(data)
     assert rows.labels.tolist() == [1, 0, 0]
     assert rows.groups == ("R", "Q", "R")
     assert rows.row(0) == {"body": "a", "rule": "R"}
+    labels = write(tmp_path, "row_id,rule_violation\n9,1\n8,1\n7,0\n10,0\n", "labels.csv")
+    assert read_rows(data, labels).labels.tolist() == [0, 1, 1]
 
 
-def test_read_rows_with_labels_beside(tmp_path):
-    """Labels of another file are put to the rows by id, whatever their order and number."""
-    data = write(tmp_path, "row_id,body\n7,a\n8,b\n")
-    labels = write(tmp_path, "row_id,rule_violation\n9,1\n8,1\n7,0\n", "labels.csv")
-    assert read_rows(data, labels).labels.tolist() == [0, 1]
-
-
-def test_labels_beside_go_before_labels_within(tmp_path):
-    """Where both files hold labels those of the label file count."""
-    data = write(tmp_path, "row_id,body,rule_violation\n7,a,1\n")
-    labels = write(tmp_path, "row_id,rule_violation\n7,0\n", "labels.csv")
-    assert read_rows(data, labels).labels.tolist() == [0]
-
-
-def test_byte_order_mark_and_carriage_returns(tmp_path):
-    """A file as spreadsheets write it reads like any other."""
+def test_a_spreadsheets_file(tmp_path):
+    """A byte order mark and carriage returns are read over; without labels there are none."""
     rows = read_rows(write(tmp_path, "\ufeffrow_id,body\r\n1,a\r\n"))
-    assert (rows.ids, rows.row(0)) == (("1",), {"body": "a"})
+    assert (rows.ids, rows.row(0), rows.head(1).labels) == (("1",), {"body": "a"}, None)
 
 
 def test_columns_of_another_name(tmp_path):
@@ -136,12 +246,6 @@ def test_columns_of_another_name(tmp_path):
     columns = Columns(id="key", text="post", group=None, label="bad")
     rows = read_rows(write(tmp_path, "key,post,bad,rule\n1,a,1,R\n"), columns=columns)
     assert (rows.ids, rows.groups, rows.labels.tolist()) == (("1",), ("all",), [1])
-
-
-def test_huge_post(tmp_path):
-    """A post of two million characters is a post."""
-    rows = read_rows(write(tmp_path, "row_id,body\n1," + "x" * 2_000_000 + "\n"))
-    assert len(rows.row(0)["body"]) == 2_000_000
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from chapters import parameters_of
 from safetensors.torch import load_file, save_file
 
 from postmortem.case.load import load_case
-from postmortem.case.prompts import parse_choice
 from postmortem.case.rows import choose_rows
 from postmortem.checker.errors import CaseError, DataError, ModelError
 from postmortem.experiments.ask import BASE, System, ask
@@ -151,22 +150,6 @@ def test_an_edit_of_the_rows_changes_the_settings(place, tmp_path):
     before = settings_digest(case, settings)
     path.write_text(path.read_text().replace("number 3", "number 9"))
     assert settings_digest(case, settings) != before
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("positive", 1.0),
-        (" Positive.", 1.0),
-        ("**NEGATIVE** because", 0.0),
-        ("positively not", None),
-        ("the film is positive", None),
-        ("", None),
-    ],
-)
-def test_a_choice_is_read_at_the_beginning(text, value):
-    """An answer counts as a whole word at the beginning, whatever its case, and nowhere else."""
-    assert parse_choice(text, ["negative", "positive"]).value == value
 
 
 def test_a_choice_is_scored_as_whole_words(place, tmp_path):

@@ -68,15 +68,10 @@ POSTS = st.text(max_size=200) | st.lists(
 ).map("".join)
 
 
-def test_braces_in_a_post_stay():
-    """A post that holds `{rule}` or nested braces is put in as it is."""
-    row = {"rule": "R", "body": "{rule} {{body}} {0} {} %s {x!r:>{width}}"}
-    assert fill("{rule}: {body}", row) == f"R: {row['body']}"
-
-
 @given(rule=POSTS, body=POSTS)
+@example(rule="R", body="{rule} {{body}} {0} {} %s {x!r:>{width}}")
 def test_fill_is_one_replacement(rule, body):
-    """Any two values stand in the text exactly once and unchanged."""
+    """Any two values stand in the text exactly once and unchanged, braces and all."""
     assert fill("a{rule}b{body}c", {"rule": rule, "body": body}) == f"a{rule}b{body}c"
 
 
@@ -91,52 +86,41 @@ def test_missing_column_is_named():
         fill("{rule}", {"body": "x", "row_id": "1"})
 
 
-def test_raw_prompt_is_the_filled_template():
-    """A raw prompt has no chat marks and no system text."""
-    text = render(make_template("{body}", chat=False), {"body": "x"}, tokenizer=None)
-    assert text == "x"
-
-
-def test_system_text_is_filled():
-    """A column may stand in the system text as well."""
-    template = make_template("{body}", system="Rule: {rule}")
-    text = render(template, {"rule": "R", "body": "B"}, tokenizer=ByteTokenizer(1))
-    assert text == f"<|im_start|>system\nRule: R<|im_end|>\n<|im_start|>user\nB{HEADER}"
-
-
-def test_no_system_turn_without_a_system_text():
-    """Where there is no system text there is no system turn."""
-    text = render(make_template("{body}", system=""), {"body": "B"}, tokenizer=ByteTokenizer(1))
-    assert text == f"<|im_start|>user\nB{HEADER}"
-
-
-@pytest.mark.parametrize(("chat", "lead"), [(True, ""), (False, " ")])
-def test_lead_depends_on_the_chat_template(chat, lead):
-    """Only a raw prompt is followed by a space before the answer."""
-    assert lead_of(make_template("{body}", chat=chat)) == lead
-
-
-def test_short_prompt_is_not_touched():
-    """A prompt of exactly the limit keeps every token."""
+@pytest.mark.parametrize(
+    ("changes", "text", "lead"),
+    [
+        ({"chat": False}, "B", " "),
+        ({"system": ""}, f"<|im_start|>user\nB{HEADER}", ""),
+        (
+            {"system": "Rule: {rule}"},
+            f"<|im_start|>system\nRule: R<|im_end|>\n<|im_start|>user\nB{HEADER}",
+            "",
+        ),
+    ],
+)
+def test_a_template_is_wrapped_as_it_asks(changes, text, lead):
+    """Raw it is sent as filled and a space leads the answer; a system turn is there if it says."""
+    template = make_template("{body}", **changes)
     row = {"rule": "R", "body": "B"}
-    prompt = encode(TWO, row, tokenizer=ByteTokenizer(1), limit=FIXED + 2)
-    assert (prompt.text, prompt.cut) == (f"{BEFORE}R{BETWEEN}B{AFTER}", False)
-    assert prompt.full_length == len(prompt.token_ids) == FIXED + 2
+    assert render(template, row, tokenizer=ByteTokenizer(1)) == text
+    assert lead_of(template) == lead
 
 
-def test_the_longest_column_is_cut():
-    """One token too many costs the longest column its end and no other column anything."""
-    row = {"rule": "short", "body": "a long post"}
-    prompt = encode(TWO, row, tokenizer=ByteTokenizer(1), limit=FIXED + 15)
-    assert prompt.text == f"{BEFORE}short{BETWEEN}a long pos{AFTER}"
-    assert (prompt.cut, prompt.full_length, len(prompt.token_ids)) == (True, FIXED + 16, FIXED + 15)
-
-
-def test_a_cut_leaves_no_broken_character():
-    """Where the cut goes through a character, all of the character goes."""
-    row = {"rule": "R", "body": "ab👍"}
-    prompt = encode(TWO, row, tokenizer=ByteTokenizer(1), limit=FIXED + 5)
-    assert prompt.text == f"{BEFORE}R{BETWEEN}ab{AFTER}"
+@pytest.mark.parametrize(
+    ("rule", "body", "room", "kept"),
+    [
+        ("R", "B", 2, "B"),
+        ("short", "a long post", 15, "a long pos"),  # the longest column loses its end
+        ("R", "ab👍", 5, "ab"),  # a character that the cut goes through goes whole
+    ],
+)
+def test_the_longest_column_is_cut(rule, body, room, kept):
+    """A prompt within its limit keeps every token; beyond it the longest column is cut."""
+    row = {"rule": rule, "body": body, "url": "u" * 10_000}  # what is not used is not counted
+    prompt = encode(TWO, row, tokenizer=ByteTokenizer(1), limit=FIXED + room)
+    assert prompt.text == f"{BEFORE}{rule}{BETWEEN}{kept}{AFTER}"
+    assert prompt.cut == (kept != body)
+    assert prompt.full_length == FIXED + len((rule + body).encode())
 
 
 def test_a_cut_always_ends():
@@ -151,16 +135,11 @@ def test_a_cut_always_ends():
     assert prompt.text == f"{BEFORE}R{BETWEEN}a p{AFTER}"
 
 
-def test_columns_that_the_prompt_does_not_use_are_left_alone():
-    """A long column that the prompt does not use neither counts nor is cut."""
-    row = {"rule": "R", "body": "B", "url": "u" * 10_000}
-    assert not encode(TWO, row, tokenizer=ByteTokenizer(1), limit=FIXED + 2).cut
-
-
 @given(rule=POSTS, body=POSTS, room=st.integers(0, 150), width=st.integers(1, 3))
 @example(rule="R", body=HEADER * 20, room=10, width=1)
 @example(rule="{body}", body="{rule}" * 30, room=7, width=2)
 @example(rule="", body="👍" * 40, room=5, width=3)
+@example(rule="R", body="x" * 1_000_000, room=5, width=3)
 def test_cut_prompt_keeps_all_but_the_end_of_a_column(rule, body, room, width):
     """Under any limit what surrounds the columns stays, and a column is a beginning of itself."""
     tokenizer, limit = ByteTokenizer(width), FIXED + room
@@ -186,12 +165,6 @@ def test_cut_is_told(body, room):
     assert not whole.cut
     assert prompt.full_length == len(whole.token_ids)
     assert prompt.cut == (len(whole.token_ids) > FIXED + 1 + room)
-
-
-def test_huge_post_is_cut():
-    """A post of a million characters is cut to the limit."""
-    row = {"rule": "R", "body": "x" * 1_000_000}
-    assert len(encode(TWO, row, tokenizer=ByteTokenizer(3), limit=512).token_ids) == 512
 
 
 @pytest.mark.parametrize("template", [TWO, make_template("No column at all, and too long.")])

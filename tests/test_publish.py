@@ -3,13 +3,8 @@ import shutil
 
 import pytest
 
-from postmortem.book.publish import (
-    add_case_values,
-    add_suite_costs,
-    collect_values,
-    publish,
-)
-from postmortem.case.load import load_case
+from postmortem.book.publish import add_suite_costs, collect_values, publish
+from postmortem.book.tables import add_case_values
 from postmortem.case.rows import choose_rows
 from postmortem.case.schema import RunTest
 from postmortem.case.site import Run
@@ -21,29 +16,23 @@ from postmortem.experiments.records import (
     Timing,
     Verdict,
     input_digests,
+    read_records,
     write_records,
 )
 from postmortem.models.world import read_world, write_world
 
-CASE = "cases/qwen-lora.yml"
-
 
 @pytest.fixture
-def run(untrained_world, tmp_path, pytestconfig, monkeypatch):
+def run(case, untrained_world, tmp_path, pytestconfig, monkeypatch):
     """A run folder with one notebook's sealed records, and the arguments to publish it."""
     monkeypatch.chdir(pytestconfig.rootpath)
     write_world(untrained_world, tmp_path / "world.json")
-    shutil.copy("notebooks/attempt.ipynb", tmp_path / "attempt.ipynb")
-    notebook = tmp_path / "attempt.ipynb"
-    case = load_case(CASE)
-    seal(
-        tmp_path,
-        input_digests(notebook, case, world=untrained_world, rows=choose_rows(case, "embedded")),
-        verdicts_of(case),
-    )
-    monkeypatch.setattr(
-        "postmortem.book.publish.list_runs", lambda case: [Run("attempt", notebook)]
-    )
+    notebook = shutil.copy("notebooks/attempt.ipynb", tmp_path / "attempt.ipynb")
+    rows = choose_rows(case, "embedded")
+    digests = input_digests(notebook, case, world=untrained_world, rows=rows)
+    seal(tmp_path, digests, recorded_here(case))
+    runs = [Run("attempt", notebook)]
+    monkeypatch.setattr("postmortem.book.publish.list_runs", lambda case: runs)
     return {
         "case": case,
         "profile": "embedded",
@@ -55,9 +44,14 @@ def run(untrained_world, tmp_path, pytestconfig, monkeypatch):
 
 def verdicts_of(case):
     """A record of each verdict that the case asks for."""
-    items = [*case.hypotheses, *case.claims, *case.practice.actions]
+    items = [*case.hypotheses, *case.claims, *(case.practice.actions if case.practice else [])]
     keys = dict.fromkeys(item.test.verdict for item in items if item.test)
     return [Verdict(key=key, verdict="cannot tell", because="not run") for key in keys]
+
+
+def recorded_here(case):
+    """Those of them that a build records; the others are kept with the project."""
+    return [v for v in verdicts_of(case) if not v.key.startswith("catalogue.")]
 
 
 def seal(folder, digests, records):
@@ -78,28 +72,18 @@ def seal(folder, digests, records):
 
 
 def test_fresh_records_become_values(run, tmp_path):
-    """Records whose inputs have not changed are published, with the case's own tables."""
+    """Records whose inputs have not changed are published, with the case's own numbers."""
     publish(**run)
     values = json.loads((tmp_path / "out/values.json").read_text())
-    assert values["texts"]["case.title"] == "Every prediction was 0.0"
     assert values["verdicts"]["swap.base.reproduces"]["verdict"] == "cannot tell"
-    assert (
-        len(values["tables"]["case.claims"]["rows"]) == values["measures"]["case.claims"]["value"]
-    )
     assert values["measures"]["case.initial_sum"]["value"] == 180
 
 
 @pytest.mark.parametrize("name", ["case", "world", "data", "notebook", "module scoring"])
-def test_stale_records_are_refused_by_name(run, tmp_path, name, untrained_world):
+def test_stale_records_are_refused_by_name(run, tmp_path, name):
     """A changed input makes the records stale, and the error says which input."""
-    case = load_case(CASE)
-    digests = input_digests(
-        tmp_path / "attempt.ipynb",
-        case,
-        world=untrained_world,
-        rows=choose_rows(case, "embedded"),
-    )
-    seal(tmp_path, digests | {name: "0" * 16}, verdicts_of(case))
+    digests = read_records(tmp_path / "attempt.jsonl").provenance.digests
+    seal(tmp_path, digests | {name: "0" * 16}, recorded_here(run["case"]))
     with pytest.raises(RecordError, match=f"stale.*{name}"):
         publish(**run)
     assert not (tmp_path / "out/values.json").exists()
@@ -120,18 +104,14 @@ def test_a_changed_adapter_makes_the_records_stale(run, tmp_path, untrained):
         publish(**run)
 
 
-def test_missing_records_are_refused(run, tmp_path):
-    """A notebook without records fails the build with its name."""
-    (tmp_path / "attempt.jsonl").unlink()
-    with pytest.raises(RecordError, match="attempt"):
-        publish(**run)
-
-
-def test_an_edited_record_is_refused(run, tmp_path):
-    """A record changed by hand no longer agrees with its seal."""
+def test_missing_and_edited_records_are_refused(run, tmp_path):
+    """A record changed by hand no longer agrees with its seal; one that is gone is named."""
     path = tmp_path / "attempt.jsonl"
     path.write_text(path.read_text().replace("cannot tell", "holds", 1))
     with pytest.raises(RecordError, match="changed after the run"):
+        publish(**run)
+    path.unlink()
+    with pytest.raises(RecordError, match="attempt"):
         publish(**run)
 
 
@@ -145,18 +125,33 @@ def values_with(case, **words):
     return values
 
 
-@pytest.mark.parametrize("kind", ["hypotheses", "claims", "actions"])
-def test_a_test_without_its_verdict_is_refused(case, kind):
+def test_each_section_is_a_table_of_its_items(case):
+    """Each table has a row for each item, in order; a whole confidence has no point."""
+    tables = values_with(case)["tables"]
+    for section, items in case.sections.items():
+        if section not in ("practice.impact", "practice.trigger"):
+            assert len(tables[f"case.{section}"]["rows"]) == len(items) > 0
+    assert tables["case.observations"] == {
+        "columns": ["kind", "statement", "what we see", "grade"],
+        "rows": [[o.kind, o.text, o.finding, o.grade] for o in case.observations],
+    }
+    told = {row[0]: row[3:] for row in tables["case.hypotheses"]["rows"]}
+    assert (repr(told["A1"]), told["A2"]) == ("[80, 85]", [None, None])
+
+
+@pytest.mark.parametrize("section", ["hypotheses", "claims", "practice.actions"])
+def test_a_test_without_its_verdict_is_refused(case, section):
     """A verdict that the case asks for and no notebook recorded fails the build by its owner."""
-    none = {"hypotheses": [], "claims": [], "practice": None}
-    if kind == "actions":
-        alone = case.model_copy(update=none | {"practice": case.practice})
-        owner = f"action {case.practice.actions[0].id}"
-    else:
-        alone = case.model_copy(update=none | {kind: getattr(case, kind)})
-        owner = next(item.id for item in getattr(case, kind) if item.test)
-    with pytest.raises(RecordError, match=rf"verdict .*{owner} of the case names"):
-        add_case_values({"measures": {}, "verdicts": {}, "texts": {}, "tables": {}}, alone)
+    items = {**case.sections, "hypotheses": case.hypotheses}[section]
+    owner = next(item for item in items if item.test)
+    values = values_with(case)
+    del values["verdicts"][owner.test.verdict]
+    others = {"hypotheses": [], "claims": [], "practice": None}
+    others.pop(section.split(".")[0])
+    with pytest.raises(
+        RecordError, match=rf"verdict .*`{section}` of the case names for {owner.id}"
+    ):
+        add_case_values(values, case.model_copy(update=others))
 
 
 def test_a_test_is_not_answered_by_the_case_itself(case):
@@ -170,17 +165,20 @@ def test_a_test_is_not_answered_by_the_case_itself(case):
 
 
 def test_the_ledger_shows_the_run_beside_the_record(case):
-    """Each claim stands with its decider, and with this run's answer where it asks for one."""
+    """A claim stands with its decider and this run's answer, and a page can quote its verdict."""
     values = values_with(case, v2_constant="holds")
     table = values["tables"]["case.claims"]
     rows = {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
     for claim in case.claims:
-        row = rows[claim.id]
+        row, quoted = rows[claim.id], values["verdicts"][f"case.claim.{claim.id}"]
         assert (row["decided by"], row["would change"]) == (claim.decided_by, claim.would_change)
         assert bool(row["this run"]) == bool(claim.test)
+        assert quoted == {"verdict": claim.verdict, "because": claim.because}
+        assert values["texts"][f"case.claim.{claim.id}.would_change"] == claim.would_change
     assert rows["both-attempts-degenerate"]["this run"] == "holds"
+    assert values["verdicts"]["case.hypothesis.A1"]["verdict"] == "refuted"
     counted = [sum(row[1:]) for row in values["tables"]["case.sections"]["rows"]]
-    assert sum(counted) == len(case.claims)
+    assert sum(counted) == values["measures"]["case.claims"]["value"] == len(case.claims)
 
 
 def test_an_action_is_closed_by_its_verdict_alone(case):
@@ -196,27 +194,14 @@ def test_an_action_is_closed_by_its_verdict_alone(case):
 
 def test_a_case_without_practice_or_filter_says_so(case):
     """What the case leaves out is a measure without a value and with the reason."""
-    values = values_with(case)
-    add_case_values(values, case.model_copy(update={"practice": None, "adapter_filter": None}))
+    values = values_with(case.model_copy(update={"practice": None, "adapter_filter": None}))
     for key in ("case.actions", "case.filter_std", "case.filter_maximum"):
         assert values["measures"][key]["value"] is None
-        assert values["measures"][key]["reason"].startswith("the case")
-
-
-def test_the_case_speaks_through_roles(case):
-    """A page can show the verdict, the reason and the decider of any claim or hypothesis."""
-    values = values_with(case)
-    claim = case.claims[0]
-    found = values["verdicts"][f"case.claim.{claim.id}"]
-    assert (found["verdict"], found["because"]) == (claim.verdict, claim.because)
-    assert values["texts"][f"case.claim.{claim.id}.would_change"] == claim.would_change
-    assert values["verdicts"]["case.hypothesis.A1"]["verdict"] == "refuted"
+        assert values["measures"][key]["reason"] == "the case does not say"
 
 
 def test_two_notebooks_may_not_record_one_key(tmp_path):
     """The same key from two notebooks is an error and not a silent overwrite."""
-    from postmortem.experiments.records import read_records
-
     seal(tmp_path, {}, [Measure(key="a", value=1)])
     file = read_records(tmp_path / "attempt.jsonl")
     with pytest.raises(RecordError, match="recorded once"):

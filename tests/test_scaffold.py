@@ -12,13 +12,8 @@ HOSTILE = (
 )
 
 
-def lines_of(path):
-    """The lines of a case file that hold something."""
-    return [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-
-
 def test_a_new_case_is_filled_in_from_one_line(tmp_path):
-    """What is given stands in the file, which loads, has at most 25 lines, and has its pages."""
+    """What is given stands in 25 lines at most, with pages beside; alone it takes the packaged."""
     own.write_rows(tmp_path / "rows.csv")
     known = Known(
         base="models/base",
@@ -37,6 +32,8 @@ def test_a_new_case_is_filled_in_from_one_line(tmp_path):
     assert len(file.read_text().splitlines()) <= 25
     assert {page.name for page in pages} == {p.name for p in SCAFFOLD.iterdir()}
     assert site_of(file, case).pages == file.with_suffix("")
+    alone = file.rename(tmp_path / "alone.yml")
+    assert site_of(alone, case).pages == SCAFFOLD
 
 
 def test_without_anything_known_each_line_says_what_to_fill_in(tmp_path):
@@ -46,7 +43,6 @@ def test_without_anything_known_each_line_says_what_to_fill_in(tmp_path):
     told = file.read_text()
     for key in ("base:", "suspect:", "data:", "# reference:", "# positive:", "# rows:"):
         assert f"\n{key}" in told
-    assert len(lines_of(file)) <= 25
 
 
 @pytest.mark.parametrize("contract", ["number", "yes_no", "choice", "class"])
@@ -70,13 +66,11 @@ def test_nothing_is_replaced(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.yml", "three.yml", "two"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("", "Mine", "my adapter", "1st", "-a", "a/b", "../up", "a.yml", "a\nb", "a" * 61),
-        *("éclair", "имя", "\N{SNOWMAN}", "a\x00b", "a\u202eb", "<b>", "a;rm"),
-    ],
-)
+ODD = ["", "Mine", "1st", "-a", "a/b", "../up", "a.yml", "a\nb", "a" * 61, "éclair", "имя"]
+ODD += ["\N{SNOWMAN}", "a\x00b", "a\u202eb", "<b>", "a;rm", "My Great Adapter!"]
+
+
+@pytest.mark.parametrize("name", ODD)
 def test_a_name_that_cannot_be_one_is_refused(tmp_path, name):
     """A name that is no key is refused in one printable line, with one that would do."""
     with pytest.raises(CaseError, match="small letters") as refused:
@@ -85,13 +79,8 @@ def test_a_name_that_cannot_be_one_is_refused(tmp_path, name):
     assert told.isascii()
     assert told.isprintable()
     assert "For example" in told
+    assert "my-great-adapter" in told or "Great" not in name
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_name_that_is_proposed_is_near(tmp_path):
-    """The proposal keeps what can be kept."""
-    with pytest.raises(CaseError, match=r"For example my-great-adapter\."):
-        create_case("My Great Adapter!", Known(), folder=tmp_path)
 
 
 @pytest.mark.parametrize("value", [HOSTILE, "no", "1", "null", "- x", "a: b", "'", "#", "[1"])
@@ -142,11 +131,3 @@ def test_the_command_says_what_it_wrote_and_what_to_do_next(tmp_path, monkeypatc
         main(["new", "films"])
     assert ended.value.code == 2
     assert "postmortem: cases/films.yml: expected nothing there yet" in capsys.readouterr().err
-
-
-def test_a_case_without_pages_takes_the_packaged_ones(tmp_path):
-    """A case file that stands alone is built from the pages that come with the package."""
-    file, *_ = create_case("films", Known(), folder=tmp_path)
-    alone = tmp_path / "alone.yml"
-    file.rename(alone)
-    assert site_of(alone, load_case(alone)).pages == SCAFFOLD

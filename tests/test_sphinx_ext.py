@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -16,14 +17,27 @@ VALUES = {
         "v": {"verdict": "cannot tell", "because": HOSTILE},
         "k": {"verdict": "knows and does not say", "because": "the log-odds rank"},
     },
-    "texts": {"profile.name": "embedded", "t": HOSTILE, "case.title": HOSTILE},
+    "texts": {
+        "profile.name": "embedded",
+        "recorded": "smollm2",
+        "t": HOSTILE,
+        "case.title": HOSTILE,
+    },
     "tables": {
         "t": {"columns": ["row", "text", "verdict"], "rows": [[1, HOSTILE, "holds"]]},
         "e": {"columns": ["id", "what", "status"], "rows": [["a-b", HOSTILE, "open"]]},
         "case.claims": {
             "columns": [
-                *("id", "section", "claim", "verdict", "because", "grade"),
-                *("decided by", "would change", "this run asks", "this run"),
+                "id",
+                "section",
+                "claim",
+                "verdict",
+                "because",
+                "grade",
+                "decided by",
+                "would change",
+                "this run asks",
+                "this run",
             ],
             "rows": [
                 ["one", "First", HOSTILE, "stands", "so", "log", "a", "b", "it holds", "refuted"],
@@ -38,34 +52,22 @@ VALUES = {
 def build(folder, page, values=VALUES):
     """Build one page; returns its HTML and the warnings."""
     source = folder / "source"
-    (source / "_values/figures").mkdir(parents=True)
+    (source / "_values/figures").mkdir(parents=True, exist_ok=True)
     (source / "_values/values.json").write_text(json.dumps(values))
     figures = {"alt": {"hero": "Hero"}, "missing": {"absent": "no labels"}}
     (source / "_values/figures/figures.json").write_text(json.dumps(figures))
     for width in ("wide", "narrow"):
         (source / f"_values/figures/hero.{width}.svg").write_text(f"<svg id='{width}'></svg>")
-    (source / "index.md").write_text(page)
-    config = {
-        "extensions": ["myst_parser", "postmortem.book.roles"],
-        "myst_enable_extensions": ["colon_fence"],
-    }
-    warnings = (folder / "warnings").open("w+")
-    app = Sphinx(
-        str(source),
-        None,
-        str(folder / "out"),
-        str(folder / "trees"),
-        "html",
-        confoverrides=config,
-        status=None,
-        warning=warnings,
-    )
-    app.build()
-    warnings.seek(0)
-    with warnings:
-        # Sphinx registers its own nodes once a process; a second build here says so.
-        told = [line for line in warnings if "already registered" not in line]
-    return (folder / "out/index.html").read_text(), "".join(told)
+    if page:
+        (source / "index.md").write_text(page)
+    extensions = ["myst_parser", "postmortem.book.roles"]
+    config = {"extensions": extensions, "myst_enable_extensions": ["colon_fence"]}
+    out, trees, warnings = folder / "out", folder / "trees", io.StringIO()
+    Sphinx(source, None, out, trees, "html", config, status=None, warning=warnings).build()
+    # Sphinx registers its own nodes once a process; a second build here says so.
+    told = warnings.getvalue().splitlines(keepends=True)
+    told = [line for line in told if "already registered" not in line]
+    return (out / "index.html").read_text(), "".join(told)
 
 
 def test_numbers_take_their_format(tmp_path):
@@ -79,9 +81,9 @@ def test_numbers_take_their_format(tmp_path):
     assert told == ""
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
+def test_what_is_not_recorded_warns(tmp_path):
+    """A key, column, figure or condition that no record has is a warning, so -W fails."""
+    unknown = [
         "{num}`a.c`",
         "{verdict}`w`",
         "{text}`u`",
@@ -89,16 +91,14 @@ def test_numbers_take_their_format(tmp_path):
         "{grade}`hearsay`",
         ":::{record-table} u\n:::",
         ":::{record-entries} u\n:::",
+        ":::{record-ledger} u\n:::",
         ":::{record-table} t\n:columns: nope\n:::",
         ":::{record-figure} nope\n:::",
         "::::{when} has nothing\nx\n::::",
         "::::{when} whatever\nx\n::::",
-    ],
-)
-def test_what_is_not_recorded_warns(tmp_path, page):
-    """A key, column, figure or condition that no record has is a warning, so -W fails."""
-    _, told = build(tmp_path, f"# T\n\n{page}\n")
-    assert "WARNING" in told
+    ]
+    _, told = build(tmp_path, "# T\n\n" + "\n\n".join(unknown) + "\n")
+    assert told.count("WARNING") == len(unknown)
 
 
 def test_what_another_case_lacks_is_said_and_does_not_fail(tmp_path):
@@ -109,18 +109,15 @@ def test_what_another_case_lacks_is_said_and_does_not_fail(tmp_path):
     assert told == ""
 
 
-def test_a_table_may_show_its_first_rows(tmp_path):
-    """With `rows` a table shows so many rows and no more."""
-    values = VALUES | {"tables": {"t": {"columns": ["n"], "rows": [["one"], ["two"], ["three"]]}}}
-    html, told = build(tmp_path, "# T\n\n:::{record-table} t\n:rows: 2\n:::\n", values)
+def test_a_table_shows_its_first_rows_and_says_where_it_has_none(tmp_path):
+    """With `rows` a table shows so many and no more; an empty one has a row of dashes."""
+    tables = {
+        "t": {"columns": ["n"], "rows": [["one"], ["two"], ["three"]]},
+        "empty": {"columns": ["n", "m"], "rows": []},
+    }
+    page = "# T\n\n:::{record-table} t\n:rows: 2\n:::\n\n:::{record-table} empty\n:::\n"
+    html, told = build(tmp_path, page, VALUES | {"tables": tables})
     assert ("two" in html, "three" in html) == (True, False)
-    assert told == ""
-
-
-def test_an_empty_table_says_so(tmp_path):
-    """A table without rows has one of dashes, as many as it has columns."""
-    values = VALUES | {"tables": {"t": {"columns": ["n", "m"], "rows": []}}}
-    html, told = build(tmp_path, "# T\n\n:::{record-table} t\n:::\n", values)
     assert html.count("<p>–</p>") == 2
     assert told == ""
 
@@ -144,15 +141,14 @@ def test_a_condition_decides_what_stands_on_the_page(tmp_path):
     conditions = {
         "profile embedded": True,
         "profile not embedded": False,
+        "recorded not bench": True,
         "has a.b": True,
         "lacks a.b": False,
         "has none": False,
         "verdict v cannot tell": True,
         "verdict v holds": False,
-        "verdict v not holds": True,
+        "verdict v not available": False,
         "verdict k knows and does not say": True,
-        "verdict k does not know": False,
-        "verdict k not does not know": True,
     }
     for number, condition in enumerate(conditions):
         page += f"\n::::{{when}} {condition}\nkept{number}x {{num}}`a.b`\n::::\n"
@@ -173,13 +169,6 @@ def test_a_condition_keeps_the_order_of_text_and_headings(tmp_path):
     assert told == ""
 
 
-def test_what_a_model_knows_takes_the_shape_of_a_verdict(tmp_path):
-    """The words for what a model does with what it knows are shown as verdicts are."""
-    html, told = build(tmp_path, "# T\n\n{verdict}`k`\n")
-    assert 'class="pm-verdict pm-verdict-cannot-tell">knows and does not say<' in html
-    assert told == ""
-
-
 def test_a_figure_is_inline_in_two_widths_or_says_why_not(tmp_path):
     """A figure brings both SVGs and its caption; one that is missing gives the reason."""
     page = "# T\n\n:::{record-figure} hero\nCap {num}`a.b:.2f`\n:::\n"
@@ -193,7 +182,9 @@ def test_a_figure_is_inline_in_two_widths_or_says_why_not(tmp_path):
 
 def test_the_ledger_stands_under_its_sections(tmp_path):
     """Each section is a heading once, each claim an entry with an anchor; text is never markup."""
-    html, told = build(tmp_path, "# T\n\n## Ledger\n\n:::{record-ledger}\n:::\n\n## After\n\nx\n")
+    html, told = build(
+        tmp_path, "# T\n\n## Ledger\n\n:::{record-ledger} case.claims\n:::\n\n## After\n\nx\n"
+    )
     assert [html.count(f"<h3>{name}<") for name in ("First", "Second")] == [1, 1]
     assert html.index("<h3>Second<") < html.index("<h2>After<")
     assert all(f'id="claim-{name}"' in html for name in ("one", "two", "three"))
@@ -204,10 +195,11 @@ def test_the_ledger_stands_under_its_sections(tmp_path):
 
 
 def test_entries_name_describe_and_mark(tmp_path):
-    """An entry has its id as code, one line for each field, and a status with its look."""
-    html, told = build(tmp_path, "# T\n\n:::{record-entries} e\n:::\n")
+    """An entry has its id as code and a status with its look, as has a word on knowing."""
+    html, told = build(tmp_path, "# T\n\n{verdict}`k`\n\n:::{record-entries} e\n:::\n")
+    assert 'class="pm-verdict pm-verdict-cannot-tell">knows and does not say<' in html
     assert ">a-b<" in html
-    assert "pm-verdict-cannot-tell" in html
+    assert 'pm-verdict-cannot-tell">open<' in html
     assert "<script>alert" not in html
     assert told == ""
 
@@ -215,22 +207,8 @@ def test_entries_name_describe_and_mark(tmp_path):
 def test_changed_values_rebuild_the_pages_that_use_them(tmp_path):
     """After the values change, a page that quotes them shows the new number."""
     build(tmp_path, "# T\n\n{num}`a.b:.2f`\n")
-    changed = json.loads(json.dumps(VALUES))
-    changed["measures"]["a.b"]["value"] = 0.98
-    path = tmp_path / "source/_values/values.json"
-    path.write_text(json.dumps(changed))
-    app = Sphinx(
-        str(tmp_path / "source"),
-        None,
-        str(tmp_path / "out"),
-        str(tmp_path / "trees"),
-        "html",
-        confoverrides={"extensions": ["myst_parser", "postmortem.book.roles"]},
-        status=None,
-        warning=None,
-    )
-    app.build()
-    assert ">0.98<" in (tmp_path / "out/index.html").read_text()
+    measures = {"a.b": VALUES["measures"]["a.b"] | {"value": 0.98}}
+    assert ">0.98<" in build(tmp_path, "", VALUES | {"measures": measures})[0]
 
 
 @pytest.mark.parametrize(

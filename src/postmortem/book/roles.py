@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -17,24 +18,22 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 from postmortem.checker.errors import BookError
 
 LOGGER = logging.getLogger(__name__)
-VERDICTS = {"holds", "refuted", "cannot tell", "not available"}
-# What a model does with what it knows; each word takes the look of its nearest kin.
-KNOWING = {
+# The look of each verdict; words on claims, actions and knowing take that of their nearest kin.
+LOOKS = {
+    "holds": "holds",
+    "refuted": "refuted",
+    "cannot tell": "cannot-tell",
+    "not available": "not-available",
     "says what it knows": "holds",
-    "knows and does not say": "cannot tell",
+    "knows and does not say": "cannot-tell",
     "does not know": "refuted",
-}
-# Verdicts on a claim and states of an action item.
-KIN = KNOWING | {
     "stands": "holds",
-    "stands in part": "cannot tell",
-    "cannot be checked": "cannot tell",
+    "stands in part": "cannot-tell",
+    "cannot be checked": "cannot-tell",
     "closed": "holds",
-    "open": "cannot tell",
+    "open": "cannot-tell",
 }
-DECIDED = VERDICTS | KNOWING.keys()
 GRADES = {"artefact", "log", "recollection", "measured"}
-UNAVAILABLE = "not available"
 # What the prose quotes from the shipped case by id; another case need not have it.
 QUOTED = ("case.claim.", "case.hypothesis.", "case.evidence.", "case.practice.")
 # Texts that are sentences or names; any other is a run's output.
@@ -42,8 +41,6 @@ PROSE = ("case.", "profile.", "rows.", "run.", "diagnosis.conclusion")
 IDENTIFIER = re.compile(r"[a-z0-9_-]+")
 # A value with its interval, which is not broken across lines.
 ESTIMATE = re.compile(r"-?\d+(?:\.\d+)?%? \[.+\]")
-# What the ledger says of a claim after its reason.
-DECIDERS = ("decided by", "would change")
 # A cell of more characters keeps a width that can be read on a phone.
 LONG = 60
 
@@ -62,9 +59,11 @@ class Values:
                 self.path, expected="published values", found=str(error), remedy="Run `make book`."
             ) from None
 
-    def find(self, kind: str, key: str) -> Any:
-        """A value by kind and key, or None where there is none."""
-        return self.data[kind].get(key)
+    def table(self, key: str) -> Any:
+        """A table by its key; raises `ValueError` where there is none."""
+        if key not in self.data["tables"]:
+            raise ValueError("no such table on record")
+        return self.data["tables"][key]
 
 
 def values_of(env: Any) -> Values:
@@ -74,83 +73,61 @@ def values_of(env: Any) -> Values:
     return values
 
 
-class _ValueRole(SphinxRole):
-    """A role whose text is a key; a missing key warns, which fails the build.
+class ValueRole(SphinxRole):
+    """A role whose text is a key, with a format behind a colon where `show` takes one.
 
-    A part of the case that is quoted by its id may be missing: the prose is about one case, and
-    another one builds with it until it has prose of its own.
+    A missing key warns, which fails the build. A part of the case that is quoted by its id may be
+    missing: the prose is about one case, and another one builds with it until it has its own.
     """
 
-    kind: ClassVar[str]
+    def __init__(self, kind: str, show: Callable[[str, Any, str], list[nodes.Node]]) -> None:
+        super().__init__()
+        self.kind, self.show = kind, show
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         key, _, style = self.text.partition(":")
-        value = values_of(self.env).find(self.kind, key)
+        value = values_of(self.env).data[self.kind].get(key)
         if value is None and key.startswith(QUOTED):
             return [_inline("not in this case", "pm-unavailable")], []
-        if value is None:
-            LOGGER.warning("no recorded %s %r", self.kind, key, location=self.get_location())
-            return [nodes.Text(f"??{key}??")], []
         try:
-            return self.show(value, style), []
+            if value is None:
+                raise ValueError(f"not recorded among {self.kind}")
+            return self.show(key, value, style), []
         except (ValueError, TypeError) as error:
             LOGGER.warning("%r: %s", self.text, error, location=self.get_location())
             return [nodes.Text(f"??{key}??")], []
 
-    def show(self, value: Any, style: str) -> list[nodes.Node]:
-        raise NotImplementedError
+
+def show_number(key: str, value: Any, style: str) -> list[nodes.Node]:
+    """A measure's value: ``{num}`key:format` ``."""
+    if value["value"] is None:
+        return [_inline("not available", "pm-unavailable")]
+    return [_inline(format_number(value["value"], style), "pm-num")]
 
 
-class NumberRole(_ValueRole):
-    """``{num}`key:format` ``: a measure's value."""
-
-    kind = "measures"
-
-    def show(self, value: Any, style: str) -> list[nodes.Node]:
-        if value["value"] is None:
-            return [_inline(UNAVAILABLE, "pm-unavailable")]
-        return [_inline(format_number(value["value"], style), "pm-num")]
+def show_estimate(key: str, value: Any, style: str) -> list[nodes.Node]:
+    """A measure's value with its interval in a lighter tone: ``{est}`key:format` ``."""
+    shown = show_number(key, value, style)
+    if value["value"] is None or value["low"] is None:
+        return shown
+    low, high = (format_number(value[end], style) for end in ("low", "high"))
+    return [*shown, nodes.Text(" "), _inline(f"[{low}, {high}]", "pm-interval")]
 
 
-class EstimateRole(NumberRole):
-    """``{est}`key:format` ``: a measure's value with its interval in a lighter tone."""
-
-    def show(self, value: Any, style: str) -> list[nodes.Node]:
-        shown = super().show(value, style)
-        if value["value"] is None or value["low"] is None:
-            return shown
-        low, high = (format_number(value[end], style) for end in ("low", "high"))
-        return [*shown, nodes.Text(" "), _inline(f"[{low}, {high}]", "pm-interval")]
+def show_verdict(key: str, value: Any, style: str) -> list[nodes.Node]:
+    """The verdict word with its shape: ``{verdict}`key` ``."""
+    return [_chip(value["verdict"])]
 
 
-class VerdictRole(_ValueRole):
-    """``{verdict}`key` ``: the verdict word with its shape."""
-
-    kind = "verdicts"
-
-    def show(self, value: Any, style: str) -> list[nodes.Node]:
-        return [verdict_node(value["verdict"])]
+def show_reason(key: str, value: Any, style: str) -> list[nodes.Node]:
+    """The sentence that goes with a verdict: ``{because}`key` ``."""
+    return [nodes.Text(value["because"])]
 
 
-class BecauseRole(_ValueRole):
-    """``{because}`key` ``: the sentence that goes with a verdict."""
-
-    kind = "verdicts"
-
-    def show(self, value: Any, style: str) -> list[nodes.Node]:
-        return [nodes.Text(value["because"])]
-
-
-class TextRole(_ValueRole):
-    """``{text}`key` ``: a recorded text, as code where it is a run's output."""
-
-    kind = "texts"
-
-    def show(self, value: Any, style: str) -> list[nodes.Node]:
-        key = self.text.partition(":")[0]
-        if key.startswith(PROSE) or key.endswith(".system"):
-            return [nodes.Text(value)]
-        return [nodes.literal(value, value)]
+def show_text(key: str, value: Any, style: str) -> list[nodes.Node]:
+    """A recorded text, as code where it is a run's output: ``{text}`key` ``."""
+    is_prose = key.startswith(PROSE) or key.endswith(".system")
+    return [nodes.Text(value) if is_prose else nodes.literal(value, value)]
 
 
 class GradeRole(SphinxRole):
@@ -159,111 +136,11 @@ class GradeRole(SphinxRole):
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         if self.text not in GRADES:
             LOGGER.warning("unknown grade %r", self.text, location=self.get_location())
-        return [_inline(self.text, "pm-grade", f"pm-grade-{self.text}")], []
+        return [_chip(self.text)], []
 
 
-class FigureDirective(SphinxDirective):
-    """A drawn figure, inline in two widths, with its caption; or why there is none."""
-
-    required_arguments = 1
-    has_content = True
-
-    def run(self) -> list[nodes.Node]:
-        name = self.arguments[0]
-        values = values_of(self.env)
-        self.env.note_dependency(str(values.folder / "figures/figures.json"))
-        caption = nodes.caption()
-        parsed, messages = self.parse_inline(" ".join(self.content), lineno=self.lineno)
-        if name in values.figures["missing"]:
-            reason = values.figures["missing"][name]
-            body = nodes.paragraph("", f"No figure here: {reason}.", classes=["pm-unavailable"])
-            return [nodes.container("", body, classes=["pm-no-figure"]), *messages]
-        markup = ""
-        for width in ("wide", "narrow"):
-            path = values.folder / f"figures/{name}.{width}.svg"
-            if not path.is_file():
-                LOGGER.warning("no figure %r", name, location=self.get_location())
-                return []
-            self.env.note_dependency(str(path))
-            svg = path.read_text(encoding="utf-8")
-            markup += f'<div class="pm-{width}">{svg}</div>'
-        caption += parsed
-        figure = nodes.figure("", nodes.raw("", markup, format="html"), classes=["pm-figure-frame"])
-        if parsed:
-            figure += caption
-        return [figure, *messages]
-
-
-class TableDirective(SphinxDirective):
-    """A recorded table; every cell is text."""
-
-    required_arguments = 1
-    final_argument_whitespace = True
-    has_content = True
-    option_spec: ClassVar[dict[str, Any]] = {
-        "columns": directives.unchanged,
-        "rows": directives.positive_int,  # the first so many
-    }
-
-    def run(self) -> list[nodes.Node]:
-        key = self.arguments[0]
-        table = values_of(self.env).find("tables", key)
-        if table is None:
-            LOGGER.warning("no recorded table %r", key, location=self.get_location())
-            return []
-        chosen = [c.strip() for c in self.options.get("columns", "").split(",") if c.strip()]
-        unknown = [name for name in chosen if name not in table["columns"]]
-        if unknown:
-            LOGGER.warning(
-                "table %r has no column %r", key, unknown[0], location=self.get_location()
-            )
-            return []
-        names = chosen or table["columns"]
-        places = [table["columns"].index(name) for name in names]
-        shown = table["rows"][: self.options.get("rows")]
-        # A head without a row looks like a mistake of the page.
-        rows = [[row[place] for place in places] for row in shown] or [["–"] * len(names)]
-        caption, messages = self.parse_inline(" ".join(self.content), lineno=self.lineno)
-        return [table_node(names, rows, caption=caption), *messages]
-
-
-class EntriesDirective(SphinxDirective):
-    """A recorded table as a list: the first column names an entry, the others describe it."""
-
-    required_arguments = 1
-
-    def run(self) -> list[nodes.Node]:
-        table = values_of(self.env).find("tables", self.arguments[0])
-        if table is None:
-            LOGGER.warning("no recorded table %r", self.arguments[0], location=self.get_location())
-            return []
-        _, *names = table["columns"]
-        entries = [_entry(row[0], dict(zip(names, row[1:], strict=True))) for row in table["rows"]]
-        return [nodes.definition_list("", *entries, classes=["pm-entries"])]
-
-
-class LedgerDirective(SphinxDirective):
-    """The claims of the case as a list under their sections, each beside what this run found."""
-
-    def run(self) -> list[nodes.Node]:
-        table = values_of(self.env).find("tables", "case.claims")
-        if table is None:
-            LOGGER.warning("no recorded table 'case.claims'", location=self.get_location())
-            return []
-        claims = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
-        sections = []
-        for name, group in groupby(claims, key=itemgetter("section")):
-            entries = nodes.definition_list("", *map(_claim, group))
-            entries["classes"] = ["pm-entries", "pm-ledger"]
-            section = nodes.section("", nodes.title(name, name), entries)
-            section["names"] = [nodes.fully_normalize_name(name)]
-            self.state.document.note_implicit_target(section, section)
-            sections.append(section)
-        return sections
-
-
-class WhenDirective(SphinxDirective):
-    """Content that stands on the page only where a condition on the records is true."""
+class RecordDirective(SphinxDirective):
+    """A directive whose argument names a record; what is not there warns and shows nothing."""
 
     required_arguments = 1
     final_argument_whitespace = True
@@ -271,13 +148,94 @@ class WhenDirective(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         try:
-            wanted = holds(self.arguments[0], values_of(self.env))
+            return self.show(self.arguments[0], values_of(self.env))
         except (KeyError, ValueError) as error:
-            LOGGER.warning(
-                "condition %r: %s", self.arguments[0], error, location=self.get_location()
-            )
+            told = "%s %r: %s"
+            LOGGER.warning(told, self.name, self.arguments[0], error, location=self.get_location())
             return []
-        if not wanted:
+
+    def show(self, name: str, values: Values) -> list[nodes.Node]:
+        """What stands on the page; `KeyError` or `ValueError` where there is no such record."""
+        raise NotImplementedError
+
+    def caption(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The content as one line of text, and what is wrong with it."""
+        return self.parse_inline(" ".join(self.content), lineno=self.lineno)
+
+
+class FigureDirective(RecordDirective):
+    """A drawn figure, inline in two widths, with its caption; or why there is none."""
+
+    def show(self, name: str, values: Values) -> list[nodes.Node]:
+        self.env.note_dependency(str(values.folder / "figures/figures.json"))
+        if name in values.figures["missing"]:
+            reason = f"No figure here: {values.figures['missing'][name]}."
+            return [nodes.paragraph("", reason, classes=["pm-unavailable"])]
+        markup = ""
+        for width in ("wide", "narrow"):
+            path = values.folder / f"figures/{name}.{width}.svg"
+            if not path.is_file():
+                raise KeyError("no such figure")
+            self.env.note_dependency(str(path))
+            markup += f'<div class="pm-{width}">{path.read_text(encoding="utf-8")}</div>'
+        figure = nodes.figure("", nodes.raw("", markup, format="html"), classes=["pm-figure-frame"])
+        caption, messages = self.caption()
+        if caption:
+            figure += nodes.caption("", "", *caption)
+        return [figure, *messages]
+
+
+class TableDirective(RecordDirective):
+    """A recorded table; every cell is text."""
+
+    option_spec: ClassVar[dict[str, Any]] = {
+        "columns": directives.unchanged,
+        "rows": directives.positive_int,  # the first so many
+    }
+
+    def show(self, name: str, values: Values) -> list[nodes.Node]:
+        table = values.table(name)
+        chosen = [column.strip() for column in self.options.get("columns", "").split(",")]
+        names = chosen if any(chosen) else table["columns"]
+        places = [table["columns"].index(column) for column in names]
+        shown = table["rows"][: self.options.get("rows")]
+        # A head without a row looks like a mistake of the page.
+        rows = [[row[place] for place in places] for row in shown] or [["–"] * len(names)]
+        caption, messages = self.caption()
+        return [table_node(names, rows, caption=caption), *messages]
+
+
+class EntriesDirective(RecordDirective):
+    """A recorded table as a list: the first column names an entry, the others describe it."""
+
+    def show(self, name: str, values: Values) -> list[nodes.Node]:
+        table = values.table(name)
+        _, *names = table["columns"]
+        entries = [_entry(row[0], dict(zip(names, row[1:], strict=True))) for row in table["rows"]]
+        return [nodes.definition_list("", *entries, classes=["pm-entries"])]
+
+
+class LedgerDirective(RecordDirective):
+    """A table of claims as a list under their sections, each beside what this run found."""
+
+    def show(self, name: str, values: Values) -> list[nodes.Node]:
+        table = values.table(name)
+        claims = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+        sections: list[nodes.Node] = []
+        for title, group in groupby(claims, key=itemgetter("section")):
+            entries = nodes.definition_list("", *map(_claim, group), classes=["pm-entries"])
+            section = nodes.section("", nodes.title(title, title), entries)
+            section["names"] = [nodes.fully_normalize_name(title)]
+            self.state.document.note_implicit_target(section, section)
+            sections.append(section)
+        return sections
+
+
+class WhenDirective(RecordDirective):
+    """Content that stands on the page only where a condition on the records is true."""
+
+    def show(self, name: str, values: Values) -> list[nodes.Node]:
+        if not holds(name, values):
             return []
         parent: nodes.Element = self.state_machine.node
         before = len(parent)
@@ -292,26 +250,21 @@ def holds(condition: str, values: Values) -> bool:
     """Decide a condition.
 
     `profile [not] NAME`, `recorded [not] NAME` (a profile, or `bench`), `has KEY`,
-    `lacks KEY`, `verdict KEY [not] WORD`.
+    `lacks KEY`, `verdict KEY WORD`.
 
     Raises `KeyError` for a key that no record has and `ValueError` for anything else.
     """
+    texts, measures = values.data["texts"], values.data["measures"]
     match condition.split():
-        case ["profile", "not", name]:
-            return bool(values.data["texts"]["profile.name"] != name)
-        case ["profile", name]:
-            return bool(values.data["texts"]["profile.name"] == name)
-        case ["recorded", "not", name]:
-            return name not in values.data["texts"]["recorded"].split()
-        case ["recorded", name]:
-            return name in values.data["texts"]["recorded"].split()
+        case ["profile", *words, name] if words in ([], ["not"]):
+            return bool((texts["profile.name"] == name) != bool(words))
+        case ["recorded", *words, name] if words in ([], ["not"]):
+            return (name in texts["recorded"].split()) != bool(words)
         case ["has", key]:
-            return values.data["measures"][key]["value"] is not None
+            return measures[key]["value"] is not None
         case ["lacks", key]:
-            return values.data["measures"][key]["value"] is None
-        case ["verdict", key, "not", *words] if " ".join(words) in DECIDED:
-            return bool(values.data["verdicts"][key]["verdict"] != " ".join(words))
-        case ["verdict", key, *words] if " ".join(words) in DECIDED:
+            return measures[key]["value"] is None
+        case ["verdict", key, *words] if " ".join(words) in LOOKS:
             return bool(values.data["verdicts"][key]["verdict"] == " ".join(words))
     raise ValueError("not a condition")
 
@@ -322,12 +275,6 @@ def format_number(value: float, style: str) -> str:
         value = round(value)
     text = format(value, style) if style else f"{value:g}"
     return text.replace("-", "\N{MINUS SIGN}")
-
-
-def verdict_node(word: str) -> nodes.inline:
-    """A verdict word, marked so that the style sheet gives it a shape."""
-    kin = KIN.get(word, word)
-    return _inline(word, "pm-verdict", f"pm-verdict-{kin.replace(' ', '-')}")
 
 
 def table_node(
@@ -341,7 +288,8 @@ def table_node(
         if cells and all(isinstance(cell, int | float) for cell in cells):
             entry[0]["classes"].append("pm-numeric")
     group += nodes.thead("", head)
-    group += nodes.tbody("", *(_row(row) for row in rows))
+    body = [nodes.row("", *(nodes.entry("", _cell(cell)) for cell in row)) for row in rows]
+    group += nodes.tbody("", *body)
     table = nodes.table("", classes=["pm-table", "colwidths-auto"])
     if caption:
         table += nodes.title("", "", *caption)
@@ -364,7 +312,9 @@ def _claim(claim: dict[str, str]) -> nodes.definition_list_item:
     said = _chip(claim["verdict"]), nodes.Text(" "), _chip(claim["grade"])
     lines = [
         _line("record", *said),
-        *(_line(name, nodes.Text(claim[name])) for name in ("because", *DECIDERS)),
+        _line("because", nodes.Text(claim["because"])),
+        _line("decided by", nodes.Text(claim["decided by"])),
+        _line("would change", nodes.Text(claim["would change"])),
     ]
     if claim["this run"]:
         asked = nodes.Text(f" {claim['this run asks']}")
@@ -378,13 +328,9 @@ def _line(field: str, *content: nodes.Node) -> nodes.paragraph:
     return nodes.paragraph("", "", nodes.strong(field, field), nodes.inline("", "", *content))
 
 
-def _row(cells: list[Any]) -> nodes.row:
-    return nodes.row("", *(nodes.entry("", _cell(cell)) for cell in cells))
-
-
 def _cell(cell: Any) -> nodes.paragraph:
     text = "" if cell is None else str(cell)
-    if text in VERDICTS or text in KIN or text in GRADES:
+    if text in LOOKS or text in GRADES:
         return nodes.paragraph("", "", _chip(text))
     if isinstance(cell, int | float):
         # str keeps the point of a float, which tells 0.0 from a count of none.
@@ -396,8 +342,8 @@ def _cell(cell: Any) -> nodes.paragraph:
 
 def _chip(text: str) -> nodes.Node:
     """A verdict or a grade with its look; any other text as it is."""
-    if text in VERDICTS or text in KIN:
-        return verdict_node(text)
+    if text in LOOKS:
+        return _inline(text, "pm-verdict", f"pm-verdict-{LOOKS[text]}")
     if text in GRADES:
         return _inline(text, "pm-grade", f"pm-grade-{text}")
     return nodes.Text(text)
@@ -424,15 +370,12 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_config_value("postmortem_values", "_values", "env")
     app.connect("builder-inited", _load)
     app.connect("html-page-context", _escape_title)
-    for name, role in (
-        ("num", NumberRole()),
-        ("est", EstimateRole()),
-        ("verdict", VerdictRole()),
-        ("because", BecauseRole()),
-        ("text", TextRole()),
-        ("grade", GradeRole()),
-    ):
-        app.add_role(name, role)
+    app.add_role("num", ValueRole("measures", show_number))
+    app.add_role("est", ValueRole("measures", show_estimate))
+    app.add_role("verdict", ValueRole("verdicts", show_verdict))
+    app.add_role("because", ValueRole("verdicts", show_reason))
+    app.add_role("text", ValueRole("texts", show_text))
+    app.add_role("grade", GradeRole())
     app.add_directive("record-figure", FigureDirective)
     app.add_directive("record-table", TableDirective)
     app.add_directive("record-entries", EntriesDirective)

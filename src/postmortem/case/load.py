@@ -11,7 +11,18 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from postmortem.case.schema import Case, Forensics, Frozen, Identifier, Sentence, Systems, Variation
+from postmortem.case.schema import (
+    FORMS,
+    Case,
+    Forensics,
+    Form,
+    Frozen,
+    Identifier,
+    Item,
+    Sentence,
+    Systems,
+    Variation,
+)
 from postmortem.checker.errors import CaseError
 
 # The one profile of such a case.
@@ -297,27 +308,37 @@ def _check_references(path: Path, case: Case) -> None:
         _check_variation(path, case, f"variations.{name}", varied=varied)
     if case.forensics is not None:
         _check_forensics(path, case, facts=case.forensics)
-    items = {
-        kind: getattr(case, kind)
-        for kind in ("observations", "evidence", "hypotheses", "claims", "lessons")
-    }
-    shared = [cause for h in case.hypotheses for cause in h.causes]
-    for kind, names in (("observed", [o.test for o in case.observed]), ("hypotheses", shared)):
+    distinct = [("hypotheses", "distinct ids", [h.id for h in case.hypotheses])]
+    for section, items in case.sections.items():
+        for number, item in enumerate(items):
+            _check_item(f"{path}, key `{section}.{number}", item, form=FORMS[section])
+        distinct.append((section, "distinct ids", [item.id for item in items if item.id]))
+    causes = [cause for hypothesis in case.hypotheses for cause in hypothesis.causes]
+    distinct.append(("hypotheses", "each cause under one hypothesis", causes))
+    distinct.append(("observed", "each test observed once", [o.test for o in case.observed]))
+    for key, expected, names in distinct:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise CaseError(
-                f"{path}, key `{kind}`",
-                expected="each test observed once, each cause under one hypothesis",
-                found=f"{repeated[0]!r} twice",
+                f"{path}, key `{key}`", expected=expected, found=f"{repeated[0]!r} twice"
             )
-    items["practice.actions"] = case.practice.actions if case.practice else []
-    for kind, listed in items.items():
-        ids = [item.id for item in listed]
-        repeated = sorted({id_ for id_ in ids if ids.count(id_) > 1})
-        if repeated:
-            raise CaseError(
-                f"{path}, key `{kind}`", expected="distinct ids", found=f"{repeated[0]!r} twice"
-            )
+
+
+def _check_item(where: str, item: Item, *, form: Form) -> None:
+    """An item has the fields that its section needs, and no other than those that it may have."""
+    given = [name for name, value in item if value]
+    needed = form.needs.split()
+    known = [*needed, *form.may.split()]
+    for name in needed:
+        if name not in given:
+            raise CaseError(f"{where}.{name}`", expected="this key to be given", found="nothing")
+    for name in given:
+        if name not in known:
+            expected = f"here one of {', '.join(known)}"
+            raise CaseError(f"{where}.{name}`", expected=expected, found="another key")
+    if form.kinds and item.kind not in form.kinds:
+        expected = f"one of {', '.join(form.kinds)}"
+        raise CaseError(f"{where}.kind`", expected=expected, found=_shorten(item.kind))
 
 
 def _check_variation(path: Path, case: Case, key: str, *, varied: Variation) -> None:

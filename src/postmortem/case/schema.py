@@ -2,7 +2,7 @@
 
 import re
 from datetime import date
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -286,37 +286,6 @@ class Attempt(Frozen):
     note: str = ""
 
 
-class Event(Frozen):
-    """A point of the timeline; `when` as precise as the source allows."""
-
-    when: str
-    what: str
-    grade: Grade
-    source: str
-
-
-class Observation(Frozen):
-    """Something the write-up saw: `kind` tells working, failing or red flag."""
-
-    id: Identifier
-    kind: Literal["working", "failing", "red flag"]
-    statement: str
-    what_we_see: str
-    grade: Grade
-
-
-class Evidence(Frozen):
-    """A piece of evidence of the write-up, with what it can bear."""
-
-    id: Identifier
-    title: str
-    statement: str
-    reading: str
-    what_it_bears: str
-    grade: Grade
-    source: str
-
-
 class RunTest(Frozen):
     """What a run asks, as a statement, and the key of the recorded verdict that answers."""
 
@@ -354,22 +323,58 @@ class Hypothesis(Frozen):
     test: RunTest | None = None
 
 
-class Claim(Frozen):
-    """One claim of the write-up, in our words, with what the record says of it.
+class Item(Frozen):
+    """A part of the narrative; which fields it has is said for each section in `FORMS`.
 
-    `decided_by` is the experiment or artefact that decides it, `would_change` the finding that
-    would change the verdict. `test` names a verdict of a run that decides or illustrates it.
+    `text` is what was seen, claimed, learnt or done, `reading` what the write-up made of it, and
+    `finding` what this analysis makes of it. `because` gives the reason for `verdict`, and
+    `would_change` the finding that would change it. `test` names a verdict of a run that decides
+    or illustrates the item.
     """
 
-    id: Identifier
-    section: Sentence
-    claim: Sentence
-    verdict: ClaimVerdict
-    because: Sentence
-    grade: Grade
-    decided_by: Sentence
-    would_change: Sentence
+    id: Identifier = ""
+    when: Sentence = ""
+    section: Sentence = ""
+    kind: Sentence = ""
+    title: Sentence = ""
+    text: Sentence = ""
+    reading: Sentence = ""
+    finding: Sentence = ""
+    verdict: ClaimVerdict | None = None
+    because: Sentence = ""
+    decided_by: Sentence = ""
+    would_change: Sentence = ""
+    grade: Grade | None = None
+    source: Sentence = ""
     test: RunTest | None = None
+
+
+class Form(NamedTuple):
+    """The fields that each item of a section has, those that it may have, and its kinds."""
+
+    needs: str
+    may: str = ""
+    kinds: tuple[str, ...] = ()
+
+
+GRADED = Form("text grade")
+FORMS = {
+    "timeline": Form("when text grade source"),
+    "observations": Form("id kind text finding grade", kinds=("working", "failing", "red flag")),
+    "evidence": Form("id title text reading finding grade source"),
+    "claims": Form(
+        "id section text verdict because grade decided_by would_change",
+        may="test",
+    ),
+    "lessons": Form("id kind title text finding", kinds=("technical", "process")),
+    "practice.impact": GRADED,
+    "practice.trigger": GRADED,
+    "practice.detection": Form("when text finding grade"),
+    "practice.factors": GRADED,
+    "practice.went_well": GRADED,
+    "practice.lucky": GRADED,
+    "practice.actions": Form("id text decided_by grade", may="test"),
+}
 
 
 class AdapterFilter(Frozen):
@@ -381,55 +386,19 @@ class AdapterFilter(Frozen):
     source: str
 
 
-class Graded(Frozen):
-    """A sentence with the grade of its source."""
+class Practice(Frozen):
+    """The incident as a post-mortem of a service would put it: blameless, with action items.
 
-    text: Sentence
-    grade: Grade
-
-
-class Detection(Frozen):
-    """A moment at which the incident could have been noticed, and the check that shows it."""
-
-    when: Sentence
-    check: Sentence
-    would_show: Sentence
-    grade: Grade
-
-
-class Action(Frozen):
-    """An action item and what closes it.
-
-    It is closed in a run whose verdict under `test` holds, and open otherwise.
+    An action is closed in a run whose verdict under its `test` holds, and open otherwise.
     """
 
-    id: Identifier
-    action: Sentence
-    closes: Sentence
-    grade: Grade
-    test: RunTest | None = None
-
-
-class Practice(Frozen):
-    """The incident as a post-mortem of a service would put it: blameless, with action items."""
-
-    impact: Graded
-    trigger: Graded
-    detection: list[Detection]
-    contributing_factors: list[Graded]
-    went_well: list[Graded]
-    lucky: list[Graded]
-    actions: list[Action]
-
-
-class Lesson(Frozen):
-    """A lesson of the write-up and what this analysis makes of it."""
-
-    id: Identifier
-    kind: Literal["technical", "process"]
-    title: str
-    lesson: str
-    amended: str
+    impact: list[Item] = Field(min_length=1, max_length=1)
+    trigger: list[Item] = Field(min_length=1, max_length=1)
+    detection: list[Item]
+    factors: list[Item]
+    went_well: list[Item]
+    lucky: list[Item]
+    actions: list[Item]
 
 
 class Replays(Frozen):
@@ -514,14 +483,14 @@ class Case(Frozen):
     prompts: dict[Identifier, PromptTemplate]
     variations: dict[Identifier, Variation] = {}
     attempts: dict[Identifier, Attempt]
-    timeline: list[Event] = []
-    observations: list[Observation] = []
-    evidence: list[Evidence] = []
+    timeline: list[Item] = []
+    observations: list[Item] = []
+    evidence: list[Item] = []
     observed: list[Observed] = []
     path: list[Identifier] = []
     hypotheses: list[Hypothesis] = []
-    claims: list[Claim] = []
-    lessons: list[Lesson] = []
+    claims: list[Item] = []
+    lessons: list[Item] = []
     practice: Practice | None = None
     profiles: dict[Identifier, Profile]
 
@@ -538,6 +507,12 @@ class Case(Frozen):
     def prompt_of(self, attempt: str) -> str:
         """The prompt of an attempt; in a case without attempts each prompt is one."""
         return self.attempts[attempt].prompt if attempt in self.attempts else attempt
+
+    @property
+    def sections(self) -> dict[str, list[Item]]:
+        """The items of each section in `FORMS`; none where the case leaves it out."""
+        parts = dict(self) | {f"practice.{name}": items for name, items in self.practice or ()}
+        return {name: parts.get(name, []) for name in FORMS}
 
     @property
     def default_profile(self) -> str:

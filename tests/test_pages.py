@@ -1,0 +1,169 @@
+"""What a page types and names: no number by hand, and no key that nobody records."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import postmortem
+from postmortem.book.tables import add_case_values
+
+SOURCE = Path(postmortem.__file__).parent
+BOOK = Path(__file__).parents[1] / "book"
+# Chapters whose every number is live.
+CHAPTERS = [
+    "claims",
+    "controls",
+    "diagnosis",
+    "evidence",
+    "forensics",
+    "hypotheses",
+    "lessons",
+    "membership",
+    "practice",
+    "real-models",
+    "replay",
+    "root-cause",
+    "speed",
+    "suite",
+    "summary",
+    "validation",
+]
+# What a page may spell with digits: names, and evidence quoted as it stands. Nothing measured.
+ALLOWED = re.compile(
+    r"""
+    \b(?:Qwen|SmolLM)[\w.-]*          # a model's name, with its version and size
+    | \b\d+(?:\.\d+)?[Bb]\b           # the size in a name: 1.5B, 4b
+    | \bv[12]\b                       # the attempts
+    | \b[A-H][1-4]\b                  # hypotheses
+    | (?<![\d.])[01]\.0(?![\d.]*\d)   # the symptom's text, and the other end of its scale
+    | \b\d{4}-\d{2}-\d{2}\b           # a date
+    | \b\d{1,2}\ [A-Z][a-z]+\ \d{4}\b # a date in words
+    | \b\d+\.\d+\.(?:\d+|x)(?:\+\w+)? # a version
+    | \b(?:fp|int|bf)\d+\b            # a number format
+    | \bQ\d_[\w]+\b                   # a rounding
+    | \bP100\b                        # a card
+    """,
+    re.VERBOSE,
+)
+
+
+def typed_numbers(text):
+    """Line and digits of each number in the prose, outside roles, directives, code and links."""
+    # What is taken out keeps its line ends, so that a line's number stays what it is.
+    for pattern in (
+        r"(?ms)^(`{3,}|~{3,}).*?^\1",  # a code block
+        r"(?m)^:{3,}.*$",  # a directive's first and last line
+        r"(?m)^:[\w-]+:.*$",  # its options
+        r"(?m)^\([\w-]+\)=$",  # a target
+        r"\{[\w-]+\}`[^`]*`",  # a role
+        r"(`+)(?!`)(?:.|\n(?!\n))+?\1",  # code, also over a line's end
+        r"\]\([^)]*\)",  # where a link goes
+        r"(?s)<!--.*?-->",  # a comment
+        r"(?m)^\s*\d+\.(?=\s)",  # the mark of a list item
+    ):
+        text = re.sub(pattern, lambda found: re.sub(r"[^\n]", " ", found[0]), text)
+    text = ALLOWED.sub(lambda found: " " * len(found[0]), text)
+    return [
+        (number, digits)
+        for number, line in enumerate(text.splitlines(), 1)
+        for digits in re.findall(r"\S*\d\S*", line)
+    ]
+
+
+def named_keys(text):
+    """Kind and key of each record that a page names."""
+    kinds = {
+        r"\{(?:num|est)\}`([^`:]+)": "measures",
+        r"\{(?:verdict|because)\}`([^`:]+)": "verdicts",
+        r"\{text\}`([^`:]+)": "texts",
+        r"\{record-(?:table|entries|ledger)\} (\S+)": "tables",
+        r"\{when\} (?:has|lacks) (\S+)": "measures",
+    }
+    return {(kind, key) for pattern, kind in kinds.items() for key in re.findall(pattern, text)}
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_no_number_is_typed_by_hand(name):
+    """A chapter types no digit in its prose: numbers come from records or from the case."""
+    page = BOOK / f"{name}.md"
+    found = [f"{page}:{line}: {digits}" for line, digits in typed_numbers(page.read_text("utf-8"))]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It was 85 per cent.", [(1, "85")]),
+        ("One\n\nAUC of 0.500, whatever", [(3, "0.500,")]),
+        (":::{record-table} t1\nof 512 tokens\n:::", [(2, "512")]),
+        ("{num}`a.b:.2f` and 3", [(1, "3")]),
+        ("0.05 is not 0.0", [(1, "0.05")]),
+        ("about 2,179,072", [(1, "2,179,072")]),
+        ("```\n1\n```\n2", [(4, "2")]),
+        ("```{note}\n1\n```", []),
+        ("{num}`a:.2f`\n`x1`\n[x](y2.md)\n1. one\n:columns: a1", []),
+        ("Qwen2.5-1.5B and a 4B, v1, A1, 0.0 and 1.0, 0.16.0, 2025-10-22, 22 October 2025", []),
+        ("``a`1`` {text}`a\n2` `b\n3`", []),
+        ("`a\n\n4`", [(3, "4`")]),
+    ],
+)
+def test_what_counts_as_typed(text, found):
+    """Digits in prose and captions are found with their line; names, code and roles are not."""
+    assert typed_numbers(text) == found
+
+
+def recorded_patterns():
+    """A pattern for each key under which the library records a verdict, with gaps for its parts."""
+    patterns = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "verdict":
+                patterns |= set(_patterns_of(node.args[0]))
+    return patterns
+
+
+def _patterns_of(key):
+    if isinstance(key, ast.Constant):
+        yield re.escape(key.value)
+    elif isinstance(key, ast.JoinedStr):
+        parts = (
+            re.escape(part.value) if isinstance(part, ast.Constant) else r"[\w.-]+"
+            for part in key.values
+        )
+        yield "".join(parts)
+
+
+def keys_of(case):
+    """Every verdict that the case asks a run for."""
+    items = [*case.hypotheses, *case.claims, *case.practice.actions]
+    return {item.test.verdict for item in items if item.test}
+
+
+def test_every_verdict_that_the_case_names_is_recorded(case):
+    """A hypothesis, claim or action item names a verdict that some code records."""
+    patterns = recorded_patterns()
+    known = {key for key in keys_of(case) if any(re.fullmatch(p, key) for p in patterns)}
+    assert keys_of(case) - known == set()
+
+
+def test_each_key_begins_with_what_a_notebook_records(case):
+    """The first part of each key is an attempt of the case or a family of the notebooks."""
+    families = {*case.attempts, "swap", "mismatch", "inventory", "catalogue"}
+    families |= {"forensics", "controls", "replay", "diagnosis"}
+    assert {key.split(".")[0] for key in keys_of(case)} <= families
+
+
+def test_every_part_of_the_case_that_a_page_quotes_is_there(case):
+    """A role or directive of a page that names a part of the shipped case finds it."""
+    verdicts = {key: {"verdict": "cannot tell"} for key in keys_of(case)}
+    values = {"measures": {}, "verdicts": verdicts, "texts": {}, "tables": {}}
+    add_case_values(values, case)
+    missing = {
+        f"{page.name}: {key}"
+        for page in BOOK.glob("*.md")
+        for kind, key in named_keys(page.read_text(encoding="utf-8"))
+        if key.startswith("case.") and key not in values[kind]
+    }
+    assert missing == set()
