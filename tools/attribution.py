@@ -186,15 +186,15 @@ def record_world(session: Session) -> None:
     available = len(bases) > 1 and session.profile.replays is not None and bool(asked)
     for one in asked if available else []:
         with session.timed(f"home of {one.title}"):
-            found = attribute_adapter(
+            attribution = attribute_adapter(
                 one.folder, bases, segments=world_texts(session, one.recipe), device="cpu"
             )
-        rows.append((one.title, one.base, format_answer(found), found.because))
-        for base in found.judged:
+        rows.append((one.title, one.base, format_answer(attribution), attribution.because))
+        for base in attribution.judged:
             details.append((one.title, base.name, format_gain(base.gain), STANDS[base.stands]))
-        for name, why in found.left_out.items():
+        for name, why in attribution.left_out.items():
             details.append((one.title, name, "–", escaped(why)))
-        if one.base not in found.remain:
+        if one.base not in attribution.remain:
             missed.append(one.title)
     session.table("membership.world", ("adapter", "trained on", "answer", "because"), rows)
     session.table("membership.world_bases", ("adapter", "base", "gain", "so it"), details)

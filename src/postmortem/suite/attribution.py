@@ -517,30 +517,30 @@ def format_gain(gain: Estimate) -> str:
     return say_estimate(gain, "+z.3f")
 
 
-def format_answer(found: Attribution) -> str:
+def format_answer(attribution: Attribution) -> str:
     """The answer in words."""
-    names = ", ".join(found.remain)
-    if found.answer == "none":
+    names = ", ".join(attribution.remain)
+    if attribution.answer == "none":
         return "none of these"
-    return names if found.answer == "one" else f"cannot separate: {names}"
+    return names if attribution.answer == "one" else f"cannot separate: {names}"
 
 
-def format_attribution(found: Attribution) -> str:
+def format_attribution(attribution: Attribution) -> str:
     """The answer first, then each candidate, and what could not be tried."""
-    lines = [printable(format_answer(found), 2000), printable(found.because, 500)]
-    if found.judged:
-        counted = f"{found.texts} texts, {found.tokens:,} tokens"
+    lines = [printable(format_answer(attribution), 2000), printable(attribution.because, 500)]
+    if attribution.judged:
+        counted = f"{attribution.texts} texts, {attribution.tokens:,} tokens"
         lines += ["", f"{counted}; nat a token, with 95 % intervals"]
-    for one in found.judged:
+    for one in attribution.judged:
         lines.append(
             f"  {printable(one.name)}: gain {format_gain(one.gain)}, over {one.control} "
             f"{format_gain(one.over_control)}: {STANDS[one.stands]}"
         )
-    for name, why in found.left_out.items():
+    for name, why in attribution.left_out.items():
         lines.append(f"  {printable(name)}: left out, {printable(why, 240)}")
-    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+    return "\n".join([*lines, *(f"note: {note}" for note in attribution.notes)])
 
 
-def format_attribution_json(found: Attribution) -> str:
+def format_attribution_json(attribution: Attribution) -> str:
     """The answer as JSON: answer, remain, because, judged, left_out, notes, counts."""
-    return json.dumps(asdict(found), indent=2, ensure_ascii=False)
+    return json.dumps(asdict(attribution), indent=2, ensure_ascii=False)
