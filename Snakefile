@@ -7,7 +7,7 @@ changed; kept runs are read from `results/`, and made here only where they are a
 import json
 from pathlib import Path
 
-from postmortem.book.cluster import gpu_resources
+from postmortem.book.graph import gpu_resources
 from postmortem.case.load import load_case
 from postmortem.case.site import list_kept, site_of
 from postmortem.experiments.records import digest_library, digest_notebook, settings_digest
