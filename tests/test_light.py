@@ -1,7 +1,9 @@
+import ast
 import re
 import subprocess
 import sys
 from importlib.metadata import requires
+from pathlib import Path
 
 import pytest
 
@@ -13,16 +15,49 @@ main({arguments!r})
 """
 
 
-def extras():
-    """The modules that the extras bring, which a light installation lacks."""
-    lines = [line for line in requires("lora-postmortem") if "extra ==" in line]
-    names = [re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines]
-    return [name for name in names if name != "lora_postmortem"]
+# Modules under another name than the distribution that brings them.
+RENAMED = {"pyyaml": "yaml"}
+
+
+def brought(extra=""):
+    """The modules that an extra brings, or without one those of the package itself."""
+    lines = requires("lora-postmortem")
+    wanted = [
+        line for line in lines if (re.search(r"extra == .(\w+)", line) or ["", ""])[1] == extra
+    ]
+    names = {re.split(r"[^\w-]", line)[0].replace("-", "_").lower() for line in wanted}
+    return {RENAMED.get(name, name) for name in names} - {"lora_postmortem"}
+
+
+def imported(package):
+    """The libraries that a package of ours imports anywhere."""
+    source = Path(__file__).parents[1] / "src/postmortem"
+    nodes = [
+        node
+        for path in (source / package).glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    modules = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    modules += [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in modules} - {*sys.stdlib_module_names, "postmortem"}
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [("checker", "")] + [(n, "models") for n in ("case", "models", "experiments", "diagnosis")],
+)
+def test_what_a_package_imports_is_declared(package, extra):
+    """Every library that a package imports comes with this one or with the package's extra."""
+    known = {*brought(), *(brought(extra) if extra else ()), "pydantic_core"}
+    assert imported(package) <= known
 
 
 def run_light(*arguments):
     """A command in a process that has only what the package itself depends on."""
-    code = RUN.format(blocked=extras(), arguments=list(map(str, arguments)))
+    code = RUN.format(
+        blocked=sorted(brought("models") | brought("book")),
+        arguments=list(map(str, arguments)),
+    )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
