@@ -19,6 +19,7 @@ from postmortem.models.world import read_world, resolve_world, write_world
 
 WEIGHTS = "adapter_model.safetensors"
 YES_NO = {"contract": "yes_no", "chat": False, "template": "{text} Is it good?"}
+READ = {"read": {"contract": "class", "template": "{text}"}}
 CHAPTERS = ("files", "adapter_swap", "controls")
 
 
@@ -96,14 +97,8 @@ KINDS = {
     "a number, and another prompt": {
         "prompts": {"rate": {"contract": "number", "template": "{text} 0 or 1?"}, "ask": YES_NO}
     },
-    "classifier": {
-        "suspect": "classifier",
-        "prompts": {"read": {"contract": "class", "template": "{text}"}},
-    },
-    "classifier, weights cut short": {
-        "suspect": "cut",
-        "prompts": {"read": {"contract": "class", "template": "{text}"}},
-    },
+    "classifier": {"suspect": "classifier", "prompts": READ},
+    "classifier, weights cut short": {"suspect": "cut", "prompts": READ},
     "does not load": {"suspect": "wide"},
     "weights cut short": {"suspect": "cut"},
     "not finite": {"suspect": "nan"},
@@ -153,8 +148,7 @@ def test_an_adapter_that_does_not_load_is_a_finding(place, tmp_path):
 
 def test_a_classifier_changes_its_value_with_its_class(place, tmp_path):
     """Probabilities differ on every row; what counts as changed is the class that they mean."""
-    prompts = {"read": {"contract": "class", "template": "{text}"}}
-    session = Chapters(place, tmp_path, suspect="classifier", prompts=prompts).run("adapter_swap")
+    session = Chapters(place, tmp_path, suspect="classifier", prompts=READ).run("adapter_swap")
     both = {
         system: [
             p.strict_value > 0.5 for p in session.records if getattr(p, "system", "") == system

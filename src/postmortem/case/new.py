@@ -140,11 +140,9 @@ def write_case(name: str, known: Known) -> str:
         *_write_answers(known),
         *([f"    system: {quote(known.system)}"] if known.system else []),
         f"    template: {quote(question)}",
-        *(
-            ["    # chat: false  # for a base without a chat template"]
-            * (known.contract != "class")
-        ),
     ]
+    if known.contract != "class":
+        lines.append("    # chat: false  # for a base without a chat template")
     return "\n".join(lines) + "\n"
 
 

@@ -362,10 +362,7 @@ FORMS = {
     "timeline": Form("when text grade source"),
     "observations": Form("id kind text finding grade", kinds=("working", "failing", "red flag")),
     "evidence": Form("id title text reading finding grade source"),
-    "claims": Form(
-        "id section text verdict because grade decided_by would_change",
-        may="test",
-    ),
+    "claims": Form("id section text verdict because grade decided_by would_change", may="test"),
     "lessons": Form("id kind title text finding", kinds=("technical", "process")),
     "practice.impact": GRADED,
     "practice.trigger": GRADED,
