@@ -10,8 +10,8 @@ import pytest
 from matplotlib.text import Text
 
 from postmortem.book import figures
-from postmortem.book.canvas import FALLBACK, Source, clean, draw_each, save_drawings
-from postmortem.book.figures import FIGURES, FIGURES_OWN, PARTS, draw_all
+from postmortem.book.canvas import FALLBACK, Source, draw_each, save_drawings
+from postmortem.book.figures import FIGURES, FIGURES_OWN, PARTS, SYSTEMS, draw_all
 from postmortem.case.load import load_case
 from postmortem.experiments.records import (
     STATES,
@@ -27,6 +27,12 @@ ROOT = Path(__file__).parents[1]
 CASE = load_case(ROOT / "cases/qwen-lora.yml")
 EVERY = {**FIGURES, **FIGURES_OWN}
 KINDS = ("base", "speaking_base", "ignorant_base")
+SHAPES = (
+    ("self_attn.q_proj.lora_A", "4×32", "4×48", "no"),
+    ("self_attn.q_proj.lora_B", "32×4", "64×4", "no"),
+    ("self_attn.v_proj.lora_A", "4×32", "4×48", "no"),
+    ("self_attn.v_proj.lora_B", "8×4", "16×4", "no"),
+)
 EVIL = 'a<b>&"$x_1$ ]]>\u202e\x00#f0000d'
 TOLD = {"stage": "float", "group": "rule", "token_ids": (1,), "prompt_tokens": 9}
 TOLD |= {"full_prompt_tokens": 9, "finished": True, "yes_no_log_odds": 0.0}
@@ -55,54 +61,50 @@ def table(key, columns, *rows):
     return Table(key=key, columns=columns.split(", "), rows=rows)
 
 
-def make_records(rows=12):
-    """Records of the notebooks that have figures, a few rows each."""
+def list_runs(rows):
+    """Records of the notebooks that show answers."""
     reads = ("v2.auc_decoded", "v2.auc_number", "v2.auc", "yes_no.auc_yes_no")
-    asked = [f"{state}.{prompt}" for state in STATES for prompt in ("v1", "v2", "yes_no")]
-    ranks = ("auc_decoded", "auc_number", "auc_yes_no")
-    copies = ("suspect.yes_no", "zero_b", "flipped")
-    shown = [f"{kind}.v2.{rank}" for kind in KINDS[1:] for rank in ranks]
-    shown += [f"{place}.{rank}" for place in asked for rank in ranks]
-    shown += [f"{name}.{measure}" for name in copies for measure in ("shift", "auc")]
-    parts = ", ".join(PARTS)
-    causes = [(c, s) for c, s in (("zero-b", 1.0), ("scale-up", 0.5))]
-    matrix = [
-        (kind, cause, f"the {cause} cause", 4, *([share] * len(PARTS)), f"{4 * share:.0f} of 4")
-        for kind in ("silent", "speaking")
-        for cause, share in causes
-    ]
-    steps = [("inspect", 1.5, 1.0), ("v2", 0.5, 6.0)]
-    timed = [("1", 370, 0.9), *((str(n), 280 + 30 * n, 0.2 + 0.01 * n) for n in range(8))]
-    shapes = [
-        ("self_attn.q_proj.lora_A", "4×32", "4×48", "no"),
-        ("self_attn.q_proj.lora_B", "32×4", "64×4", "no"),
-        ("self_attn.v_proj.lora_A", "4×32", "4×48", "no"),
-        ("self_attn.v_proj.lora_B", "8×4", "16×4", "no"),
-    ]
-    verdicts = [("suspect", "dropped"), ("reference", "kept"), ("donor adapter", "dropped")]
-    ensembles = ("base alone", "suspect", "reference", "ensemble of the kept")
-    gains = ("the adapter", "layers permuted")
-    systems = ("base", "suspect", "reference")
+    ranks = ("v2.auc_decoded", "v2.auc_number", "yes_no.auc_decoded", "yes_no.auc_yes_no")
+    moves = [f"{name}.{m}" for name in ("suspect.yes_no", "zero_b") for m in ("shift", "auc")]
+    asked = [f"{system}.{rank}" for system in (*STATES, *KINDS[1:]) for rank in ranks]
     know = {"verdict": "does not know", "because": "b"}
-    kept = ("yes_no.{}.auc_yes_no", "v2.{}.auc_number", "v2.{}.auc_decoded")
-    refits = ("healthy", "ignored", "truncated", "padded")
     runs = {
-        name: [
-            *answers("suspect", name, rows),
-            *intervals(0.5, [f"{name}.stage.{s}" for s in ("float", "pattern")]),
-            *intervals(0.4, [f"{name}.parsed_strict"]),
-            *intervals(0.5, [f"{name}.auc_{read}" for read in ("decoded", "number")]),
-        ]
-        for name in ("v1", "v2")
-    }
-    return runs | {
-        "shape_mismatch": [
-            table("mismatch.qwen3-4b.shapes", "tensor, on the base, in the adapter, fits", *shapes),
-            *intervals(0.5, [f"mismatch.{r}.{e}" for r in refits for e in ("kl", "flips")]),
-        ],
         "adapter_swap": [
-            *(answer for system in systems for answer in answers(system, "v2", rows)),
-            *intervals(0.7, [f"swap.{system}.{read}" for system in systems for read in reads]),
+            *(answer for system in SYSTEMS for answer in answers(system, "v2", rows)),
+            *intervals(0.7, [f"swap.{system}.{read}" for system in SYSTEMS for read in reads]),
+        ],
+        "controls": [
+            *(answer for kind in KINDS for answer in answers(kind, "v2", rows)),
+            *intervals(0.6, [f"controls.{place}" for place in (*asked, *moves)]),
+            *(Verdict(key=f"controls.{kind}.v2.knowing", **know) for kind in KINDS),
+        ],
+    }
+    for name in ("v1", "v2"):
+        stages = intervals(0.5, [f"{name}.stage.float", f"{name}.stage.pattern"])
+        strict = intervals(0.4, [f"{name}.parsed_strict"])
+        runs[name] = [*answers("suspect", name, rows), *stages, *strict]
+    return runs
+
+
+def list_findings():
+    """Records of the notebooks that show measures alone."""
+    refits = [f"{r}.{e}" for r in ("healthy", "ignored", "padded") for e in ("kl", "flips")]
+    timed = [("1", 370, 0.9), *((str(n), 280 + 30 * n, 0.2 + 0.01 * n) for n in range(8))]
+    gains = [f"membership.example.base {n}" for n in (1, 2)]
+    causes = {"zero-b": 1.0, "scale-up": 0.5}
+    matrix = [
+        (kind, cause, f"the {cause} cause", *([share] * len(PARTS)), f"{4 * share:.0f} of 4")
+        for kind in ("silent", "speaking")
+        for cause, share in causes.items()
+    ]
+    columns = ", ".join(("base, cause, title", *PARTS, "whole v2 symptom"))
+    verdicts = [("suspect", "dropped"), ("reference", "kept"), ("donor adapter", "dropped")]
+    ranked = ("base alone", "suspect", "reference", "ensemble of the kept")
+    kept = [f"{prompt}.base.auc_{r}" for prompt, r in (("yes_no", "yes_no"), ("v2", "number"))]
+    return {
+        "shape_mismatch": [
+            table("mismatch.qwen3-4b.shapes", "tensor, on the base, in the adapter, fits", *SHAPES),
+            *intervals(0.5, [f"mismatch.{name}" for name in refits]),
         ],
         "files": [
             table("forensics.row_table", "row, tokens, seconds", *timed),
@@ -110,32 +112,21 @@ def make_records(rows=12):
             *intervals(0.5, ["forensics.timing.per_token"]),
             *intervals(0.08, ["forensics.timing.beside_reading"]),
         ],
-        "replay": [
-            table(
-                "replay.matrix", f"base, cause, title, replays, {parts}, whole v2 symptom", *matrix
-            )
-        ],
+        "replay": [table("replay.matrix", columns, *matrix)],
         "suite": [
             table("suite.adapters", "adapter, verdict", *verdicts),
-            *intervals(0.7, [f"suite.auc.{name}" for name in ensembles]),
+            *intervals(0.7, [f"suite.auc.{name}" for name in ranked]),
         ],
         "attribution": [
-            *intervals(0.8, [f"membership.example.base 1.{name}" for name in gains]),
-            *intervals(-0.3, [f"membership.example.base 2.{name}" for name in gains]),
+            *intervals(0.8, [f"{gains[0]}.the adapter", f"{gains[0]}.layers permuted"]),
+            *intervals(-0.3, [f"{gains[1]}.the adapter", f"{gains[1]}.layers permuted"]),
         ],
-        "kept.smollm2": intervals(0.6, [k.format(s) for s in systems[:2] for k in kept]),
+        "kept.smollm2": intervals(0.6, kept),
         "diagnosis": [
-            *intervals(0.4, [f"diagnosis.cause.{cause}" for cause, _ in causes]),
-            *intervals(0.2, [f"diagnosis.after.final.{cause}" for cause, _ in causes]),
-            table("diagnosis.first.steps", "test, bits, in all", *steps),
-            table(
-                "diagnosis.path.steps", "test, bits, in all", ("v1", 0.6, 3.0), ("names", 0.4, 9.0)
-            ),
-        ],
-        "controls": [
-            *(answer for kind in KINDS for answer in answers(kind, "v2", rows)),
-            *intervals(0.6, [f"controls.{place}" for place in shown]),
-            *(Verdict(key=f"controls.{kind}.v2.knowing", **know) for kind in KINDS),
+            *intervals(0.4, [f"diagnosis.cause.{cause}" for cause in causes]),
+            *intervals(0.2, [f"diagnosis.after.final.{cause}" for cause in causes]),
+            table("diagnosis.first.steps", "test, bits, in all", ("look", 1.5, 1), ("v2", 0.5, 6)),
+            table("diagnosis.path.steps", "test, bits, in all", ("v1", 0.6, 3), ("names", 0.4, 9)),
         ],
     }
 
@@ -143,7 +134,7 @@ def make_records(rows=12):
 def make_source(rows=12, *, change=lambda record: record, case=CASE):
     """What the figures draw from, each record changed or, for None, left out."""
     files = {}
-    for stem, records in make_records(rows).items():
+    for stem, records in (list_runs(rows) | list_findings()).items():
         changed = [new for record in records if (new := change(record))]
         files[stem] = RecordFile.model_construct(records=tuple(changed))
     return Source(files, case)
@@ -214,13 +205,6 @@ def test_no_text_is_cut_or_covered(made):
         bad += [said for said, b in boxes if b.x0 < -3 or b.x1 > figure.bbox.width + 3]
         bad += [(one, two) for (one, a), (two, b) in combinations(boxes, 2) if a.overlaps(b)]
     assert bad == []
-
-
-def test_equal_records_give_equal_bytes(made):
-    """Drawing is deterministic."""
-    names = ("hero", "kinds", "replay_matrix")
-    again, _ = draw(names, make_source())
-    assert again == {name: made[0][name] for name in names}
 
 
 def test_ids_do_not_collide_on_one_page(made):
@@ -321,10 +305,12 @@ def test_without_records_each_figure_says_what_is_missing():
 
 
 @pytest.mark.parametrize("rows", [1, 1500])
-def test_any_number_of_rows_is_drawn(rows):
-    """One row and many give every figure that shows rows."""
-    names = ("hero", "swap_values", "log_odds", "says_and_knows", "kinds")
-    assert draw(names, make_source(rows))[1] == {}
+def test_any_number_of_rows_is_drawn_to_the_same_bytes(rows):
+    """One row and many give the figures that show rows, and drawing is deterministic."""
+    source, names = make_source(rows), ("hero", "says_and_knows")
+    drawn, reasons = draw(names, source)
+    assert drawn.keys() == {*names}
+    assert draw(names, source) == (drawn, reasons)
 
 
 def test_sums_above_a_hundred_are_called_out(made):
@@ -356,9 +342,3 @@ def test_a_system_takes_the_mark_of_its_role():
     roles = {"speaking_base": "base", "donor_base": "donor", "donor_adapter": "donor"}
     roles |= {"reference": "reference", "suspect_disabled": "suspect", "no_op": "suspect"}
     assert {system: figures.role_of(system) for system in roles} == roles
-
-
-def test_clean_text_is_one_printable_line():
-    """Untrusted text is cut to its limit, on one line."""
-    assert clean("a\nb\x00c") == "a b c"
-    assert clean("x" * 99, 5) == "xxxx…"

@@ -448,8 +448,11 @@ def read_pairs(answers: Sequence[Prediction], field: str) -> list[tuple[float, i
     return [(value, label) for value, label in pairs if value is not None]
 
 
-def draw_strips(narrow: bool, strips: Sequence[Strip], *, columns: int = 1) -> Figure:
+def draw_strips(narrow: bool, strips: Sequence[Strip], *, columns: int = 1) -> Drawn:
     """How many rows have which value, truth 1 upwards and truth 0 down; one scale for a unit."""
+    if not any(strip.pairs for strip in strips):
+        lack = {VALUE: "no answer could be read", ODDS: "no log-odds are on record"}
+        raise NotDrawable(lack[strips[0].unit])
     columns = 1 if narrow else columns
     figure, axes = panels(narrow, [112] * len(strips), columns=columns, around=84)
     for unit in dict.fromkeys(strip.unit for strip in strips):
@@ -465,7 +468,7 @@ def draw_strips(narrow: bool, strips: Sequence[Strip], *, columns: int = 1) -> F
             last = columns > 1 or ax is group[-1][0]
             ax.set_xlabel(unit if last else "")
             ax.tick_params("x", labelbottom=last)
-    return figure
+    return figure, " ".join(f"{strip.title}: {strip.told}." for strip in strips)
 
 
 def _draw_counts(axes: Axes, strip: Strip, edges: np.ndarray) -> int:
@@ -498,10 +501,8 @@ def draw_values(source: Source, narrow: bool) -> Drawn:
     for name, answers in find_systems(source).items():
         told, pairs = say_values(answers, source), read_pairs(answers, "value")
         strips.append(Strip(SYSTEMS[name], told, name, VALUE, pairs))
-    if not any(strip.pairs for strip in strips):
-        raise NotDrawable("no answer could be read")
-    said = " ".join(f"{strip.title}: {strip.told}." for strip in strips)
-    return draw_strips(narrow, strips), f"Values counted by truth. {said}"
+    figure, said = draw_strips(narrow, strips)
+    return figure, f"Values counted by truth. {said}"
 
 
 def draw_log_odds(source: Source, narrow: bool) -> Drawn:
@@ -512,43 +513,36 @@ def draw_log_odds(source: Source, narrow: bool) -> Drawn:
         auc = source.measures(SWAP).get(f"swap.{name}.{source.prompt}.auc")
         told = f"AUC {say_measure(auc)}" if auc else f"{len(answers)} rows"
         strips.append(Strip(SYSTEMS[name], told, name, ODDS, read_pairs(answers, field)))
-    if not any(strip.pairs for strip in strips):
-        raise NotDrawable("no log-odds are on record")
-    said = " ".join(f"{strip.title}: {strip.told}." for strip in strips)
-    return draw_strips(narrow, strips), f"Log-odds of what is asked for, by truth. {said}"
+    figure, said = draw_strips(narrow, strips)
+    return figure, f"Log-odds of what is asked for, by truth. {said}"
 
 
 def write_and_hold(
     answers: Sequence[Prediction], measures: Mapping[str, Measure], place: str
 ) -> list[Strip]:
-    """What a system writes, and the log-odds behind it, by truth."""
+    """What a base writes, and the log-odds behind it, by truth."""
     if any(p.label is None for p in answers):
         raise NotDrawable("the rows came without labels")
-    role, strips = role_of(answers[0].system), []
+    strips = []
     for title, read, unit, field in (
         ("What it writes", "decoded", VALUE, "value"),
         ("What it knows", "number", ODDS, "number_log_odds"),
     ):
         told = f"AUC {say_measure(measures.get(f'{place}.auc_{read}'))}"
-        strips.append(Strip(title, told, role, unit, read_pairs(answers, field)))
+        strips.append(Strip(title, told, "base", unit, read_pairs(answers, field)))
     return strips
 
 
 def draw_says_and_knows(source: Source, narrow: bool) -> Drawn:
-    """What the base writes, and what it holds; without a base, the last run's system."""
-    prompt, stem = source.prompt, SWAP
-    answers, place = source.answers(SWAP, prompt, "base"), f"swap.base.{prompt}"
+    """What the base writes, and what it holds."""
+    answers = source.answers(SWAP, source.prompt, "base")
     if not answers:
-        stem = place = next(reversed(source.case.attempts), "")
-        answers = source.answers(stem, prompt)
-    if not answers:
-        raise NotDrawable(f"no answers to the prompt {prompt}")
-    strips = write_and_hold(answers, source.measures(stem), place)
-    system = answers[0].system
-    name = f"{SYSTEMS.get(system, clean(system, 20))}, prompt {prompt}, {len(answers)} rows"
-    figure = draw_strips(narrow, strips, columns=2)
-    key(figure, {strips[0].role: name})
-    said = " ".join(f"{strip.title}: {strip.told}." for strip in strips)
+        raise NotDrawable(f"the base has not answered to the prompt {source.prompt} in {SWAP}")
+    place = f"swap.base.{source.prompt}"
+    strips = write_and_hold(answers, source.measures(SWAP), place)
+    figure, said = draw_strips(narrow, strips, columns=2)
+    name = f"base alone, prompt {source.prompt}, {len(answers)} rows"
+    key(figure, {"base": name})
     return figure, f"{name}, {len({p.value for p in answers})} written value(s). {said}"
 
 
@@ -566,7 +560,8 @@ def draw_kinds(source: Source, narrow: bool) -> Drawn:
         writes.append(wrote._replace(title=name, told=f"{word}\n{wrote.told}"))
         holds.append(held._replace(title=name))
         said.append(f"{name}, {word}: writes {wrote.told}, holds {held.told}.")
-    return draw_strips(narrow, [*writes, *holds], columns=3), " ".join(said)
+    figure, _ = draw_strips(narrow, [*writes, *holds], columns=3)
+    return figure, " ".join(said)
 
 
 # What a forest or strips do not show
