@@ -454,7 +454,7 @@ def draw_strips(narrow: bool, strips: Sequence[Strip], *, columns: int = 1) -> D
         lack = {VALUE: "no answer could be read", ODDS: "no log-odds are on record"}
         raise NotDrawable(lack[strips[0].unit])
     columns = 1 if narrow else columns
-    figure, axes = panels(narrow, [112] * len(strips), columns=columns, around=84)
+    figure, axes = panels(narrow, [130] * len(strips), columns=columns, around=84)
     for unit in dict.fromkeys(strip.unit for strip in strips):
         group = [(ax, s) for ax, s in zip(axes, strips, strict=True) if s.unit == unit]
         edges = np.arange(-0.05, 1.1, 0.1)
