@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from postmortem.book.figures import KEPT, Drawing, draw_all, save_drawings
-from postmortem.book.figures_own import FIGURES_OWN
+from postmortem.book.canvas import Drawing, save_drawings
+from postmortem.book.figures import KEPT, draw_all
 from postmortem.book.tables import ROLES, add_any_case, add_case_values, number
 from postmortem.case.files import write_text
 from postmortem.case.rows import choose_rows
@@ -73,7 +73,7 @@ def publish(
         drawings, missing = _add_incident(values, case, files=files)
     else:
         add_any_case(values, case)
-        drawings, missing = draw_all(files, case, FIGURES_OWN)
+        drawings, missing = draw_all(files, case)
     save_drawings(drawings, missing, out / "figures")
     write_text(out / "values.json", json.dumps(values, indent=1, ensure_ascii=False))
     return sum(len(file.records) for file in files.values())
