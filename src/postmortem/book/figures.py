@@ -454,13 +454,16 @@ def draw_strips(narrow: bool, strips: Sequence[Strip], *, columns: int = 1) -> D
         lack = {VALUE: "no answer could be read", ODDS: "no log-odds are on record"}
         raise NotDrawable(lack[strips[0].unit])
     columns = 1 if narrow else columns
-    figure, axes = panels(narrow, [130] * len(strips), columns=columns, around=84)
+    height = 130 if columns == 1 else 190
+    figure, axes = panels(narrow, [height] * len(strips), columns=columns, around=84)
     for unit in dict.fromkeys(strip.unit for strip in strips):
         group = [(ax, s) for ax, s in zip(axes, strips, strict=True) if s.unit == unit]
         edges = np.arange(-0.05, 1.1, 0.1)
         if unit == ODDS:
             edges = np.histogram_bin_edges([v for _, s in group for v, _ in s.pairs], 40)
-        top = 1.3 * max(_draw_counts(ax, strip, edges) for ax, strip in group)
+        # Room for the counts that stand on the bars of values.
+        room = 1.3 if unit == VALUE else 1.1
+        top = room * max(_draw_counts(ax, strip, edges) for ax, strip in group)
         for ax, strip in group:
             ax.set(xlim=(edges[0], edges[-1]), ylim=(-top, top), yticks=[])
             ax.set_title(strip.title, pad=24 + 13 * strip.told.count("\n"))
