@@ -88,7 +88,7 @@ def test_every_cause_meets_every_test(bench, outcomes_of, name):
         # The temperature is not connected where nothing is sampled.
         ("healthy", {"settings": "unchanged", "off": "is the base"}),
         ("no-adapter", {"status": "none", "effect": "none", "inspect": "no adapter"}),
-        ("disabled", {"status": "disabled", "effect": "none", "load": "silent"}),
+        ("disabled", {"status": "inactive", "effect": "none", "load": "silent"}),
         ("zero-b", {"inspect": "untrained", "effect": "none"}),
         ("alpha-zero", {"inspect": "scale-zero", "effect": "none"}),
         ("key-prefix", {"inspect": "key-prefix", "load": "warns", "effect": "none"}),
@@ -149,14 +149,16 @@ def test_parsers_are_held_against_each_other():
     assert compare_parsers(["Yes", "No", "0.1"], [0.8, 0.2, 0.1]) == "no number"
 
 
-@pytest.mark.parametrize("status", ["active", "disabled", "another"])
-def test_the_status_is_what_peft_says_of_the_model(bench, untrained_world, status):
-    """Which adapter answers is asked of the model as it stands, whatever a run says of it."""
+@pytest.mark.parametrize(
+    ("status", "word"), [("active", "active"), ("disabled", "inactive"), ("another", "inactive")]
+)
+def test_the_status_is_what_peft_says_of_the_model(bench, untrained_world, status, word):
+    """Whether the adapter answers is asked of the model as it stands, whatever a run says."""
     base, adapter = bench.materials.base, untrained_world.path("reference")
     with bench.open(Run(base, adapter, status=status)) as subject:
         subject.load()
         subject.run = Run(base, adapter)
-        assert run_test("status", subject).word == status
+        assert run_test("status", subject).word == word
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ TESTS: Mapping[str, Test] = {
     ),
     "status": Test(
         title="ask PEFT which adapter answers",
-        outcomes=("active", "disabled", "another", "none"),
+        outcomes=("active", "inactive", "none"),
         pooled=True,
         hands=1,
         loads=1,

@@ -381,13 +381,13 @@ def warnings_of_weights(answering: PutOn) -> list[str]:
 
 
 def _ask_status(subject: Subject) -> Outcome:
-    """Which adapter answers, as PEFT tells it of the model."""
+    """Whether the adapter answers, as PEFT tells it: enabled, and no other one in its place."""
     if subject.run.adapter is None:
         return Outcome("none")
     status = subject.load().model.get_model_status()
-    if status.enabled is not True:
-        return Outcome("disabled")
-    return Outcome("active" if status.active_adapters == [ADAPTER] else "another")
+    answers = status.enabled is True and status.active_adapters == [ADAPTER]
+    active = ", ".join(status.active_adapters) or "none"
+    return Outcome("active" if answers else "inactive", f"active: {active}")
 
 
 def _tell_base(subject: Subject) -> Outcome:
