@@ -224,3 +224,15 @@ def test_without_labels_nothing_is_said_of_an_order(bench):
     outcomes, features = blind.observe(CAUSES["healthy"].inject(bench.materials, 32))
     assert not {test for test in outcomes if TESTS[test].labels}
     assert features["v2 AUC"] is None
+
+
+def test_a_copy_of_the_base_is_asked_anew(bench):
+    """What a changed copy of the base says is never taken for what the bench's own base says."""
+    plain = bench.open(Run(bench.materials.base, None))
+    with plain:
+        own = plain.ask("base")
+    bench.known.clear()
+    for _ in range(3):
+        with bench.open(CAUSES["quantised-base"].inject(bench.materials, 2)) as subject:
+            assert not subject.asked
+            assert (subject.ask("base").first_log_probs != own.first_log_probs).any()

@@ -12,7 +12,7 @@ from postmortem.case.prompts import counts_as_parsed, parse_as_written
 from postmortem.case.rows import GENERATORS, Rows
 from postmortem.case.schema import Attempt, Case
 from postmortem.diagnosis.battery import BASE, FIRST, OF_INCIDENT, REFERENCE, SAVED, TESTS
-from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Run, Unavailable
+from postmortem.diagnosis.causes import CAUSES, Cause, Materials, Rewrite, Run, Unavailable
 from postmortem.diagnosis.likelihoods import HEALTHY
 from postmortem.diagnosis.subject import Subject, run_tests, warnings_of_weights
 from postmortem.experiments.ask import Answers
@@ -35,8 +35,8 @@ class Bench:
     rows: Rows
     materials: Materials
     reference: Path | None
-    # Answers in which no replay's adapter has a part, by base and by how prompts are rewritten.
-    known: dict[tuple[Any, ...], dict[tuple[str, str], Answers]] = field(default_factory=dict)
+    # Answers of the bench's own base and of the reference on it, by how prompts are rewritten.
+    known: dict[Rewrite | None, dict[tuple[str, str], Answers]] = field(default_factory=dict)
 
     def open(self, run: Run) -> Subject:
         """A run as a subject, which knows what was asked of the same base before."""
@@ -51,7 +51,7 @@ class Bench:
             base_name=self.materials.role,
             reference=self.reference,
             published=self.materials.base,
-            asked=dict(self.known.get(_setting(run), {})),
+            asked=dict(self.known.get(run.rewrite, {})) if self.is_own(run) else {},
         )
 
     def observe(self, run: Run) -> tuple[dict[str, str], dict[str, Cell]]:
@@ -59,13 +59,14 @@ class Bench:
         with self.open(run) as subject:
             outcomes = run_tests(OF_INCIDENT, subject)
             features = describe_symptom(subject, outcomes)
-        kept = {key: found for key, found in subject.asked.items() if key[0] in NOT_OF_THE_RUN}
-        self.known[_setting(run)] = kept
+        if self.is_own(run):
+            asked = subject.asked.items()
+            self.known[run.rewrite] = {key: a for key, a in asked if key[0] in NOT_OF_THE_RUN}
         return outcomes, features
 
-
-def _setting(run: Run) -> tuple[Any, ...]:
-    return run.base if isinstance(run.base, str) else id(run.base.model), run.rewrite
+    def is_own(self, run: Run) -> bool:
+        """Whether a run stands on the bench's own base, and not on a changed copy of it."""
+        return run.base is self.materials.base
 
 
 def read_as_written(text: str) -> float:

@@ -36,7 +36,6 @@ from postmortem.experiments.session import Session
 from postmortem.models.changes import CHANGES, NothingToChange, copy_changed
 from postmortem.models.loading import (
     WIDER,
-    AttachedAdapter,
     LoadedBase,
     attached,
     footprint,
@@ -166,6 +165,7 @@ def ask(
             session.timed(_name_step(system, prompt, rows_name)),
             put_on(session, system) as answering,
         ):
+            _note_warnings(session, system.name, answering)
             answers = score_rows(session, answering, system.name, prompt, rows=chosen)
     except NoAnswer as why:
         return no_answers(system.name, prompt, contract, reason=str(why))
@@ -198,13 +198,14 @@ class PutOn:
     """The model that answers for a system and the base below it.
 
     `intact` tells whether the base's own weights are those that it was loaded with; `warnings` is
-    what PEFT said while it loaded the adapter.
+    what PEFT said while it loaded the adapter, `risks` what float16 cannot hold of it.
     """
 
     model: Any
     base: LoadedBase
     intact: bool = True
     warnings: tuple[str, ...] = ()
+    risks: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -228,12 +229,11 @@ def put_on(session: Session, system: System) -> Iterator[PutOn]:
                 )
             except ModelError as error:
                 raise NoAnswer(describe_refusal(error)) from None
-            _note_warnings(session, system.name, loaded)
             if system.off:
                 stack.enter_context(loaded.model.disable_adapter())
             # With the adapter on, the base's tensors have other names and are the same ones.
             intact = set(before.values()) <= set(footprint(base.model).values())
-            yield PutOn(loaded.model, base, intact, loaded.warnings)
+            yield PutOn(loaded.model, base, intact, loaded.warnings, loaded.risks)
     finally:
         # A file that brings base weights along has changed them for all that come after it.
         if footprint(base.model) != before:
@@ -292,10 +292,10 @@ def describe_refusal(error: ModelError) -> str:
     return printable(" ".join(what.split()), 200)
 
 
-def _note_warnings(session: Session, system: str, loaded: AttachedAdapter) -> None:
-    for line in loaded.risks:
+def _note_warnings(session: Session, system: str, answering: PutOn) -> None:
+    for line in answering.risks:
         session.say(f"{system}: {line}")
-    for line in (*loaded.warnings, *loaded.risks):
+    for line in (*answering.warnings, *answering.risks):
         number = sum(isinstance(record, Text) for record in session.records)
         session.text(f"{session.name}.warning.{system}.{number}", line)
 
