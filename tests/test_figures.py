@@ -5,13 +5,22 @@ import re
 import xml.etree.ElementTree as ET
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.text import Text
 
 from postmortem.book import figures
 from postmortem.book.canvas import FALLBACK, Source, draw_each, save_drawings
-from postmortem.book.figures import FIGURES, FIGURES_OWN, PARTS, SYSTEMS, draw_all
+from postmortem.book.figures import (
+    FIGURES,
+    FIGURES_OWN,
+    PARTS,
+    SYSTEMS,
+    draw_all,
+    log_odds_by_system,
+    values_by_system,
+)
 from postmortem.case.load import load_case
 from postmortem.experiments.records import (
     STATES,
@@ -342,3 +351,17 @@ def test_a_system_takes_the_mark_of_its_role():
     roles = {"speaking_base": "base", "donor_base": "donor", "donor_adapter": "donor"}
     roles |= {"reference": "reference", "suspect_disabled": "suspect", "no_op": "suspect"}
     assert {system: figures.role_of(system) for system in roles} == roles
+
+
+def test_answers_are_drawn_without_any_record():
+    """A notebook draws the answers that it has, by system, and shows the SVG of the pages."""
+    given = {
+        name: SimpleNamespace(predictions=answers(name, "v2", 12), contract="number")
+        for name in ("base", "reference")
+    }
+    values, odds = values_by_system(given), log_odds_by_system(given)
+    assert "base: 12 rows. reference: 12 rows." in values.alt
+    for drawing in (values, odds):
+        assert drawing._repr_html_() == drawing.wide
+        assert drawing.wide.startswith("<svg")
+        assert "var(--pm-reference" in drawing.wide

@@ -10,6 +10,7 @@ import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,10 @@ class Source:
         return [dict(zip(t.columns, row, strict=True)) for t in found for row in t.rows]
 
 
-# Makes a figure for a page or, where the second argument is true, for a phone, and its text for
-# those who do not see it.
-Make = Callable[[Source, bool], tuple[Figure, str]]
+# A figure, and its text for those who do not see it.
+Drawn = tuple[Figure, str]
+# Makes a figure for a page or, where the second argument is true, for a phone.
+Make = Callable[[Source, bool], Drawn]
 
 
 @dataclass(frozen=True)
@@ -128,28 +130,35 @@ class Drawing:
     wide: str
     narrow: str
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        return self.wide
+
 
 def draw_each(figures: Mapping[str, Make], source: Source) -> tuple[list[Drawing], dict[str, str]]:
     """Draw each figure that the records allow; say of each other one why not, by its name."""
     drawings, reasons = [], {}
     for name, make in figures.items():
         try:
-            alt, wide = _draw(name, make, source, narrow=False)
-            _, narrow = _draw(name, make, source, narrow=True)
+            drawings.append(draw_once(name, partial(make, source)))
         except NotDrawable as reason:
             reasons[name] = str(reason)
-        else:
-            drawings.append(Drawing(name, alt, wide, narrow))
     return drawings, reasons
 
 
-def _draw(name: str, make: Make, source: Source, *, narrow: bool) -> tuple[str, str]:
+def draw_once(name: str, make: Callable[[bool], Drawn]) -> Drawing:
+    """Draw a figure for a page and for a phone; `make` is told whether it is to be narrow."""
+    (alt, wide), (_, narrow) = (_draw(name, make, narrow=narrow) for narrow in (False, True))
+    return Drawing(name, alt, wide, narrow)
+
+
+def _draw(name: str, make: Callable[[bool], Drawn], *, narrow: bool) -> tuple[str, str]:
     # Ids are hashes of what they name and the salt: they differ between figures of one page.
     salt = {"svg.hashsalt": f"{name} {narrow}"}
     with matplotlib.style.context(["default", STYLE, salt]), warnings.catch_warnings():
         # The page's font draws the text; whether matplotlib's own has the glyph is no matter.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
-        figure, alt = make(source, narrow)
+        figure, alt = make(narrow)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
     alt = clean(alt, len(alt))

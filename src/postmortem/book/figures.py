@@ -8,14 +8,13 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, display
+from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
-from matplotlib.figure import Figure
 
 from postmortem.book.canvas import (
     BODY,
@@ -23,11 +22,13 @@ from postmortem.book.canvas import (
     DARK,
     SMALL,
     Drawing,
+    Drawn,
     Make,
     NotDrawable,
     Source,
     clean,
     draw_each,
+    draw_once,
     key,
     mark,
     note,
@@ -38,8 +39,10 @@ from postmortem.experiments.records import STATES, Measure, Prediction, RecordFi
 from postmortem.experiments.session import Session
 from postmortem.models.changes import COPIES
 
+if TYPE_CHECKING:
+    from postmortem.experiments.ask import Answers
+
 Form = Callable[[float], str]
-Drawn = tuple[Figure, str]
 
 FORENSICS, MISMATCH, SWAP, CONTROLS = "files", "shape_mismatch", "adapter_swap", "controls"
 REPLAY, DIAGNOSIS, SUITE, ATTRIBUTION = "replay", "diagnosis", "suite", "attribution"
@@ -520,6 +523,25 @@ def draw_log_odds(source: Source, narrow: bool) -> Drawn:
     return figure, f"Log-odds of what is asked for, by truth. {said}"
 
 
+def values_by_system(answers: Mapping[str, "Answers"]) -> Drawing:
+    """How often each value is written, by system and truth; a notebook shows it as it is."""
+    strips = []
+    for name, some in answers.items():
+        pairs = read_pairs(some.predictions, "value")
+        strips.append(Strip(name, f"{len(pairs)} rows", role_of(name), VALUE, pairs))
+    return draw_once("values", lambda narrow: draw_strips(narrow, strips))
+
+
+def log_odds_by_system(answers: Mapping[str, "Answers"]) -> Drawing:
+    """Log-odds of what the prompt asks for, by system and truth; a notebook shows it as it is."""
+    strips = []
+    for name, some in answers.items():
+        field = "number_log_odds" if some.contract == "number" else "yes_no_log_odds"
+        pairs = read_pairs(some.predictions, field)
+        strips.append(Strip(name, f"{len(pairs)} rows", role_of(name), ODDS, pairs))
+    return draw_once("log_odds", lambda narrow: draw_strips(narrow, strips))
+
+
 def write_and_hold(
     answers: Sequence[Prediction], measures: Mapping[str, Measure], place: str
 ) -> list[Strip]:
@@ -823,6 +845,6 @@ def show_figures(session: Session, *names: str) -> None:
     chosen = {name: make for name, make in figures_of(session.case).items() if name in names}
     drawings, missing = draw_each(chosen, Source({session.name: file}, session.case))
     for drawing in drawings:
-        display(HTML(drawing.wide))
+        display(drawing)
     for name, reason in missing.items():
         print(f"no figure {name}: {reason}")

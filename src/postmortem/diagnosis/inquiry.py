@@ -442,10 +442,15 @@ def _record_account(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
         "diagnosis.weights",
         ("cause", *(e.experiment for e in steps), "together"),
         [
-            (cause, *(round(w, 2) for w in told.values()), round(sum(told.values()), 2))
+            (cause, *(_rounded(w) for w in told.values()), _rounded(sum(told.values())))
             for cause, told in weights.items()
         ],
     )
+
+
+def _rounded(weight: float) -> float:
+    """Two decimals, without the sign of a nought."""
+    return round(weight, 2) + 0.0
 
 
 def _record_standing(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
