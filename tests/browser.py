@@ -13,9 +13,17 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 QUIET = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--hide-scrollbars", "--enable-logging=stderr", "--allow-file-access-from-files"),
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+    "--allow-file-access-from-files",
 )
 # Chromium's own window is never narrower than 500 px, so each page stands in a frame. All of them
 # lie at the window's corner: what is out of sight may not be drawn.
@@ -85,9 +93,13 @@ def visit(addresses: Iterable[str], folder: Path) -> Visit:
     driver.write_text(f"<!doctype html><meta charset='utf-8'>{text}")
     result = subprocess.run(
         [
-            *(str(CHROMIUM), *QUIET),
-            *(f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"),
-            *("--window-size=1280,1200", "--timeout=300000", "--dump-dom"),
+            str(CHROMIUM),
+            *QUIET,
+            f"--user-data-dir={folder / 'profile'}",
+            f"--log-net-log={log}",
+            "--window-size=1280,1200",
+            "--timeout=300000",
+            "--dump-dom",
             driver.as_uri(),
         ],
         capture_output=True,

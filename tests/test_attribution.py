@@ -18,7 +18,7 @@ from postmortem.models.loading import attached, load_base
 from postmortem.suite import attribution as method
 from postmortem.suite.attribution import (
     LIMITS,
-    Reading,
+    CandidateLoss,
     Segment,
     attribute_adapter,
     conclude,
@@ -103,7 +103,7 @@ def make_reading(name, gain, *, controls=(0.0,), off=4.0, texts=40, noise=0.05, 
     base = off + draws.normal(0, noise, texts)
     others = {f"control {place}": base - value for place, value in enumerate(controls)}
     on = base - gain + draws.normal(0, noise, texts)
-    return Reading(name, base, on, others, np.full(texts, 9), encoding)
+    return CandidateLoss(name, base, on, others, np.full(texts, 9), encoding)
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])

@@ -32,8 +32,12 @@ from tools.attribution import list_world_adapters, world_texts
 from tools.suite_chapter import COLUMNS, PROMPT, world_adapters
 
 ADAPTERS = (
-    *("silent/suspect", "silent/numeric_0", "silent/no_op", "speaking/numeric_0"),
-    *("sibling/numeric_0", "donor/numeric_0"),
+    "silent/suspect",
+    "silent/numeric_0",
+    "silent/no_op",
+    "speaking/numeric_0",
+    "sibling/numeric_0",
+    "donor/numeric_0",
 )
 # Rounding on another machine moves no estimate of 200 rows by more.
 NEAR = 2e-3

@@ -145,7 +145,8 @@ def test_an_adapter_that_does_not_settle_is_slowed(case, tokenizer, monkeypatch)
     tasks = {"v2": trainer._task("v2", embedded_world.teach_calibrated_number)}
     with pytest.raises(WorldError, match="within 6 steps"):
         trainer._train_until(
-            *(model, {"v2 decoded": 2.0}),
+            model,
+            {"v2 decoded": 2.0},
             role="r",
             loop=loop,
             tasks=tasks,

@@ -30,7 +30,8 @@ def pairs() -> list[Any]:
     """Every fault on every architecture; in a fast run each fault on one, which takes turns."""
     return [
         pytest.param(
-            *(fault, model_type),
+            fault,
+            model_type,
             id=f"{fault.finding}: {fault.name}-{model_type}",
             marks=() if number % len(TINY) == place else pytest.mark.slow,
         )

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.text import Text
 
 from postmortem.book import figures
-from postmortem.book.canvas import FALLBACK, Source, draw_each, save_drawings
+from postmortem.book.canvas import FALLBACK, FigureSource, draw_each, save_drawings
 from postmortem.book.figures import (
     FIGURES,
     FIGURES_OWN,
@@ -146,7 +146,7 @@ def make_source(rows=12, *, change=lambda record: record, case=CASE):
     for stem, records in (list_runs(rows) | list_findings()).items():
         changed = [new for record in records if (new := change(record))]
         files[stem] = RecordFile.model_construct(records=tuple(changed))
-    return Source(files, case)
+    return FigureSource(files, case)
 
 
 def draw(names, source):
@@ -326,7 +326,7 @@ def test_sums_above_a_hundred_are_called_out(made):
     """Only confidences that sum to more than 100 % are called no probabilities."""
     assert "not probabilities" in words(made[0]["confidences"].wide)
     modest = CASE.model_copy(update={"hypotheses": CASE.hypotheses[:1]})
-    drawn, _ = draw(("confidences",), Source({}, modest))
+    drawn, _ = draw(("confidences",), FigureSource({}, modest))
     assert "not probabilities" not in words(drawn["confidences"].wide)
 
 

@@ -22,8 +22,14 @@ from tools import faults
 from tools.faults import Reproduction, record_reproductions
 
 RECORDERS = (
-    *("record_log", "record_rows", "record_score", "record_timing", "record_answer"),
-    *("record_messages", "record_sizes", "record_dates"),
+    "record_log",
+    "record_rows",
+    "record_score",
+    "record_timing",
+    "record_answer",
+    "record_messages",
+    "record_sizes",
+    "record_dates",
 )
 
 

@@ -144,10 +144,13 @@ def open_own(path, folder):
     from postmortem.case.rows import choose_rows
 
     return Session(
-        *(folder / "4_diagnosis.ipynb", case, case.default_profile),
+        folder / "4_diagnosis.ipynb",
+        case,
+        case.default_profile,
         resolve_world(case, case.default_profile),
         choose_rows(case, case.default_profile),
-        *(folder / "records.jsonl", {}),
+        folder / "records.jsonl",
+        {},
     )
 
 

@@ -7,7 +7,7 @@ from postmortem.book.publish import add_suite_costs, collect_values, publish
 from postmortem.book.tables import add_case_values
 from postmortem.case.rows import choose_rows
 from postmortem.case.schema import RunTest
-from postmortem.case.site import Run
+from postmortem.case.site import NotebookRun
 from postmortem.checker.errors import RecordError
 from postmortem.experiments.records import (
     Measure,
@@ -31,7 +31,7 @@ def run(case, untrained_world, tmp_path, pytestconfig, monkeypatch):
     rows = choose_rows(case, "embedded")
     digests = input_digests(notebook, case, world=untrained_world, rows=rows)
     seal(tmp_path, digests, recorded_here(case))
-    runs = [Run("attempt", notebook)]
+    runs = [NotebookRun("attempt", notebook)]
     monkeypatch.setattr("postmortem.book.publish.list_runs", lambda case: runs)
     return {
         "case": case,

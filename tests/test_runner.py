@@ -137,8 +137,15 @@ def test_parameters_that_fit_pass(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        *("", "\x00", "\xff", "not a notebook"),
-        *("{}", "[]", "null", '{"cells": [1]}', '{"nbformat": 4}'),
+        "",
+        "\x00",
+        "\xff",
+        "not a notebook",
+        "{}",
+        "[]",
+        "null",
+        '{"cells": [1]}',
+        '{"nbformat": 4}',
         '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [1]}',
     ],
 )

@@ -81,3 +81,14 @@ def test_no_package_has_more_than_eight_modules():
 def test_no_module_stands_on_more_than_eight_others():
     """The longest chain of modules that load each other has nine."""
     assert max(map(chain, MODULES)) <= 9
+
+
+def test_no_class_name_stands_twice():
+    """A name of a class says which one is meant, wherever it is read."""
+    names = Counter(
+        node.name
+        for path in MODULES.values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, times in names.items() if times > 1] == []

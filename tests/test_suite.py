@@ -35,9 +35,9 @@ from postmortem.suite.scoring import open_scorer, score_chunk
 from postmortem.suite.suite import (
     CHUNKS,
     RESULTS,
-    Limits,
-    Reading,
+    PromptReading,
     Scored,
+    SuiteLimits,
     find_adapters,
     make_plan,
     name_adapters,
@@ -94,8 +94,18 @@ def spoil(folder: Path, way: str) -> None:
 
 
 BROKEN = (
-    *("corrupt", "truncated", "empty", "no-config", "no-weights", "not-json", "config-a-list"),
-    *("config-a-folder", "another-method", "rank-as-text", "shapes", "nothing"),
+    "corrupt",
+    "truncated",
+    "empty",
+    "no-config",
+    "no-weights",
+    "not-json",
+    "config-a-list",
+    "config-a-folder",
+    "another-method",
+    "rank-as-text",
+    "shapes",
+    "nothing",
 )
 # These load, and what they answer is the question.
 LOADING = ("nan", "base-weights", "rewrites-base")
@@ -399,7 +409,9 @@ def scored(name: str, odds, *, labels=LABELS, **changes) -> Scored:
         "log_odds": list(odds),
         **changes,
     }
-    return Scored(name=name, digest="d", run="r", status="ok", readings={"p": Reading(**parts)})
+    return Scored(
+        name=name, digest="d", run="r", status="ok", readings={"p": PromptReading(**parts)}
+    )
 
 
 def decide(odds_by_name, *extra, labels=LABELS, base=None):
@@ -410,7 +422,7 @@ def decide(odds_by_name, *extra, labels=LABELS, base=None):
         scored("", base or ramp(99, skill=0.5, rows=rows), labels=labels),
         [*adapters, *extra],
         labels=labels,
-        limits=Limits(),
+        limits=SuiteLimits(),
         title="t",
         decided_by="p",
     )

@@ -8,7 +8,7 @@ from postmortem.case.schema import AdapterFilter
 from postmortem.experiments.records import Measure, Table, Text, Timing, Verdict
 from postmortem.experiments.session import Session
 from postmortem.models.world import ADAPTERS
-from postmortem.suite.suite import Limits
+from postmortem.suite.suite import SuiteLimits
 from tools.suite_chapter import (
     ANSWERED,
     BASE_ASKED,
@@ -138,5 +138,5 @@ def test_the_limits_of_the_write_up_come_from_the_case():
     own = AdapterFilter(std_above=0.2, maximum_above=0.9, grade="artefact", source="s")
     limits = limits_of(own)
     assert (limits.std_above.value, limits.maximum_above.because) == (0.2, "s")
-    assert limits.alike == Limits().alike
-    assert limits_of(None) == Limits()
+    assert limits.alike == SuiteLimits().alike
+    assert limits_of(None) == SuiteLimits()

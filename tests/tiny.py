@@ -90,16 +90,22 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         "BertConfig",
         _ENCODER,
         (
-            *("BertForSequenceClassification", "BertForTokenClassification", "BertModel"),
-            *("BertForQuestionAnswering", "BertForMaskedLM"),
+            "BertForSequenceClassification",
+            "BertForTokenClassification",
+            "BertModel",
+            "BertForQuestionAnswering",
+            "BertForMaskedLM",
         ),
     ),
     "roberta": (
         "RobertaConfig",
         _ENCODER,
         (
-            *("RobertaForSequenceClassification", "RobertaForTokenClassification"),
-            *("RobertaForMaskedLM", "RobertaForQuestionAnswering", "RobertaModel"),
+            "RobertaForSequenceClassification",
+            "RobertaForTokenClassification",
+            "RobertaForMaskedLM",
+            "RobertaForQuestionAnswering",
+            "RobertaModel",
         ),
     ),
     "deberta": (
@@ -121,8 +127,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         "T5Config",
         {**_T5, "num_decoder_layers": 3},
         (
-            *("T5ForConditionalGeneration", "T5EncoderModel", "T5Model"),
-            *("T5ForSequenceClassification", "T5ForTokenClassification", "T5ForQuestionAnswering"),
+            "T5ForConditionalGeneration",
+            "T5EncoderModel",
+            "T5Model",
+            "T5ForSequenceClassification",
+            "T5ForTokenClassification",
+            "T5ForQuestionAnswering",
         ),
     ),
     "t5-gated": (

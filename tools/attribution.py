@@ -17,7 +17,7 @@ from postmortem.models.world import BASES, role_name
 from postmortem.suite.attribution import (
     LIMITS,
     STANDS,
-    Reading,
+    CandidateLoss,
     Segment,
     attribute_adapter,
     format_answer,
@@ -95,7 +95,7 @@ def decide_trials(right: Estimate, wrong: Estimate) -> tuple[bool, str]:
 
 
 def record_example(
-    session: Session, trials: Sequence[Trial], readings: Mapping[tuple[str, str], Reading]
+    session: Session, trials: Sequence[Trial], readings: Mapping[tuple[str, str], CandidateLoss]
 ) -> None:
     """One held-out adapter on the bases trained apart: its gain there, and its controls' gains.
 
@@ -118,7 +118,7 @@ def record_example(
     session.table("membership.example", columns, rows)
 
 
-def list_gains(reading: Reading) -> dict[str, Estimate]:
+def list_gains(reading: CandidateLoss) -> dict[str, Estimate]:
     """By how much the adapter and each control lower the loss; of the rotations the luckiest."""
     gains = {"the adapter": mean_estimate(reading.gains)}
     rotated = []

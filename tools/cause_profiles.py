@@ -67,12 +67,20 @@ class Stage:
 
 STAGES: Mapping[str, Stage] = {
     "number": Stage(
-        *(SILENT, "silent", "base", "v2", "numeric"),
+        SILENT,
+        "silent",
+        "base",
+        "v2",
+        "numeric",
         ("yes_no_short", "yes_no_long", CHOICE),
         numeric=True,
     ),
     "calibrated number": Stage(
-        *(SPEAKING, "speaking", "speaking_base", "v2", "numeric"),
+        SPEAKING,
+        "speaking",
+        "speaking_base",
+        "v2",
+        "numeric",
         ("yes_no_short", "yes_no_long", CHOICE),
         numeric=True,
     ),
@@ -141,9 +149,22 @@ def _too_large(site: Site, factor: float) -> Run:
 
 
 LISTED = (
-    *("healthy", "zero-b", "alpha-zero", "key-prefix", "other-shapes", "truncated", "padded"),
-    *("scale-up", "scale-down", "rslora-lost", "pattern-lost", "layers-shifted"),
-    *("layers-permuted", "targets-dropped", "base-overwritten", "quantised-base"),
+    "healthy",
+    "zero-b",
+    "alpha-zero",
+    "key-prefix",
+    "other-shapes",
+    "truncated",
+    "padded",
+    "scale-up",
+    "scale-down",
+    "rslora-lost",
+    "pattern-lost",
+    "layers-shifted",
+    "layers-permuted",
+    "targets-dropped",
+    "base-overwritten",
+    "quantised-base",
 )
 PLANTED: Mapping[str, Planted] = {
     **{name: _listed(name) for name in LISTED},

@@ -299,23 +299,31 @@ LINEAGES: Mapping[str, Lineage] = {
     "target": Lineage("base", TARGET, BASE_CRITERION),
     # As many key-value heads as heads, like Qwen1.5-4B: none of its tensors fits the target.
     "donor": Lineage(
-        *("donor_base", DONOR, WITHOUT_V1),
+        "donor_base",
+        DONOR,
+        WITHOUT_V1,
         adapters=replays_of(NUMERIC_ALONE),
     ),
     "sibling": Lineage(
-        *("sibling_base", BaseSpec(64, 2, 2), WITHOUT_V1),
+        "sibling_base",
+        BaseSpec(64, 2, 2),
+        WITHOUT_V1,
         adapters=replays_of(NUMERIC_ALONE),
     ),
     "ignorant": Lineage(
         *("ignorant_base", BaseSpec(64, 2, 3), IGNORANT_CRITERION), teachers=IGNORANT_TEACHERS
     ),
     "silent": Lineage(
-        *("base", TARGET, {}),
+        "base",
+        TARGET,
+        {},
         start="target",
         adapters={"suspect": ("suspect", 0), "no_op": ("", 0), **replays_of(ALL_RECIPES)},
     ),
     "speaking": Lineage(
-        *("speaking_base", TARGET, SPEAKING_CRITERION),
+        "speaking_base",
+        TARGET,
+        SPEAKING_CRITERION,
         teachers=SPEAKING_TEACHERS,
         start="target",
         adapters=replays_of(ALL_RECIPES),
@@ -476,7 +484,8 @@ class _Trainer:
         tasks = {recipe.prompt: self._task(recipe.prompt, recipe.teacher)}
         loop = _Loop(model, recipe.rate, seed=self.seed, batch=recipe.batch)
         self._train_until(
-            *(model, recipe.criterion),
+            model,
+            recipe.criterion,
             role=role,
             loop=loop,
             tasks=tasks,

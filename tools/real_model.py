@@ -223,8 +223,12 @@ def record_precision(session: Session, *, rows: int) -> None:
 
 
 PRECISION_COLUMNS = (
-    *("weights", "system", "texts changed", "log-odds apart by at most, nat"),
-    *("log-odds, AUC in float32", "log-odds, AUC in half"),
+    "weights",
+    "system",
+    "texts changed",
+    "log-odds apart by at most, nat",
+    "log-odds, AUC in float32",
+    "log-odds, AUC in half",
 )
 
 

@@ -18,7 +18,7 @@ from postmortem.case.schema import Case
 from postmortem.models.loading import load_base
 from postmortem.suite.attribution import (
     Attribution,
-    Reading,
+    CandidateLoss,
     Segment,
     conclude,
     read_candidate,
@@ -184,7 +184,7 @@ KINDS = (APART, KIN, ABSENT, IDLE)
 
 def measure_group(
     case: Case, group: Group, folder: Path
-) -> tuple[tuple[Trial, ...], dict[tuple[str, str], Reading]]:
+) -> tuple[tuple[Trial, ...], dict[tuple[str, str], CandidateLoss]]:
     """Train a group below a folder, read every adapter and put every question to the method.
 
     Readings are by the names of adapter and base.
@@ -260,9 +260,9 @@ def train(model: Any, tokenizer: Any, texts: Sequence[str], *, how: Schooling, s
     model.eval()
 
 
-def read_group(siblings: Siblings) -> dict[tuple[str, str], Reading]:
+def read_group(siblings: Siblings) -> dict[tuple[str, str], CandidateLoss]:
     """Each adapter on each base that a trial needs, on fresh texts of its task, by both names."""
-    readings: dict[tuple[str, str], Reading] = {}
+    readings: dict[tuple[str, str], CandidateLoss] = {}
     seed = siblings.group.seed + 900
     for name, folder in siblings.bases.items():
         base = load_base(folder, device="cpu")
@@ -294,7 +294,7 @@ def list_choices(
 
 
 def decide_outcome(
-    adapter: TrainedAdapter, kind: str, readings: Sequence[Reading], *, group: str
+    adapter: TrainedAdapter, kind: str, readings: Sequence[CandidateLoss], *, group: str
 ) -> Trial:
     """Put one question to the method and hold the answer against the base that is known."""
     attribution = conclude(adapter.name, readings, {})

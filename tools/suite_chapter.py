@@ -13,7 +13,7 @@ from postmortem.models.loading import LoadedBase, load_base
 from postmortem.models.world import ADAPTERS, World, digest_model, role_name
 from postmortem.suite.results import UNKNOWN, Decided, Results, decide_suite
 from postmortem.suite.scoring import Scorer
-from postmortem.suite.suite import Limit, Limits, Scored
+from postmortem.suite.suite import Limit, Scored, SuiteLimits
 
 PROMPT = "v2"
 BASE = "base alone"
@@ -25,8 +25,16 @@ ENSEMBLES = {
     "all": "ensemble of all",
 }
 COLUMNS = (
-    *("adapter", "verdict", "write-up's filter", "AUC, log-odds", "because", "AUC, written"),
-    *("standard deviation", "maximum", "effect in nat", "checker"),
+    "adapter",
+    "verdict",
+    "write-up's filter",
+    "AUC, log-odds",
+    "because",
+    "AUC, written",
+    "standard deviation",
+    "maximum",
+    "effect in nat",
+    "checker",
 )
 # What an ensemble is held against, in words.
 AGAINST = {"over_best": "the best single one", "over_all": "the ensemble of all"}
@@ -93,11 +101,11 @@ def run_world_suite(session: Session) -> Results | None:
     )
 
 
-def limits_of(written: AdapterFilter | None) -> Limits:
+def limits_of(written: AdapterFilter | None) -> SuiteLimits:
     """Our limits beside those of a case's write-up."""
     if written is None:
-        return Limits()
-    return Limits(
+        return SuiteLimits()
+    return SuiteLimits(
         std_above=Limit(value=written.std_above, because=written.source),
         maximum_above=Limit(value=written.maximum_above, because=written.source),
     )

@@ -33,7 +33,9 @@ def main() -> int:
         case = load_case(chosen.case)
         for adapter in adapters:
             record = train_profile_adapter(
-                *(case, chosen.profile, adapter),
+                case,
+                chosen.profile,
+                adapter,
                 folder=Path(chosen.out) / chosen.profile / "adapters" / adapter,
                 data=chosen.data,
                 labels=chosen.labels,

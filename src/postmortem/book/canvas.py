@@ -83,7 +83,7 @@ class NotDrawable(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
+class FigureSource:
     """What the figures draw from: record files by notebook, and the case."""
 
     files: Mapping[str, RecordFile]
@@ -118,7 +118,7 @@ class Source:
 # A figure, and its text for those who do not see it.
 Drawn = tuple[Figure, str]
 # Makes a figure for a page or, where the second argument is true, for a phone.
-Make = Callable[[Source, bool], Drawn]
+Make = Callable[[FigureSource, bool], Drawn]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,9 @@ class Drawing:
         return self.wide
 
 
-def draw_each(figures: Mapping[str, Make], source: Source) -> tuple[list[Drawing], dict[str, str]]:
+def draw_each(
+    figures: Mapping[str, Make], source: FigureSource
+) -> tuple[list[Drawing], dict[str, str]]:
     """Draw each figure that the records allow; say of each other one why not, by its name."""
     drawings, reasons = [], {}
     for name, make in figures.items():

@@ -23,9 +23,9 @@ from postmortem.book.canvas import (
     SMALL,
     Drawing,
     Drawn,
+    FigureSource,
     Make,
     NotDrawable,
-    Source,
     clean,
     draw_each,
     draw_once,
@@ -42,7 +42,7 @@ from postmortem.models.changes import COPIES
 if TYPE_CHECKING:
     from postmortem.experiments.ask import Answers
 
-Form = Callable[[float], str]
+NumberFormat = Callable[[float], str]
 
 FORENSICS, MISMATCH, SWAP, CONTROLS = "files", "shape_mismatch", "adapter_swap", "controls"
 REPLAY, DIAGNOSIS, SUITE, ATTRIBUTION = "replay", "diagnosis", "suite", "attribution"
@@ -68,7 +68,7 @@ def say_nats(value: float) -> str:
     return f"{value:.0e}" if 0 < value < 0.0005 else f"{value:.3f}"
 
 
-def say_measure(found: Measure | None, form: Form = say) -> str:
+def say_measure(found: Measure | None, form: NumberFormat = say) -> str:
     """A value and its interval."""
     if found is None or found.value is None:
         return "not available"
@@ -100,7 +100,7 @@ class Row(NamedTuple):
 class Scale:
     """How a forest plot writes its values, its axis where it is fixed, a line to read against."""
 
-    form: Form = say
+    form: NumberFormat = say
     limits: tuple[float, float] | None = None
     ticks: Sequence[str] = ()  # at equal steps from limit to limit
     line: tuple[float, str] | None = None
@@ -197,7 +197,7 @@ def label_rows(axes: Axes, title: str, labels: Sequence[str], headings: Sequence
     note(axes, title, (0, 1), shift=(-left, 24), coords="axes fraction", weight="bold", **DARK)
 
 
-def draw_stages(source: Source, narrow: bool) -> Drawn:
+def draw_stages(source: FigureSource, narrow: bool) -> Drawn:
     """Share of rows by parser stage, and what the strict parser reads, for each attempt."""
     parts = {}
     for name, attempt in source.case.attempts.items():
@@ -213,7 +213,7 @@ def draw_stages(source: Source, narrow: bool) -> Drawn:
     return draw_forests(narrow, parts)
 
 
-def draw_swap_auc(source: Source, narrow: bool) -> Drawn:
+def draw_swap_auc(source: FigureSource, narrow: bool) -> Drawn:
     """How well each read-out of each system ranks the rows, against chance."""
     measures, groups = source.measures(SWAP), {}
     for name, title in SYSTEMS.items():
@@ -229,7 +229,7 @@ def draw_swap_auc(source: Source, narrow: bool) -> Drawn:
     return draw_forests(narrow, {"Area under the ROC curve": (rows, AUC)})
 
 
-def draw_real_models(source: Source, narrow: bool) -> Drawn:
+def draw_real_models(source: FigureSource, narrow: bool) -> Drawn:
     """How well each system of each kept run ranks the generated posts, by each read-out."""
     systems = {"base": "base alone", "suspect": "yes/no adapter", "reference": "numeric adapter"}
     stems = sorted(name for name in source.files if name.startswith(KEPT))
@@ -250,7 +250,7 @@ def draw_real_models(source: Source, narrow: bool) -> Drawn:
     return draw_forests(narrow, {"Area under the ROC curve": (rows, AUC)})
 
 
-def draw_suite(source: Source, narrow: bool) -> Drawn:
+def draw_suite(source: FigureSource, narrow: bool) -> Drawn:
     """How well the log-odds of each adapter rank the rows, by what the suite makes of it."""
     measures, groups = source.measures(SUITE), {}
     for word in ("kept", "cannot tell", "dropped"):
@@ -266,7 +266,7 @@ def draw_suite(source: Source, narrow: bool) -> Drawn:
     return draw_forests(narrow, {"AUC of the log-odds": ([*base, *blocks(groups)], AUC)})
 
 
-def draw_attribution(source: Source, narrow: bool) -> Drawn:
+def draw_attribution(source: FigureSource, narrow: bool) -> Drawn:
     """By how much an adapter and each of its controls lower the loss, base by base."""
     measures, before = source.measures(ATTRIBUTION), "membership.example."
     groups: dict[str, dict[str, tuple[str, str]]] = {}
@@ -287,7 +287,7 @@ def draw_attribution(source: Source, narrow: bool) -> Drawn:
     return draw_forests(narrow, {"Gain in nat a token": (rows, scale)})
 
 
-def draw_refits(source: Source, narrow: bool) -> Drawn:
+def draw_refits(source: FigureSource, narrow: bool) -> Drawn:
     """How far a healthy and a mismatched adapter move their base, and what changes in writing."""
     refits = {
         "healthy": ("reference\nfits its base", "reference"),
@@ -307,7 +307,7 @@ def draw_refits(source: Source, narrow: bool) -> Drawn:
     return draw_forests(narrow, parts)
 
 
-def draw_controls_auc(source: Source, narrow: bool) -> Drawn:
+def draw_controls_auc(source: FigureSource, narrow: bool) -> Drawn:
     """How well each system ranks the rows: the base alone, and each adapter off and on."""
     measures, written, odds = source.measures(CONTROLS), {}, {}
     states = {state: (title, role_of(state)) for state, title in STATES.items()}
@@ -321,7 +321,7 @@ def draw_controls_auc(source: Source, narrow: bool) -> Drawn:
     return draw_forests(narrow, {title: (blocks(some), AUC) for title, some in parts.items()})
 
 
-def draw_copies(source: Source, narrow: bool) -> Drawn:
+def draw_copies(source: FigureSource, narrow: bool) -> Drawn:
     """How far the suspect and its changed copies move the base, and how well each then ranks."""
     measures, prompt = source.measures(CONTROLS), source.case.compared_prompts[-1]
     base = {f"base.{prompt}": ("base alone", "base")}
@@ -337,7 +337,7 @@ def draw_copies(source: Source, narrow: bool) -> Drawn:
     return draw_forests(narrow, parts)
 
 
-def draw_beliefs(source: Source, narrow: bool) -> Drawn:
+def draw_beliefs(source: FigureSource, narrow: bool) -> Drawn:
     """Probability of each cause after the evidence, from a flat prior and the write-up's."""
     measures, before = source.measures(DIAGNOSIS), "diagnosis.cause."
     found = {k.removeprefix(before): m.value or 0.0 for k, m in measures.items() if before in k}
@@ -363,7 +363,7 @@ def draw_beliefs(source: Source, narrow: bool) -> Drawn:
 # Values
 
 
-def find_systems(source: Source) -> dict[str, list[Prediction]]:
+def find_systems(source: FigureSource) -> dict[str, list[Prediction]]:
     """What each system of the case answered in the swap, to the prompt that figures show."""
     names = [name for name in SYSTEMS if getattr(source.case.systems, name)]
     found = {name: source.answers(SWAP, source.prompt, name) for name in names}
@@ -372,7 +372,7 @@ def find_systems(source: Source) -> dict[str, list[Prediction]]:
     return found
 
 
-def say_values(answers: Sequence[Prediction], source: Source) -> str:
+def say_values(answers: Sequence[Prediction], source: FigureSource) -> str:
     """What a system wrote, in a few words."""
     if not answers:
         return ABSENT
@@ -388,7 +388,7 @@ def say_values(answers: Sequence[Prediction], source: Source) -> str:
     return f"{told}, {lost} not read" if lost else told
 
 
-def draw_rows(source: Source, narrow: bool) -> Drawn:
+def draw_rows(source: FigureSource, narrow: bool) -> Drawn:
     """The first rows as columns; the truth, each run and each system as bands."""
     systems = find_systems(source)
     # As many as the incident had.
@@ -501,7 +501,7 @@ def _draw_counts(axes: Axes, strip: Strip, edges: np.ndarray) -> int:
     return most
 
 
-def draw_values(source: Source, narrow: bool) -> Drawn:
+def draw_values(source: FigureSource, narrow: bool) -> Drawn:
     """How often each value is written, by system and truth."""
     strips = []
     for name, answers in find_systems(source).items():
@@ -511,7 +511,7 @@ def draw_values(source: Source, narrow: bool) -> Drawn:
     return figure, f"Values counted by truth. {said}"
 
 
-def draw_log_odds(source: Source, narrow: bool) -> Drawn:
+def draw_log_odds(source: FigureSource, narrow: bool) -> Drawn:
     """The log-odds of what is asked for, by system and truth, on one scale."""
     number = source.case.prompt(source.prompt).contract == "number"
     field, strips = "number_log_odds" if number else "yes_no_log_odds", []
@@ -558,7 +558,7 @@ def write_and_hold(
     return strips
 
 
-def draw_says_and_knows(source: Source, narrow: bool) -> Drawn:
+def draw_says_and_knows(source: FigureSource, narrow: bool) -> Drawn:
     """What the base writes, and what it holds."""
     answers = source.answers(SWAP, source.prompt, "base")
     if not answers:
@@ -571,7 +571,7 @@ def draw_says_and_knows(source: Source, narrow: bool) -> Drawn:
     return figure, f"{name}, {len({p.value for p in answers})} written value(s). {said}"
 
 
-def draw_kinds(source: Source, narrow: bool) -> Drawn:
+def draw_kinds(source: FigureSource, narrow: bool) -> Drawn:
     """Three bases side by side: what each writes, and how its log-odds order the rows."""
     measures, prompt = source.measures(CONTROLS), source.prompt
     words = {v.key: v.verdict for v in source.files[CONTROLS].of(Verdict)}
@@ -605,7 +605,7 @@ PARTS = {
 }
 
 
-def draw_replay_matrix(source: Source, narrow: bool) -> Drawn:
+def draw_replay_matrix(source: FigureSource, narrow: bool) -> Drawn:
     """Causes against the parts of the symptom, a block for each kind of base."""
     source.measures(REPLAY)
     frame = pd.DataFrame(source.table(REPLAY, "replay.matrix"))
@@ -650,7 +650,7 @@ def _fill_cells(axes: Axes, ends: np.ndarray, shades: np.ndarray, role: str) -> 
     cells.set(edgecolor=COLOUR["paper"], linewidth=2)
 
 
-def draw_plan(source: Source, narrow: bool) -> Drawn:
+def draw_plan(source: FigureSource, narrow: bool) -> Drawn:
     """Bits against minutes: the planner's first minutes and the path that was taken."""
     source.measures(DIAGNOSIS)
     paths = {
@@ -682,7 +682,7 @@ def draw_plan(source: Source, narrow: bool) -> Drawn:
     return figure, f"Expected information against minutes. {'. '.join(told)}."
 
 
-def draw_row_time(source: Source, narrow: bool) -> Drawn:
+def draw_row_time(source: FigureSource, narrow: bool) -> Drawn:
     """Time of each row against its prompt's tokens, up to the limit, and what reading leaves."""
     measures = source.measures(FORENSICS)
     table = source.table(FORENSICS, "forensics.row_table")
@@ -723,7 +723,7 @@ def draw_row_time(source: Source, narrow: bool) -> Drawn:
     )
 
 
-def draw_confidences(source: Source, narrow: bool) -> Drawn:
+def draw_confidences(source: FigureSource, narrow: bool) -> Drawn:
     """The write-up's confidences, first and last, with the sums that no chances of rivals have."""
     held = [h for h in source.case.hypotheses if h.initial is not None or h.final is not None]
     if not held:
@@ -753,7 +753,7 @@ def draw_confidences(source: Source, narrow: bool) -> Drawn:
     return figure, f"Confidences in per cent: {said}. They sum to {sums[0]:g}, then to {sums[1]:g}."
 
 
-def draw_shapes(source: Source, narrow: bool) -> Drawn:
+def draw_shapes(source: FigureSource, narrow: bool) -> Drawn:
     """LoRA pairs of two projections on the base and in the donor's adapter, to scale."""
     source.measures(MISMATCH)
     tables = [t.key for t in source.files[MISMATCH].of(Table) if t.key.endswith(".shapes")]
@@ -833,7 +833,7 @@ def figures_of(case: Case) -> dict[str, Make]:
 
 def draw_all(files: Mapping[str, RecordFile], case: Case) -> tuple[list[Drawing], dict[str, str]]:
     """Draw each figure that these records allow; say of each other one why not, by its name."""
-    return draw_each(figures_of(case), Source(files, case))
+    return draw_each(figures_of(case), FigureSource(files, case))
 
 
 def show_figures(session: Session, *names: str) -> None:
@@ -843,7 +843,7 @@ def show_figures(session: Session, *names: str) -> None:
     """
     file = RecordFile.model_construct(records=tuple(session.records))
     chosen = {name: make for name, make in figures_of(session.case).items() if name in names}
-    drawings, missing = draw_each(chosen, Source({session.name: file}, session.case))
+    drawings, missing = draw_each(chosen, FigureSource({session.name: file}, session.case))
     for drawing in drawings:
         display(drawing)
     for name, reason in missing.items():

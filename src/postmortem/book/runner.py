@@ -30,8 +30,13 @@ Value = str | int | float | bool
 TYPES = {name: getattr(builtins, name) for name in ("str", "int", "float", "bool")}
 # What nbformat raises on a file that is none; the last three on JSON of another shape.
 NOT_A_NOTEBOOK = (
-    *(OSError, ValueError, nbformat.reader.NotJSONError, nbformat.ValidationError),
-    *(AttributeError, KeyError, TypeError),
+    OSError,
+    ValueError,
+    nbformat.reader.NotJSONError,
+    nbformat.ValidationError,
+    AttributeError,
+    KeyError,
+    TypeError,
 )
 # papermill logs unknown parameters and then goes on; here they are refused beforehand.
 logging.getLogger("papermill").setLevel(logging.ERROR)

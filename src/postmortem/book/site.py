@@ -15,7 +15,7 @@ import yaml
 
 from postmortem.book.runner import check_executed, read_notebook
 from postmortem.case.files import write_text
-from postmortem.case.site import BOOK, Run, Site
+from postmortem.case.site import BOOK, NotebookRun, Site
 from postmortem.checker.errors import BookError
 
 # Where the staged tree keeps static files and what a run made; `_config.yml` names both.
@@ -81,7 +81,7 @@ def stage_site(
             path.unlink()
 
 
-def list_attempts(toc: str, runs: Sequence[Run]) -> str:
+def list_attempts(toc: str, runs: Sequence[NotebookRun]) -> str:
     """A table of contents with each attempt in the place of `attempt`, which stands for all."""
     found = re.search(r"( *)- file: (\S*notebooks/)attempt$", toc, re.MULTILINE)
     if found is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from postmortem.case.schema import Case, ClaimVerdict, Hypothesis, Item
+from postmortem.case.schema import Case, ClaimVerdict, Item, StatedHypothesis
 from postmortem.checker.errors import RecordError
 from postmortem.experiments.records import Measure, Values, add_table
 
@@ -42,7 +42,7 @@ def add_case_values(values: Values, case: Case) -> None:
 
     Raises `RecordError` where the case asks for a verdict that no notebook recorded.
     """
-    items: dict[str, Sequence[Item | Hypothesis]] = {**case.sections}
+    items: dict[str, Sequence[Item | StatedHypothesis]] = {**case.sections}
     items |= dict.fromkeys(("hypotheses", "standing", "verdicts"), case.hypotheses)
     sections = {
         name: [_fields(name, item, values["verdicts"]) for item in listed]
@@ -72,7 +72,7 @@ def _columns(spec: str) -> dict[str, str]:
 
 
 def _fields(
-    section: str, item: Item | Hypothesis, verdicts: Mapping[str, Mapping[str, str]]
+    section: str, item: Item | StatedHypothesis, verdicts: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
     """An item's fields; what its test asks and this run answers, and whether that closes it."""
     found: dict[str, Any] = {name: _whole(value) for name, value in item}

@@ -15,10 +15,10 @@ from postmortem.case.schema import (
     FORMS,
     Case,
     Forensics,
-    Form,
     Frozen,
     Identifier,
     Item,
+    ItemForm,
     Sentence,
     Systems,
     Variation,
@@ -324,7 +324,7 @@ def _check_references(path: Path, case: Case) -> None:
             )
 
 
-def _check_item(where: str, item: Item, *, form: Form) -> None:
+def _check_item(where: str, item: Item, *, form: ItemForm) -> None:
     """An item has the fields that its section needs, and no other than those that it may have."""
     given = [name for name, value in item if value]
     needed = form.needs.split()

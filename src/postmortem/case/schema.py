@@ -32,7 +32,7 @@ Epoch = Annotated[float, Field(ge=0, le=253_402_000_000)]
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
-class System(Frozen):
+class DeclaredSystem(Frozen):
     """A model or adapter of the incident, as declared.
 
     `config` is transcribed and may contradict the file it describes; `declared_megabytes` is
@@ -51,9 +51,9 @@ class System(Frozen):
 class Systems(Frozen):
     """Who took part, by role."""
 
-    base: System
-    suspect: System
-    reference: System | None = None
+    base: DeclaredSystem
+    suspect: DeclaredSystem
+    reference: DeclaredSystem | None = None
 
 
 class LoadingWarning(Frozen):
@@ -165,7 +165,7 @@ class GoodScore(Frozen):
     source: str
 
 
-class Contents(Frozen):
+class AdapterForms(Frozen):
     """Usual forms of an adapter whose sizes are held against the sizes on record.
 
     Each set of `target_modules` is taken at each rank; `whole_modules` are saved entire, beside
@@ -193,7 +193,7 @@ class Forensics(Frozen):
     answer: AnswerLength
     good_score: GoodScore
     claimed_date: ClaimedDate
-    contents: Contents
+    contents: AdapterForms
 
 
 class Columns(Frozen):
@@ -302,7 +302,7 @@ class Observed(Frozen):
     source: str
 
 
-class Hypothesis(Frozen):
+class StatedHypothesis(Frozen):
     """An explanation of the symptom.
 
     `causes` are those of the replays that it comes down to. `initial` and `final` are the
@@ -349,7 +349,7 @@ class Item(Frozen):
     test: RunTest | None = None
 
 
-class Form(NamedTuple):
+class ItemForm(NamedTuple):
     """The fields that each item of a section has, those that it may have, and its kinds."""
 
     needs: str
@@ -357,20 +357,22 @@ class Form(NamedTuple):
     kinds: tuple[str, ...] = ()
 
 
-GRADED = Form("text grade")
+GRADED = ItemForm("text grade")
 FORMS = {
-    "timeline": Form("when text grade source"),
-    "observations": Form("id kind text finding grade", kinds=("working", "failing", "red flag")),
-    "evidence": Form("id title text reading finding grade source"),
-    "claims": Form("id section text verdict because grade decided_by would_change", may="test"),
-    "lessons": Form("id kind title text finding", kinds=("technical", "process")),
+    "timeline": ItemForm("when text grade source"),
+    "observations": ItemForm(
+        "id kind text finding grade", kinds=("working", "failing", "red flag")
+    ),
+    "evidence": ItemForm("id title text reading finding grade source"),
+    "claims": ItemForm("id section text verdict because grade decided_by would_change", may="test"),
+    "lessons": ItemForm("id kind title text finding", kinds=("technical", "process")),
     "practice.impact": GRADED,
     "practice.trigger": GRADED,
-    "practice.detection": Form("when text finding grade"),
+    "practice.detection": ItemForm("when text finding grade"),
     "practice.factors": GRADED,
     "practice.went_well": GRADED,
     "practice.lucky": GRADED,
-    "practice.actions": Form("id text decided_by grade", may="test"),
+    "practice.actions": ItemForm("id text decided_by grade", may="test"),
 }
 
 
@@ -485,7 +487,7 @@ class Case(Frozen):
     evidence: list[Item] = []
     observed: list[Observed] = []
     path: list[Identifier] = []
-    hypotheses: list[Hypothesis] = []
+    hypotheses: list[StatedHypothesis] = []
     claims: list[Item] = []
     lessons: list[Item] = []
     practice: Practice | None = None

@@ -21,7 +21,7 @@ PAGES = {".md", ".svg", ".png", ".jpg", ".jpeg", ".gif", ".webp"}
 
 
 @dataclass(frozen=True)
-class Run:
+class NotebookRun:
     """One run of a notebook: its records and its page bear the name.
 
     `parameters` are what sets it apart from other runs of the same notebook. `earlier` names the
@@ -37,7 +37,7 @@ class Run:
     learns: bool = False
 
 
-def list_runs(case: Case) -> tuple[Run, ...]:
+def list_runs(case: Case) -> tuple[NotebookRun, ...]:
     """The runs that a case's pages are made of: the same notebooks for every case.
 
     Each attempt is run, or each prompt of a case without attempts. What a case says nothing of is
@@ -47,9 +47,9 @@ def list_runs(case: Case) -> tuple[Run, ...]:
     earlier = dict(zip(attempts[1:], attempts[:-1], strict=True)) if case.attempts else {}
     learns = any(profile.replays for profile in case.profiles.values())
     return (
-        Run("files", NOTEBOOKS / "files.ipynb", asks=False),
+        NotebookRun("files", NOTEBOOKS / "files.ipynb", asks=False),
         *(
-            Run(
+            NotebookRun(
                 name if case.attempts else f"attempt_{name}",
                 NOTEBOOKS / "attempt.ipynb",
                 parameters={"attempt": name},
@@ -57,11 +57,15 @@ def list_runs(case: Case) -> tuple[Run, ...]:
             )
             for name in attempts
         ),
-        *([Run("shape_mismatch", NOTEBOOKS / "shape_mismatch.ipynb")] if case.true_size else []),
-        Run("adapter_swap", NOTEBOOKS / "adapter_swap.ipynb"),
-        Run("controls", NOTEBOOKS / "controls.ipynb"),
-        *([Run("replay", NOTEBOOKS / "replay.ipynb", learns=True)] if learns else []),
-        Run("diagnosis", NOTEBOOKS / "diagnosis.ipynb", asks=not learns, learns=learns),
+        *(
+            [NotebookRun("shape_mismatch", NOTEBOOKS / "shape_mismatch.ipynb")]
+            if case.true_size
+            else []
+        ),
+        NotebookRun("adapter_swap", NOTEBOOKS / "adapter_swap.ipynb"),
+        NotebookRun("controls", NOTEBOOKS / "controls.ipynb"),
+        *([NotebookRun("replay", NOTEBOOKS / "replay.ipynb", learns=True)] if learns else []),
+        NotebookRun("diagnosis", NOTEBOOKS / "diagnosis.ipynb", asks=not learns, learns=learns),
     )
 
 
@@ -74,7 +78,7 @@ class Site:
     project's own.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[NotebookRun, ...]
     pages: Path
     prose: tuple[Path, ...]
     toc: Path

@@ -62,7 +62,7 @@ Word = Literal["named", "works here", "cannot tell"]
 
 
 @dataclass(frozen=True)
-class Step:
+class TestRun:
     """One experiment as it was run, or as its outcome was `told`; seconds that it took."""
 
     exam: str
@@ -132,7 +132,7 @@ class Examination:
     minutes: float
     told: Mapping[str, str] = field(default_factory=dict)
     report: Callable[[str], None] = lambda line: None
-    steps: list[Step] = field(default_factory=list)
+    steps: list[TestRun] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     is_paced: bool = False
 
@@ -197,7 +197,7 @@ class Examination:
     def run(self) -> Conclusion:
         """Check, run the controls, then what the planner chooses, until it is settled."""
         for exam, outcome in self.told.items():
-            self.steps.append(Step(exam, outcome, "as told", 0.0, told=True))
+            self.steps.append(TestRun(exam, outcome, "as told", 0.0, told=True))
         for exam in CONTROLS:
             if self.fatal is not None or self.seconds_left <= 0:
                 break
@@ -226,7 +226,7 @@ class Examination:
         start = time.perf_counter()
         found = run_test(exam, self.subject)
         outcome = self._known_outcome() if exam == "inspect" else found.word
-        step = Step(exam, outcome, found.measured, time.perf_counter() - start)
+        step = TestRun(exam, outcome, found.measured, time.perf_counter() - start)
         self.steps.append(step)
         self.report(f"{step.seconds:6.1f} s  {exam}: {outcome} ({found.measured})")
 

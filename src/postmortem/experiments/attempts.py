@@ -219,8 +219,13 @@ EXPECTED = (
 )
 OUTCOMES = ("expected of the reference", "here", "measured")
 FILTERED = (
-    *("system", "standard deviation", "maximum", "filter"),
-    *("AUC, written", "AUC, log-odds", "what ranks"),
+    "system",
+    "standard deviation",
+    "maximum",
+    "filter",
+    "AUC, written",
+    "AUC, log-odds",
+    "what ranks",
 )
 
 
@@ -350,7 +355,9 @@ class Filtered:
         ranking = [name for name, auc in scores.items() if auc and ranks(auc)]
         known = ranks(self.written) is not None
         return (
-            *(self.name, round(self.std, 3), round(self.maximum, 3)),
+            self.name,
+            round(self.std, 3),
+            round(self.maximum, 3),
             *("passed" if self.passes else "blocked", say_estimate(self.written)),
             "none" if self.log_odds is None else say_estimate(self.log_odds),
             (" and ".join(ranking) or "nothing") if known else "unknown",

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from postmortem.case.schema import Forensics, LoadFault, System, TrueSize
+from postmortem.case.schema import DeclaredSystem, Forensics, LoadFault, TrueSize
 from postmortem.checker.adapter import WEIGHTS_FILE, Adapter, open_source, read_adapter
 from postmortem.checker.bases import BaseModel, describe, find_base
 from postmortem.checker.catalogue import SIZE_TOLERANCE, Entry, catalogue
@@ -44,7 +44,14 @@ from postmortem.experiments.session import Session
 from postmortem.models.world import ADAPTERS, role_name
 
 CATALOGUE_COLUMNS = (
-    *("id", "title", "severity", "symptom", "cause", "what settles it", "remedy", "PEFT"),
+    "id",
+    "title",
+    "severity",
+    "symptom",
+    "cause",
+    "what settles it",
+    "remedy",
+    "PEFT",
     "seen in",
 )
 
@@ -57,7 +64,7 @@ def record_declared(session: Session, folder: Path) -> None:
             _record_system(session, role, system=system, folder=folder / role)
 
 
-def _record_system(session: Session, role: str, *, system: System, folder: Path) -> None:
+def _record_system(session: Session, role: str, *, system: DeclaredSystem, folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(system.config), encoding="utf-8")
     stated = system.declared_megabytes
@@ -250,10 +257,13 @@ def _record_role(session: Session, role: str, *, adapter: Adapter, found: Inspec
     errors = sum(finding.severity == "error" for finding in findings)
     layers = {layer_of(path) for path in adapter.contents.lora} - {None}
     numbers = (
-        *(len(findings), errors, len(adapter.tensors)),
+        len(findings),
+        errors,
+        len(adapter.tensors),
         sum(tensor.count for tensor in adapter.tensors.values()),
         None if adapter.weight_bytes is None else adapter.weight_bytes / 1e6,
-        *(len(layers), len(found.bases)),
+        len(layers),
+        len(found.bases),
     )
     for name, value in zip(MEASURES, numbers, strict=True):
         unit = "MB" if name == "megabytes" else ""
@@ -349,7 +359,7 @@ SIZES = ("base", "adapts", "rank", "parameters", "MB, 16 bits", "MB, 32 bits", "
 
 
 @dataclass(frozen=True)
-class Form:
+class AdapterForm:
     """An adapter of a known base: what it adapts at which rank, and its parameters."""
 
     base: str
@@ -436,8 +446,16 @@ def record_score(session: Session) -> None:
     facts = _find_facts(
         session,
         measures=[
-            *("values_distinct", "auc", "tied_pairs", "accuracy"),
-            *("least_auc", "least_auc_p", "perfect_auc", "perfect_auc_p", "good_auc", "power"),
+            "values_distinct",
+            "auc",
+            "tied_pairs",
+            "accuracy",
+            "least_auc",
+            "least_auc_p",
+            "perfect_auc",
+            "perfect_auc_p",
+            "good_auc",
+            "power",
             "perfect_auc_pairs",
         ],
         verdicts=["values_rank"],
@@ -474,8 +492,16 @@ def record_score(session: Session) -> None:
 
 
 TIMING = (
-    *("first_row", "later_row", "correlation", "p_value", "per_token", "beside_reading"),
-    *("scatter", "fastest_step", "most_steps", "token_limit"),
+    "first_row",
+    "later_row",
+    "correlation",
+    "p_value",
+    "per_token",
+    "beside_reading",
+    "scatter",
+    "fastest_step",
+    "most_steps",
+    "token_limit",
 )
 
 
@@ -687,7 +713,10 @@ def record_sizes(session: Session) -> None:
     near = {form: [r for r, s in systems.items() if s and _is_near(s, form)] for form in forms}
     rows: list[tuple[Cell, ...]] = [
         (
-            *(form.base, form.adapts, form.rank, form.parameters),
+            form.base,
+            form.adapts,
+            form.rank,
+            form.parameters,
             *(round(form.megabytes[dtype], 1) for dtype in ("bfloat16", "float32")),
             ", ".join(hits),
         )
@@ -702,17 +731,17 @@ def record_sizes(session: Session) -> None:
             _judge_size(session, f"forensics.size.{role}.{where}", system, asked=asked, hits=hits)
 
 
-def _list_forms(facts: Forensics, bases: Sequence[str]) -> Iterator[Form]:
+def _list_forms(facts: Forensics, bases: Sequence[str]) -> Iterator[AdapterForm]:
     for name in bases:
         if (base := _describe(name)) is None:
             continue
         for adapts, modules in facts.contents.target_modules.items():
             for rank in facts.contents.ranks:
-                yield Form(name, adapts, rank, _count_parameters(base, modules, rank=rank))
+                yield AdapterForm(name, adapts, rank, _count_parameters(base, modules, rank=rank))
         yield from _list_whole(facts, name, base=base)
 
 
-def _list_whole(facts: Forensics, name: str, *, base: BaseModel) -> Iterator[Form]:
+def _list_whole(facts: Forensics, name: str, *, base: BaseModel) -> Iterator[AdapterForm]:
     """The smallest form with modules saved entire beside it."""
     adapts, modules = next(iter(facts.contents.target_modules.items()))
     rank = min(facts.contents.ranks)
@@ -721,7 +750,7 @@ def _list_whole(facts: Forensics, name: str, *, base: BaseModel) -> Iterator[For
         added = sum((module.inputs or 0) * (module.outputs or 0) for module in found)
         if added:
             small = _count_parameters(base, modules, rank=rank)
-            yield Form(name, f"{adapts}, and all of {whole}", rank, small + added)
+            yield AdapterForm(name, f"{adapts}, and all of {whole}", rank, small + added)
 
 
 def _count_parameters(base: BaseModel, modules: Sequence[str], *, rank: int) -> int:
@@ -729,14 +758,19 @@ def _count_parameters(base: BaseModel, modules: Sequence[str], *, rank: int) -> 
     return implied_parameters(config, find_targets(config, base))
 
 
-def _is_near(system: System, form: Form) -> bool:
+def _is_near(system: DeclaredSystem, form: AdapterForm) -> bool:
     """Whether the size on record is that of the form, by the checker's tolerance."""
     stated, sizes = system.declared_megabytes, form.megabytes.values()
     return stated is not None and any(abs(stated - s) <= SIZE_TOLERANCE * s for s in sizes)
 
 
 def _judge_size(
-    session: Session, key: str, system: System | None, *, asked: list[Form], hits: list[Form]
+    session: Session,
+    key: str,
+    system: DeclaredSystem | None,
+    *,
+    asked: list[AdapterForm],
+    hits: list[AdapterForm],
 ) -> None:
     if system is None or system.declared_megabytes is None or not asked:
         session.verdict(key, None, "no size on record, or no base whose shapes are known")

@@ -42,8 +42,16 @@ SHOWN = 10
 UNKNOWN = Estimate(None, None, None, 0)
 
 DISTRIBUTION = (
-    *("distinct", "top_value", "top_share", "tied_pairs", "entropy", "boundary_share"),
-    *("mean", "std", "minimum", "maximum"),
+    "distinct",
+    "top_value",
+    "top_share",
+    "tied_pairs",
+    "entropy",
+    "boundary_share",
+    "mean",
+    "std",
+    "minimum",
+    "maximum",
 )
 RANKING = ("auc_decoded", "auc_number", "auc_yes_no", "auc")
 EFFECT = ("kl", "shift", "flips")

@@ -232,7 +232,8 @@ class Session:
             profile=self.profile_name,
             parameters=self.parameters,
             digests=input_digests(
-                *(self.notebook, self.case),
+                self.notebook,
+                self.case,
                 world=self.world,
                 rows=self.rows,
                 replays=self.replays,

@@ -36,7 +36,12 @@ transformers_logging.disable_progress_bar()
 
 # What loading a model raises; torch asserts that it was built for the device.
 LOADING_ERRORS = (
-    *(OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError),
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
     SafetensorError,
 )
 # What to give where float16 is too narrow.

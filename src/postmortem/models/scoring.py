@@ -174,7 +174,9 @@ def score_classes(
             str(names.get(int(row.argmax()), int(row.argmax()))),
             (),
             True,
-            *(float(expit(odds)), odds, odds),
+            float(expit(odds)),
+            odds,
+            odds,
         )
         for row, odds in zip(log_probs, (log_probs[:, positive] - others).tolist(), strict=True)
     )

@@ -27,8 +27,13 @@ Answer = Literal["one", "cannot separate", "none"]
 Tell = Callable[[str], None]
 # Findings that make an adapter unusable whatever the base, and those under which it does nothing.
 UNUSABLE = {
-    *("non-finite", "corrupt-weights", "missing-weights", "unsafe-pickle"),
-    *("config-invalid", "integer-dtype", "empty-tensor"),
+    "non-finite",
+    "corrupt-weights",
+    "missing-weights",
+    "unsafe-pickle",
+    "config-invalid",
+    "integer-dtype",
+    "empty-tensor",
 }
 INERT = {"untrained", "scale-zero"}
 # Numbers of a batch's log-probabilities: 512 MiB of float32.
@@ -45,7 +50,7 @@ STANDS = {True: "beats its controls", False: "does not beat them", None: "open"}
 
 
 @dataclass(frozen=True)
-class Limits:
+class AttributionLimits:
     """What the answer is decided by, chosen on calibration siblings alone (`tools.siblings`).
 
     `gain`: nats a token by which an adapter must beat each control, with the whole interval; with
@@ -78,7 +83,7 @@ class Limits:
     tokens: int = 512
 
 
-LIMITS = Limits()
+LIMITS = AttributionLimits()
 
 
 class UnfitError(ModelError):
@@ -94,7 +99,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Reading:
+class CandidateLoss:
     """One candidate: negative log-likelihood of each text, nats a token, float64, (texts,).
 
     `off` without the adapter, `on` with it, `controls` with each altered copy of it. `counts` are
@@ -113,7 +118,7 @@ class Reading:
         """By how much the adapter lowers the negative log-likelihood of each text."""
         return self.off - self.on
 
-    def only(self, texts: np.ndarray) -> "Reading":
+    def only(self, texts: np.ndarray) -> "CandidateLoss":
         """The same of some of the texts, a mask of shape (texts,)."""
         return replace(
             self,
@@ -185,7 +190,7 @@ def attribute_adapter(
     check_adapter_folder(adapter)
     # All of them before the first is loaded: a misspelt name should not cost the others' minutes.
     misfits = {name: find_misfit(adapter, source) for name, source in candidates.items()}
-    readings: list[Reading] = []
+    readings: list[CandidateLoss] = []
     for name, source in candidates.items():
         if misfits[name]:
             continue
@@ -224,7 +229,9 @@ def find_misfit(adapter: str | Path, base: str | Path) -> str:
     return next((f"{f.id}, {f.evidence}" for f in errors if f.id not in INERT), "")
 
 
-def conclude(adapter: str, readings: Sequence[Reading], left_out: Mapping[str, str]) -> Attribution:
+def conclude(
+    adapter: str, readings: Sequence[CandidateLoss], left_out: Mapping[str, str]
+) -> Attribution:
     """The answer from the readings of the candidates that the adapter fits.
 
     Raises `DataError` where too few texts hold a token to score.
@@ -257,7 +264,7 @@ def conclude(adapter: str, readings: Sequence[Reading], left_out: Mapping[str, s
     )
 
 
-def compare_with_controls(reading: Reading) -> Candidate:
+def compare_with_controls(reading: CandidateLoss) -> Candidate:
     """Hold an adapter against its controls on one base, text by text."""
     # The plainest control is the base alone.
     losses = {OFF: reading.off, **reading.controls}
@@ -284,7 +291,7 @@ def _known(end: float | None) -> float:
 
 
 def decide(
-    readings: Sequence[Reading], candidates: Sequence[Candidate]
+    readings: Sequence[CandidateLoss], candidates: Sequence[Candidate]
 ) -> tuple[Answer, tuple[str, ...]]:
     """The answer and the candidates that remain, in their order.
 
@@ -307,7 +314,7 @@ def decide(
     return ("one" if len(remain) == 1 else "cannot separate"), remain
 
 
-def knew_texts(one: Reading, readings: Sequence[Reading]) -> bool:
+def knew_texts(one: CandidateLoss, readings: Sequence[CandidateLoss]) -> bool:
     """Whether a base alone reads the texts nearly without loss, or better than all others ever do.
 
     Such a base leaves an adapter nothing to gain, its own one too, so that no gain says nothing.
@@ -325,7 +332,7 @@ def knew_texts(one: Reading, readings: Sequence[Reading]) -> bool:
     )
 
 
-def beats(leader: Reading, other: Reading) -> bool:
+def beats(leader: CandidateLoss, other: CandidateLoss) -> bool:
     """Whether one candidate rules another out, by paired intervals over the texts.
 
     Either the other's gain is a trace of the leader's, or the leader has both the greater gain and
@@ -418,7 +425,7 @@ def read_candidate(
     name: str,
     segments: Sequence[Segment],
     tell: Tell = lambda line: None,
-) -> Reading:
+) -> CandidateLoss:
     """Score the texts on one candidate: without the adapter, with it, and with each control.
 
     A file that brings base weights along changes the loaded base for good. Raises `UnfitError`
@@ -445,7 +452,7 @@ def read_candidate(
         }
     counts = np.array([len(row) - start for row, start in zip(rows, starts, strict=True)])
     encoding = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-    return Reading(name, off, on, controls, np.maximum(counts, 0), encoding)
+    return CandidateLoss(name, off, on, controls, np.maximum(counts, 0), encoding)
 
 
 def encode_segments(

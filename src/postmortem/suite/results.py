@@ -23,10 +23,10 @@ from postmortem.experiments.metrics import (
 from postmortem.experiments.records import Cell
 from postmortem.suite.suite import (
     RESULTS,
-    Limits,
-    Plan,
-    Reading,
+    PromptReading,
     Scored,
+    SuiteLimits,
+    SuitePlan,
     read_result,
 )
 
@@ -78,7 +78,7 @@ class Results(Frozen):
     rows: int
     labels: Literal["two classes", "one class", "none"]
     decided_by: str
-    limits: Limits
+    limits: SuiteLimits
     counts: dict[str, int]
     best_single: str
     best_auc: Estimate
@@ -98,7 +98,7 @@ class Results(Frozen):
         )
 
 
-def collect(plan: Plan, out: Path, *, into: Path | None = None) -> Results:
+def collect(plan: SuitePlan, out: Path, *, into: Path | None = None) -> Results:
     """Decide on the results in the output folder and write the decisions there, or elsewhere.
 
     Raises `RecordError` where one is missing.
@@ -136,7 +136,7 @@ def decide_suite(
     scored: Sequence[Scored],
     *,
     labels: np.ndarray | None,
-    limits: Limits,
+    limits: SuiteLimits,
     title: str,
     decided_by: str,
     run: str = "",
@@ -202,7 +202,7 @@ def count_verdicts(adapters: Sequence[Decided]) -> dict[str, int]:
 
 
 def decide_adapters(
-    scored: Sequence[Scored], *, labels: np.ndarray | None, limits: Limits, prompt: str
+    scored: Sequence[Scored], *, labels: np.ndarray | None, limits: SuiteLimits, prompt: str
 ) -> list[Decided]:
     """Both verdicts of each adapter; duplicates and directions are seen across all of them."""
     faults = {one.name: list(find_faults(one, limits=limits, prompt=prompt)) for one in scored}
@@ -234,7 +234,7 @@ def decide_adapters(
     return adapters
 
 
-def explain_unknown_ranking(labels: np.ndarray | None, limits: Limits) -> str:
+def explain_unknown_ranking(labels: np.ndarray | None, limits: SuiteLimits) -> str:
     """Why nobody can tell on these rows whether an adapter ranks; nothing where it can be told."""
     kind = name_labels(labels)
     if labels is not None and kind == "two classes" and len(labels) >= limits.rows.value:
@@ -247,14 +247,14 @@ def explain_unknown_ranking(labels: np.ndarray | None, limits: Limits) -> str:
     return f"whether it ranks cannot be told: {why[kind]}"
 
 
-def _praise(reading: Reading) -> str:
+def _praise(reading: PromptReading) -> str:
     """What an adapter is kept for, and whether it is shown to add to its base."""
     adds = reading.gain.low is not None and reading.gain.low > 0
     gain = say_estimate(reading.gain, "+z.3f")
     return f"it ranks; gain over the base alone {gain}{'' if adds else ', not shown to add to it'}"
 
 
-def apply_write_up(scored: Scored, *, limits: Limits, prompt: str) -> list[str]:
+def apply_write_up(scored: Scored, *, limits: SuiteLimits, prompt: str) -> list[str]:
     """Why the write-up's filter blocks an adapter: it must load, and its values exceed both limits.
 
     "No mismatch" is taken as the write-up could have seen it: the adapter loads.
@@ -272,7 +272,7 @@ def apply_write_up(scored: Scored, *, limits: Limits, prompt: str) -> list[str]:
     ]
 
 
-def find_faults(scored: Scored, *, limits: Limits, prompt: str) -> Iterable[str]:
+def find_faults(scored: Scored, *, limits: SuiteLimits, prompt: str) -> Iterable[str]:
     """What speaks against an adapter by itself, the most telling first."""
     if scored.errors:
         yield f"the checker found {', '.join(scored.errors)}"
@@ -289,7 +289,7 @@ def find_faults(scored: Scored, *, limits: Limits, prompt: str) -> Iterable[str]
     yield from _rank_faults(reading, limits)
 
 
-def _rank_faults(reading: Reading, limits: Limits) -> Iterable[str]:
+def _rank_faults(reading: PromptReading, limits: SuiteLimits) -> Iterable[str]:
     ranks, gain, chance = reading.auc, reading.gain, limits.chance.value
     if ranks.low is None or ranks.high is None or ranks.n < limits.rows.value:
         return
@@ -367,7 +367,7 @@ def name_labels(labels: np.ndarray | None) -> Literal["two classes", "one class"
     return "two classes" if len(set(labels.tolist())) > 1 else "one class"
 
 
-COLUMNS: Mapping[str, Callable[[Reading], Cell]] = {
+COLUMNS: Mapping[str, Callable[[PromptReading], Cell]] = {
     "mean": lambda r: r.mean,
     "std": lambda r: r.std,
     "min": lambda r: r.minimum,

@@ -23,7 +23,15 @@ from postmortem.experiments.metrics import (
 )
 from postmortem.models.loading import LoadedBase, attached, footprint, load_base
 from postmortem.models.scoring import YES_NO, Reply, Scores, score
-from postmortem.suite.suite import CHUNKS, Entry, Plan, Reading, Scored, read_result, result_path
+from postmortem.suite.suite import (
+    CHUNKS,
+    PlannedAdapter,
+    PromptReading,
+    Scored,
+    SuitePlan,
+    read_result,
+    result_path,
+)
 
 # Weights in float32 do not determine more decimals of a log-odds, in nats.
 DECIMALS = 6
@@ -107,7 +115,7 @@ class Scorer:
             for name, template in self.templates.items()
         }
 
-    def _read(self, scores: Mapping[str, Scores]) -> dict[str, Reading]:
+    def _read(self, scores: Mapping[str, Scores]) -> dict[str, PromptReading]:
         return {
             name: read_scores(
                 scores[name],
@@ -119,7 +127,7 @@ class Scorer:
         }
 
 
-def read_scores(scores: Scores, base: Scores, *, contract: str, rows: Rows) -> Reading:
+def read_scores(scores: Scores, base: Scores, *, contract: str, rows: Rows) -> PromptReading:
     """What an adapter's answers to one prompt show beside those of the base alone."""
     values = [parse_as_written(reply.text).value for reply in scores.replies]
     health = describe(values, groups=rows.groups, labels=rows.labels)
@@ -128,7 +136,7 @@ def read_scores(scores: Scores, base: Scores, *, contract: str, rows: Rows) -> R
     if rows.labels is not None and np.isfinite(odds).all():
         auc = auc_estimate(rows.labels, odds)
         gain = auc_gain_estimate(rows.labels, odds, before)
-    return Reading(
+    return PromptReading(
         mean=health.mean,
         std=health.std,
         minimum=health.minimum,
@@ -145,7 +153,7 @@ def read_scores(scores: Scores, base: Scores, *, contract: str, rows: Rows) -> R
 
 
 def score_chunk(
-    plan: Plan,
+    plan: SuitePlan,
     out: Path,
     number: str,
     *,
@@ -168,11 +176,11 @@ def score_chunk(
     write_text(mark or out / CHUNKS / f"{number}.done", f"{plan.run}\n")
 
 
-def _write(plan: Plan, entry: Entry, out: Path, scored: Scored) -> None:
+def _write(plan: SuitePlan, entry: PlannedAdapter, out: Path, scored: Scored) -> None:
     write_text(result_path(plan, entry, out), scored.model_dump_json() + "\n")
 
 
-def open_scorer(plan: Plan) -> Scorer:
+def open_scorer(plan: SuitePlan) -> Scorer:
     """The scorer of a plan, its base loaded."""
     suite = plan.suite
     return Scorer(

@@ -34,7 +34,7 @@ class Limit(Frozen):
     because: Sentence
 
 
-class Limits(Frozen):
+class SuiteLimits(Frozen):
     """The limits of both filters: the first two are the write-up's, the others ours."""
 
     std_above: Limit = Limit(value=0.05, because="the write-up's validation plan")
@@ -97,13 +97,13 @@ class Suite(Frozen):
     prompts: dict[Identifier, Asked] = {}
     max_new_tokens: int = Field(default=8, ge=1, le=512)
     max_prompt_tokens: int = Field(default=4096, ge=16)
-    limits: Limits = Limits()
+    limits: SuiteLimits = SuiteLimits()
     chunk: int = Field(default=25, ge=1)
     device: str = "auto"
     dtype: str = "auto"
 
 
-class Reading(Frozen):
+class PromptReading(Frozen):
     """What an adapter answered to one prompt.
 
     Values are by the write-up's parser; `parsed` is the share of answers that are what was asked
@@ -147,14 +147,14 @@ class Scored(Frozen):
     findings: list[str] = []
     errors: list[str] = []
     warnings: list[str] = []
-    readings: dict[str, Reading] = {}
+    readings: dict[str, PromptReading] = {}
 
 
 # A folder's name as the system gives it: it need not be valid Unicode.
 Folder = Annotated[str, SkipValidation]
 
 
-class Entry(Frozen):
+class PlannedAdapter(Frozen):
     """An adapter of a plan: its name on pages, its folder, and the digest of its files."""
 
     name: str
@@ -162,7 +162,7 @@ class Entry(Frozen):
     digest: str
 
 
-class Plan(Frozen):
+class SuitePlan(Frozen):
     """A suite with its names resolved, as it stands in the output folder for every step.
 
     `chunks` holds the entries by the number of their chunk, `run` the digest that the results
@@ -179,17 +179,17 @@ class Plan(Frozen):
     run: str
     judged: str
     threads: int
-    chunks: dict[str, list[Entry]]
+    chunks: dict[str, list[PlannedAdapter]]
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[PlannedAdapter]:
         """All adapters in order."""
         return [entry for chunk in self.chunks.values() for entry in chunk]
 
     @property
-    def alone(self) -> Entry:
+    def alone(self) -> PlannedAdapter:
         """The base alone, which is asked as every adapter is."""
-        return Entry(name="", folder="", digest=self.base_digest)
+        return PlannedAdapter(name="", folder="", digest=self.base_digest)
 
     @property
     def rows(self) -> Rows:
@@ -206,7 +206,7 @@ def load_suite(path: str | Path) -> Suite:
         raise explain_errors(path, error.errors(include_url=False)) from None
 
 
-def make_plan(path: str | Path) -> Plan:
+def make_plan(path: str | Path) -> SuitePlan:
     """Resolve a suite file: its base, prompts, rows and adapters, each with its digest.
 
     Raises `SuiteError` for a pattern or prompt that names nothing, and what the case, the rows
@@ -222,7 +222,7 @@ def make_plan(path: str | Path) -> Plan:
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     asked = {name: prompt.model_dump() for name, prompt in prompts.items()}
     settings = (suite.max_new_tokens, suite.max_prompt_tokens, suite.device, suite.dtype)
-    return Plan(
+    return SuitePlan(
         suite=suite,
         place=str(place),
         base=str(base.resolve()),
@@ -270,9 +270,9 @@ def _match(pattern: str, place: Path) -> list[Path]:
     return [path] if is_adapter or not inside else inside
 
 
-def name_adapters(folders: Sequence[Path], place: Path) -> list[Entry]:
+def name_adapters(folders: Sequence[Path], place: Path) -> list[PlannedAdapter]:
     """Entries with distinct printable names: the path below the suite file's folder, if it is."""
-    entries: list[Entry] = []
+    entries: list[PlannedAdapter] = []
     taken: set[str] = set()
     for folder in folders:
         inside = folder.is_relative_to(place)
@@ -282,7 +282,7 @@ def name_adapters(folders: Sequence[Path], place: Path) -> list[Entry]:
             number += 1
             name = f"{plain} ({number})"
         taken.add(name)
-        entries.append(Entry(name=name, folder=str(folder), digest=digest_adapter(folder)))
+        entries.append(PlannedAdapter(name=name, folder=str(folder), digest=digest_adapter(folder)))
     return entries
 
 
@@ -294,20 +294,20 @@ def digest_adapter(folder: Path) -> str:
         return UNREADABLE
 
 
-def write_plan(plan: Plan, out: Path) -> None:
+def write_plan(plan: SuitePlan, out: Path) -> None:
     """Write the plan for the steps and for the graph, escaped to ASCII."""
     write_text(out / PLAN, json.dumps(plan.model_dump(), indent=1) + "\n")
 
 
-def read_plan(out: Path) -> Plan:
+def read_plan(out: Path) -> SuitePlan:
     """Read a plan back; `RecordError` where it is missing or altered beyond use."""
     try:
-        return Plan.model_validate(json.loads((out / PLAN).read_text(encoding="utf-8")))
+        return SuitePlan.model_validate(json.loads((out / PLAN).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise RecordError(out / PLAN, expected="a plan", found=str(error)[:200]) from None
 
 
-def result_path(plan: Plan, entry: Entry, out: Path) -> Path:
+def result_path(plan: SuitePlan, entry: PlannedAdapter, out: Path) -> Path:
     """Where an adapter's result stands: named by all that can change it, the adapter's files too.
 
     One that was measured for another suite in this folder counts as long as nothing has changed.
@@ -316,7 +316,7 @@ def result_path(plan: Plan, entry: Entry, out: Path) -> Path:
     return out / RESULTS / f"{hashlib.sha256(named).hexdigest()[:16]}.json"
 
 
-def read_result(plan: Plan, entry: Entry, out: Path) -> Scored | None:
+def read_result(plan: SuitePlan, entry: PlannedAdapter, out: Path) -> Scored | None:
     """An adapter's result, or None where it has none that can be read: it is measured then."""
     try:
         return Scored.model_validate_json(result_path(plan, entry, out).read_bytes())
@@ -324,7 +324,7 @@ def read_result(plan: Plan, entry: Entry, out: Path) -> Scored | None:
         return None
 
 
-def unmark_unfinished(plan: Plan, out: Path) -> None:
+def unmark_unfinished(plan: SuitePlan, out: Path) -> None:
     """Take back the mark of each chunk that lacks a result, so that the graph runs it again."""
     for number, chunk in plan.chunks.items():
         if not all(result_path(plan, entry, out).is_file() for entry in (plan.alone, *chunk)):
