@@ -7,8 +7,8 @@ import sound
 import torch
 from handmade import QWEN, header, size_of, write
 
-from postmortem.checker.catalogue import SEVERITIES, catalogue
 from postmortem.checker.checks import inspect_adapter
+from postmortem.checker.errors import SEVERITIES, catalogue
 from postmortem.cli import main
 from postmortem.models.changes import edit_config, edit_tensors
 

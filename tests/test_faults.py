@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from postmortem.checker.catalogue import catalogue
 from postmortem.checker.checks import inspect_adapter
+from postmortem.checker.errors import catalogue
 from tools.faults import (
     FAULTS,
     TINY,

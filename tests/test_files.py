@@ -10,9 +10,8 @@ from chapters import parameters_of, recorded, run_chapter
 from safetensors.torch import load_file
 
 from postmortem.checker.adapter import WEIGHTS_FILE
-from postmortem.checker.catalogue import catalogue
 from postmortem.checker.config import CONFIG_FILE
-from postmortem.checker.errors import ModelError
+from postmortem.checker.errors import ModelError, catalogue
 from postmortem.experiments import files
 from postmortem.experiments.records import NO_MODEL, Measure, Table, Text, Verdict, read_records
 from postmortem.experiments.session import open_session

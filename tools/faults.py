@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers import AutoModelForSequenceClassification as AutoClassifier
 
 from postmortem.checker.adapter import PICKLE_FILE, WEIGHTS_FILE
-from postmortem.checker.catalogue import catalogue
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.config import CONFIG_FILE
+from postmortem.checker.errors import catalogue
 from postmortem.experiments.session import Session
 from postmortem.models.changes import Change, Tensors, edit_config, edit_tensors
 from postmortem.models.loading import user_warnings

@@ -328,8 +328,8 @@ def check(
 ) -> None:
     """Check adapters against their base. Exit 0: no error found; 1: an error; 2: not checkable."""
     from postmortem.checker import checks as report
-    from postmortem.checker.catalogue import find_entry
     from postmortem.checker.checks import inspect_all
+    from postmortem.checker.errors import find_entry
 
     if explain is not None:
         print(report.explain(find_entry(explain)))

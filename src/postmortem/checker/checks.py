@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from postmortem.checker import catalogue as limits
+from postmortem.checker import errors as limits
 from postmortem.checker.adapter import (
     MAX_JSON,
     Adapter,
@@ -20,24 +20,22 @@ from postmortem.checker.adapter import (
     scan,
 )
 from postmortem.checker.bases import BaseModel, describe, find_base
-from postmortem.checker.catalogue import (
+from postmortem.checker.config import CONFIG_FILE, AdapterConfig, Contents
+from postmortem.checker.errors import (
     FLOAT16_LIMIT,
     SEVERITIES,
     Entry,
     Finding,
+    ModelError,
     Place,
+    UntrustedError,
     describe_overflow,
     finding,
     grouped,
-    update_bound,
-)
-from postmortem.checker.config import CONFIG_FILE, AdapterConfig, Contents
-from postmortem.checker.errors import (
-    ModelError,
-    UntrustedError,
     is_hub_id,
     parse_json,
     printable,
+    update_bound,
 )
 from postmortem.checker.fit import Target, check_fit, find_targets, implied_parameters, scale_of
 from postmortem.checker.identify import (

@@ -14,10 +14,9 @@ import numpy as np
 from postmortem.case.schema import Forensics, LoadFault, System, TrueSize
 from postmortem.checker.adapter import WEIGHTS_FILE, Adapter, open_source, read_adapter
 from postmortem.checker.bases import BaseModel, describe, find_base
-from postmortem.checker.catalogue import SIZE_TOLERANCE, Entry, catalogue
 from postmortem.checker.checks import Inspection, inspect_adapter
 from postmortem.checker.config import CONFIG_FILE, build_config, layer_of
-from postmortem.checker.errors import ModelError, printable
+from postmortem.checker.errors import SIZE_TOLERANCE, Entry, ModelError, catalogue, printable
 from postmortem.checker.fit import find_targets, implied_parameters, is_under, scale_of
 from postmortem.checker.identify import (
     BYTES,
