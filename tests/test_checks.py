@@ -230,13 +230,15 @@ def test_catalogue_is_the_contract():
     )
 
 
-def test_neither_torch_nor_transformers_is_imported(tmp_path):
-    """A check costs no deep-learning import, nor the hub's client for a folder."""
-    folder = write(tmp_path / "a")
+@pytest.mark.parametrize(("option", "spared"), [("", ()), ("--header-only", ("numpy",))])
+def test_neither_torch_nor_transformers_is_imported(option, spared, tmp_path):
+    """A check costs no deep-learning import, nor the hub's client for a folder, nor typer."""
+    given = ["check", str(write(tmp_path / "a")), *filter(None, [option])]
     code = (
         "import sys\nfrom postmortem.cli import main\n"
-        f"try: main(['check', {str(folder)!r}])\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'peft', 'huggingface_hub', 'pandas', 'rich'}\n"
+        f"try: main({given!r})\nexcept SystemExit: pass\n"
+        f"heavy = {{'torch', 'transformers', 'peft', 'huggingface_hub', 'pandas', *{spared}}}\n"
+        "heavy |= {'typer', 'pydantic', 'rich'}\n"
         "sys.exit(sorted(heavy & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
