@@ -563,7 +563,7 @@ def _sarif_result(inspection: Inspection, found: Finding) -> dict[str, object]:
     return {
         "ruleId": found.id,
         "level": _LEVELS[found.severity],
-        "message": {"text": f"{_title(found)}. {found.evidence} {found.remedy}"},
+        "message": {"text": f"{_title(found)}. {_details(found)}"},
         "locations": [{"physicalLocation": place}],
     }
 
@@ -620,7 +620,7 @@ def _case(suite: "Element", name: str) -> "Element":
 
 
 def _details(found: Finding) -> str:
-    return printable(f"{found.evidence} {found.remedy}", 2000)
+    return printable(f"{found.evidence}. {found.remedy}", 2000)
 
 
 def explain(entry: Entry) -> str:

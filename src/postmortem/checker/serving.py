@@ -99,6 +99,12 @@ def runtimes() -> tuple[str, ...]:
     return tuple(dict.fromkeys(rule.runtime for rule in rules()))
 
 
+def versions_read() -> tuple[str, ...]:
+    """Return each runtime with the version or commit whose source the rules were read in."""
+    current = (rule for rule in rules() if not rule.is_past)
+    return tuple(dict.fromkeys(f"{rule.runtime} {rule.versions}" for rule in current))
+
+
 def choose_runtimes(names: Sequence[str]) -> tuple[str, ...]:
     """Spell out `all`; raises ModelError for a runtime that no rule is known for."""
     for name in names:
@@ -471,8 +477,8 @@ CONDITIONS: Mapping[str, Condition] = {
 
 def as_matrix(effect: str) -> str:
     """Write which runtimes have an effect on adapters with which trait, and by which versions."""
-    read = dict.fromkeys(f"{r.runtime} {r.versions}" for r in rules() if not r.is_past)
-    closing = f"x: read in the source of {', '.join(read)}; ?: inferred from it; none was run"
+    read = ", ".join(versions_read())
+    closing = f"x: read in the source of {read}; ?: inferred from it; none was run"
     lines = _matrix_lines([rule for rule in rules() if rule.effect == effect])
     return "\n".join([*lines, "", closing])
 

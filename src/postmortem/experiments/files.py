@@ -27,6 +27,7 @@ from postmortem.checker.identify import (
     measure,
     span,
 )
+from postmortem.checker.serving import Rule, rules, tabulate, versions_read
 from postmortem.experiments.metrics import (
     Line,
     auc,
@@ -190,7 +191,7 @@ def record_world(session: Session) -> None:
 
 
 def record_entries(session: Session) -> None:
-    """Record the failure catalogue."""
+    """Record the failure catalogue, and what serving runtimes change without a word."""
     entries = catalogue()
     session.measure("catalogue.entries", len(entries))
     session.table(
@@ -201,6 +202,15 @@ def record_entries(session: Session) -> None:
             for e in entries.values()
         ],
     )
+
+    silent = [rule for rule in rules() if rule.effect != "refuses"]
+    rows = [(trait, *marks) for trait, marks in tabulate(silent, _effect).items()]
+    session.table("catalogue.serving", ("the adapter has", *versions_read()), rows)
+
+
+def _effect(rule: Rule) -> str:
+    marks = (rule.versions if rule.is_past else "", "" if rule.verified == "yes" else "inferred")
+    return ", ".join(filter(None, (rule.effect, *marks)))
 
 
 def _seen(entry: Entry) -> str:
