@@ -1,5 +1,6 @@
 import json
 import struct
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,13 @@ def test_each_effect_has_an_entry_and_a_table(effect):
     assert f"serving-{effect}" in catalogue()
     table = tabulate([rule for rule in rules() if rule.effect == effect], lambda rule: "x")
     assert all(len(row) == len(runtimes()) and any(row) for row in table.values())
+
+
+@pytest.mark.parametrize("part", ["1.", "layers.1.", "layernorm", "experts.", ".norm", "lm_head."])
+def test_long_names_take_no_long_time(part, tmp_path):
+    """A name of a million characters is searched by every rule within the time of a check."""
+    key = f"{LAYERS}0.{part * (1_000_000 // len(part))}lora_A.weight"
+    subject = read(write(tmp_path / "a", shapes={key: (16, 1)}), {}, Serving())
+    start = time.process_time()
+    assert all(isinstance(find_places(rule, subject), list) for rule in rules())
+    assert time.process_time() - start < 2
