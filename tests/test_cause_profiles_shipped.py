@@ -1,8 +1,7 @@
 import pytest
 
 from postmortem.case.load import case_digest
-from postmortem.checker.catalogue import catalogue
-from postmortem.checker.errors import RecordError
+from postmortem.checker.errors import RecordError, catalogue
 from postmortem.diagnosis import likelihoods
 from postmortem.diagnosis.battery import OF_ADAPTER, TESTS, list_experiments
 from postmortem.diagnosis.causes import CAUSES

@@ -7,8 +7,8 @@ import sound
 import torch
 from handmade import QWEN, header, size_of, write
 
-from postmortem.checker.catalogue import SEVERITIES, catalogue
 from postmortem.checker.checks import inspect_adapter
+from postmortem.checker.errors import SEVERITIES, catalogue
 from postmortem.cli import main
 from postmortem.models.changes import edit_config, edit_tensors
 
@@ -225,17 +225,20 @@ def test_catalogue_is_the_contract():
         "overflow-risk integer-dtype empty-tensor corrupt-weights unsafe-pickle missing-weights "
         "config-invalid config-unknown-key base-name-mismatch name-size-conflict size-conflict "
         "vocab-mismatch base-weights-in-adapter dora-flag-lost modules-to-save-missing "
-        "head-dropped quantized-base-mismatch init-rewrites-base"
+        "head-dropped quantized-base-mismatch init-rewrites-base "
+        "serving-refuses serving-drops serving-rescales"
     )
 
 
-def test_neither_torch_nor_transformers_is_imported(tmp_path):
-    """A check costs no deep-learning import, nor the hub's client for a folder."""
-    folder = write(tmp_path / "a")
+@pytest.mark.parametrize(("option", "spared"), [("", ()), ("--header-only", ("numpy",))])
+def test_neither_torch_nor_transformers_is_imported(option, spared, tmp_path):
+    """A check costs no deep-learning import, nor the hub's client for a folder, nor typer."""
+    given = ["check", str(write(tmp_path / "a")), *filter(None, [option])]
     code = (
         "import sys\nfrom postmortem.cli import main\n"
-        f"try: main(['check', {str(folder)!r}])\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'peft', 'huggingface_hub', 'pandas', 'rich'}\n"
+        f"try: main({given!r})\nexcept SystemExit: pass\n"
+        f"heavy = {{'torch', 'transformers', 'peft', 'huggingface_hub', 'pandas', *{spared}}}\n"
+        "heavy |= {'typer', 'pydantic', 'rich'}\n"
         "sys.exit(sorted(heavy & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

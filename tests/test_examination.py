@@ -3,8 +3,7 @@ from types import SimpleNamespace
 import pytest
 from replays import replay
 
-from postmortem.checker.catalogue import finding
-from postmortem.checker.errors import DiagnosisError
+from postmortem.checker.errors import DiagnosisError, finding
 from postmortem.diagnosis import examination as module
 from postmortem.diagnosis.battery import OF_ADAPTER
 from postmortem.diagnosis.examination import Examination, describe_judgements, parse_told, stand

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from postmortem.checker.catalogue import catalogue
 from postmortem.checker.checks import inspect_adapter
+from postmortem.checker.errors import catalogue
 from tools.faults import (
     FAULTS,
     TINY,
@@ -47,12 +47,15 @@ def test_fault_is_caught_under_its_id(
     """Every injected fault is found under its own id, on every architecture."""
     base, sound = sound_adapters[model_type]
     broken = inject(fault, sound, tmp_path / "adapter")
-    report = inspect_adapter(str(broken), str(base)).report
-    found = {f.id: f for f in report.findings}
+    report = inspect_adapter(str(broken), str(base), serving=fault.serving).report
+    found = {f.id: f for f in reversed(report.findings)}
     assert fault.finding in found, report.findings
     assert found[fault.finding].severity == catalogue()[fault.finding].severity
     # A pickle that is too small is two facts; every other fault has one cause and one finding.
-    assert len(report.findings) == (2 if fault.name == "a pickle of 443 bytes" else 1)
+    # What a runtime makes of an architecture that it does not serve is beside the point.
+    of_peft = [f for f in report.findings if not f.id.startswith("serving-")]
+    one_or_two = 2 if fault.name == "a pickle of 443 bytes" else 1
+    assert len(of_peft) == (0 if fault.runtime else one_or_two)
 
 
 def test_every_id_of_the_catalogue_has_a_reproduction() -> None:

@@ -10,9 +10,9 @@ from chapters import parameters_of, recorded, run_chapter
 from safetensors.torch import load_file
 
 from postmortem.checker.adapter import WEIGHTS_FILE
-from postmortem.checker.catalogue import catalogue
 from postmortem.checker.config import CONFIG_FILE
-from postmortem.checker.errors import ModelError
+from postmortem.checker.errors import ModelError, catalogue
+from postmortem.checker.serving import runtimes
 from postmortem.experiments import files
 from postmortem.experiments.records import NO_MODEL, Measure, Table, Text, Verdict, read_records
 from postmortem.experiments.session import open_session
@@ -362,6 +362,9 @@ def test_the_catalogue_is_on_record(session):
     table = recorded(session, Table)["catalogue.entries"]
     assert [row[0] for row in table.rows] == list(catalogue())
     assert recorded(session, Measure)["catalogue.entries"].value == len(catalogue())
+    served = recorded(session, Table)["catalogue.serving"]
+    assert all(any(row[1:]) for row in served.rows)
+    assert len(served.columns) == 1 + len(runtimes())
 
 
 def test_an_entry_that_nothing_reproduces_is_named(session, tmp_path, monkeypatch):

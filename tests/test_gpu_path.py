@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from postmortem.case.prompts import encode
 from postmortem.case.rows import generate_rows
-from postmortem.checker.catalogue import FLOAT16_LIMIT, FLOAT16_ZERO
 from postmortem.checker.checks import inspect_adapter
-from postmortem.checker.errors import ModelError
+from postmortem.checker.errors import FLOAT16_LIMIT, FLOAT16_ZERO, ModelError
 from postmortem.experiments.ask import BASE, System, ask
 from postmortem.models import loading as models
 from postmortem.models.loading import GPTQ_PACKAGES, attached, load_base

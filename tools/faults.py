@@ -20,9 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers import AutoModelForSequenceClassification as AutoClassifier
 
 from postmortem.checker.adapter import PICKLE_FILE, WEIGHTS_FILE
-from postmortem.checker.catalogue import catalogue
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.config import CONFIG_FILE
+from postmortem.checker.errors import catalogue
+from postmortem.checker.serving import Serving
 from postmortem.experiments.session import Session
 from postmortem.models.changes import Change, Tensors, edit_config, edit_tensors
 from postmortem.models.loading import user_warnings
@@ -87,11 +88,20 @@ Inject = Callable[[Path], object]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One way to break an adapter: `inject` changes its folder, and returns it where it moved."""
+    """One way to break an adapter: `inject` changes its folder, and returns it where it moved.
+
+    `runtime` is the one that the adapter is then checked for; PEFT alone without one.
+    """
 
     finding: str
     name: str
     inject: Inject
+    runtime: str = ""
+
+    @property
+    def serving(self) -> Serving:
+        """Where the adapter is to be served."""
+        return Serving((self.runtime,) if self.runtime else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,12 +262,28 @@ def _drop_head(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: {**tensors, key: torch.ones(2, 32)})
 
 
+def _raise_rank(folder: Path) -> None:
+    def pad(tensors: Tensors) -> Tensors:
+        # A is (rank, in) and B (out, rank): zeros add to the rank and leave the update.
+        sides = {k: (0, 0, 0, 28) if "lora_A" in k else (0, 28) for k in tensors if ".lora_" in k}
+        padded = {k: torch.nn.functional.pad(tensors[k], side) for k, side in sides.items()}
+        return tensors | padded
+
+    edit_tensors(folder, pad)
+    edit_config(folder, r=32, lora_alpha=64)
+
+
+def _keep_first_layer(folder: Path) -> None:
+    edit_config(folder, layers_to_transform=[0])
+    _without(r"^\D+1\..*lora_")(folder)
+
+
 # Embedding names of all tiny bases: PEFT ignores those that a base does not have.
 _EMBEDDINGS = ["embed_tokens", "wte", "embed_in", "word_embeddings", "shared"]
 
 FAULTS = tuple(
-    Fault(finding, name, inject)
-    for finding, name, inject in (
+    Fault(*fault)
+    for fault in (
         ("shape-mismatch", "a base twice as wide", _on("lora_A", lambda t: torch.cat([t, t], 1))),
         ("shape-mismatch", "twice the attention heads", _on("lora_B", lambda t: torch.cat([t, t]))),
         ("shape-mismatch", "lora_A transposed", _on("lora_A", lambda t: t.T)),
@@ -333,6 +359,9 @@ FAULTS = tuple(
             _config(base_model_name_or_path="acme/tiny-GPTQ-Int4"),
         ),
         ("init-rewrites-base", "PiSSA", _config(init_lora_weights="pissa")),
+        ("serving-refuses", "rank 32, for vLLM as it comes", _raise_rank, "vllm"),
+        ("serving-drops", "layer 0 alone, for TGI", _keep_first_layer, "tgi"),
+        ("serving-rescales", "rank-stabilised, for SGLang", _config(use_rslora=True), "sglang"),
     )
 )
 
@@ -358,7 +387,8 @@ def reproduce(work: Path, faults: Iterable[Fault] = FAULTS) -> tuple[Reproductio
     reproductions = []
     for number, fault in enumerate(faults):
         broken = inject(fault, sound, work / f"fault-{number}" / "adapter")
-        findings = inspect_adapter(str(broken), str(base)).report.findings
+        inspection = inspect_adapter(str(broken), str(base), serving=fault.serving)
+        findings = inspection.report.findings
         severity = next((f.severity for f in findings if f.id == fault.finding), "none")
         reaction = react(base, broken)
         reproductions.append(Reproduction(fault.finding, fault.name, reaction, severity))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from postmortem.checker.catalogue import Finding, finding
 from postmortem.checker.config import (
     CONFIG_FILE,
     PEFT_TYPES,
@@ -22,8 +21,10 @@ from postmortem.checker.config import (
     sort_keys,
 )
 from postmortem.checker.errors import (
+    Finding,
     ModelError,
     UntrustedError,
+    finding,
     is_hub_id,
     parse_json,
     printable,

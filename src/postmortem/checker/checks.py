@@ -1,12 +1,13 @@
-"""Check an adapter: every finding, in one call, and as text, JSON or Markdown."""
+"""Check an adapter: every finding, in one call, and the formats of its report."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from postmortem.checker import catalogue as limits
+from postmortem.checker import errors as limits
 from postmortem.checker.adapter import (
     MAX_JSON,
     Adapter,
@@ -20,36 +21,41 @@ from postmortem.checker.adapter import (
     scan,
 )
 from postmortem.checker.bases import BaseModel, describe, find_base
-from postmortem.checker.catalogue import (
+from postmortem.checker.config import CONFIG_FILE, AdapterConfig, Contents
+from postmortem.checker.errors import (
     FLOAT16_LIMIT,
     SEVERITIES,
     Entry,
     Finding,
+    ModelError,
     Place,
+    UntrustedError,
     describe_overflow,
     finding,
     grouped,
-    update_bound,
-)
-from postmortem.checker.config import CONFIG_FILE, AdapterConfig, Contents
-from postmortem.checker.errors import (
-    ModelError,
-    UntrustedError,
     is_hub_id,
     parse_json,
     printable,
+    update_bound,
 )
 from postmortem.checker.fit import Target, check_fit, find_targets, implied_parameters, scale_of
 from postmortem.checker.identify import (
-    Dating,
-    Encounter,
-    Identification,
     find_warnings,
     fitting_bases,
     kind_of,
     known_keys,
-    span,
 )
+from postmortem.checker.serving import (
+    EFFECTS,
+    Serving,
+    Subject,
+    as_matrix,
+    check_serving,
+    read_added_tokens,
+)
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
 
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:[._]\d+)?)([bBmM])(?![A-Za-z0-9])")
 _QUANTIZED = re.compile(
@@ -77,13 +83,16 @@ def check(
     given_name: str | None = None,
     stats: Mapping[str, TensorStats] | None = None,
     stated_bytes: int | None = None,
+    further: Sequence[Finding] = (),
 ) -> Report:
     """Check an adapter, against a base when one is known, and its bytes when they were scanned.
 
     `given_name` is how the user named the base; None when it was found through the adapter.
-    `stated_bytes` is the size at which the adapter was published, when that is on record.
+    `stated_bytes` is the size at which the adapter was published, when that is on record;
+    `further` are findings that were made elsewhere.
     """
     findings = [*adapter.findings, *_check_tensors(adapter.tensors), *_check_keys(adapter)]
+    findings += further
     config = adapter.config
     if config is not None:
         findings += _check_scale(config)
@@ -276,25 +285,46 @@ def inspect_adapter(
     *,
     header_only: bool = False,
     stated_bytes: int | None = None,
+    serving: Serving = Serving(),
 ) -> Inspection:
     """Check an adapter (folder or hub id) against a base (folder, config.json, hub id or name).
 
     Without a base, the one that the adapter names is used when it is a known one; a path that the
-    adapter names is never opened. Raises ModelError when something cannot be checked.
+    adapter names is never opened. `serving` names runtimes whose rules are applied as well.
+    Raises ModelError when something cannot be checked.
     """
     source = open_source(adapter)
     held = read_adapter(source)
     model, given = resolve_base(held, base)
     is_scanned = isinstance(source, Folder) and not header_only
     stats = scan(source, held.tensors) if isinstance(source, Folder) and is_scanned else None
-    report = check(held, model, given_name=given, stats=stats, stated_bytes=stated_bytes)
+    served = _check_serving(source, held, base=model, serving=serving)
+    report = check(
+        held, model, given_name=given, stats=stats, stated_bytes=stated_bytes, further=served
+    )
     notes = report.notes if is_scanned else (*report.notes, "tensor bytes were not read")
+    if serving.runtimes and held.config is None:
+        notes = (*notes, "what runtimes do with it was not checked: its configuration is unusable")
     report = Report(report.verdict, report.findings, report.base, notes)
     return Inspection(held.name, report, fitting_bases(held))
 
 
+def _check_serving(
+    source: Folder | HubRepository, held: Adapter, *, base: BaseModel | None, serving: Serving
+) -> list[Finding]:
+    if held.config is None or not serving.runtimes:
+        return []
+    tokens = read_added_tokens(source)
+    return check_serving(Subject(held, held.config, base, serving, tokens))
+
+
 def inspect_all(
-    adapters: Sequence[str], base: str | None, *, header_only: bool, stated_bytes: int | None
+    adapters: Sequence[str],
+    base: str | None,
+    *,
+    header_only: bool,
+    stated_bytes: int | None,
+    serving: Serving = Serving(),
 ) -> tuple[list[Inspection], list[ModelError]]:
     """Inspect adapters, each folder once; return the reports, and why others were not checkable."""
     if not adapters:
@@ -304,7 +334,13 @@ def inspect_all(
     for adapter in dict.fromkeys(open_source(name).name for name in adapters):
         try:
             done.append(
-                inspect_adapter(adapter, base, header_only=header_only, stated_bytes=stated_bytes)
+                inspect_adapter(
+                    adapter,
+                    base,
+                    header_only=header_only,
+                    stated_bytes=stated_bytes,
+                    serving=serving,
+                )
             )
         except ModelError as error:
             refused.append(error)
@@ -391,6 +427,29 @@ def _parse(source: Folder | HubRepository, filename: str) -> Mapping[str, object
     return config
 
 
+def write(
+    done: Sequence[Inspection],
+    refused: Sequence[ModelError],
+    form: str,
+    *,
+    is_coloured: bool = False,
+) -> str:
+    """Write the reports of a call: text, json, markdown, sarif or junit.
+
+    What was refused is part of the formats for machines in continuous integration alone.
+    """
+    if form == "sarif":
+        return as_sarif(done, refused)
+    if form == "junit":
+        return as_junit(done, refused)
+    if form == "json":
+        return as_json(done) if done else ""
+    if form == "markdown":
+        return "\n".join(map(as_markdown, done))
+    return "\n".join(as_text(inspection, is_coloured=is_coloured) for inspection in done)
+
+
+MAX_NAME = 500  # Characters of a path that are printed.
 _COLOURS = {
     "error": "31",
     "warning": "33",
@@ -419,16 +478,17 @@ def as_json(inspections: Sequence[Inspection]) -> str:
         for found in inspections
     ]
     content = contents[0] if len(contents) == 1 else contents
-    return json.dumps(content, indent=2, ensure_ascii=False)
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    # A byte of a path that no text encodes is a surrogate here: JSON has an escape for it.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_text(inspection: Inspection, *, is_coloured: bool = False) -> str:
     """Write the verdict first, then the findings by severity with evidence and remedy."""
     report = inspection.report
-    against = f" on {report.base}" if report.base else ""
-    lines = [
-        f"{_paint(report.verdict, report.verdict, is_coloured)}: {inspection.adapter}{against}"
-    ]
+    against = f" on {printable(report.base, MAX_NAME)}" if report.base else ""
+    verdict = _paint(report.verdict, report.verdict, is_coloured)
+    lines = [f"{verdict}: {printable(inspection.adapter, MAX_NAME)}{against}"]
     for found in report.findings:
         label = _paint(f"{found.severity:<8}", found.severity, is_coloured)
         lines += ["", f"{label}{found.id}: {_title(found)}", f"        evidence  {found.evidence}"]
@@ -446,7 +506,8 @@ def _title(found: Finding) -> str:
 def as_markdown(inspection: Inspection) -> str:
     """Write a table for a pull request; text from the adapter cannot form markup."""
     report = inspection.report
-    lines = [f"**{report.verdict}**: {_escape(inspection.adapter)}", ""]
+    name = printable(inspection.adapter, MAX_NAME)
+    lines = [f"**{report.verdict}**: {_escape(name)}", ""]
     if report.findings:
         lines += ["| severity | finding | evidence | remedy |", "|---|---|---|---|"]
         lines += [
@@ -460,6 +521,108 @@ def _escape(text: str) -> str:
     return "".join(f"&#{ord(c)};" if c in "|<>&`*_[]()!\\#@" else c for c in text)
 
 
+_LEVELS = {"error": "error", "warning": "warning", "info": "note"}
+_SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
+
+
+def as_sarif(done: Sequence[Inspection], refused: Sequence[ModelError] = ()) -> str:
+    """Write SARIF 2.1.0 for code scanning; each finding stands at the adapter's configuration.
+
+    What was refused becomes a notification of a run that did not succeed.
+    """
+    results = [
+        _sarif_result(inspection, f) for inspection in done for f in inspection.report.findings
+    ]
+    found = {result["ruleId"] for result in results}
+    driver = {
+        "name": "lora-postmortem",
+        "rules": [_sarif_rule(entry) for entry in limits.catalogue().values() if entry.id in found],
+    }
+    notes = [{"level": "error", "message": {"text": printable(e, 500)}} for e in refused]
+    invocation = {"executionSuccessful": not refused, "toolExecutionNotifications": notes}
+    run = {"tool": {"driver": driver}, "invocations": [invocation], "results": results}
+    return json.dumps({"$schema": _SARIF, "version": "2.1.0", "runs": [run]}, indent=2)
+
+
+def _sarif_rule(entry: Entry) -> dict[str, object]:
+    return {
+        "id": entry.id,
+        "shortDescription": {"text": entry.title},
+        "fullDescription": {"text": f"{entry.symptom} {entry.cause}"},
+        "help": {"text": f"Settled by: {entry.settles} Remedy: {entry.remedy}"},
+        "defaultConfiguration": {"level": _LEVELS[entry.severity]},
+    }
+
+
+def _sarif_result(inspection: Inspection, found: Finding) -> dict[str, object]:
+    from urllib.parse import quote  # As late as the format is asked for.
+
+    # A byte that no text encodes is a surrogate here: it is quoted as that byte.
+    uri = quote(f"{inspection.adapter}/{CONFIG_FILE}".encode("utf-8", "surrogateescape"))
+    place = {"artifactLocation": {"uri": uri}, "region": {"startLine": 1}}
+    return {
+        "ruleId": found.id,
+        "level": _LEVELS[found.severity],
+        "message": {"text": f"{_title(found)}. {_details(found)}"},
+        "locations": [{"physicalLocation": place}],
+    }
+
+
+def as_junit(done: Sequence[Inspection], refused: Sequence[ModelError] = ()) -> str:
+    """Write JUnit XML: a suite for each adapter, a case for each finding; errors are failures.
+
+    Warnings pass and say so in their output; what was refused is a suite with an error.
+    """
+    from xml.etree import ElementTree  # As late as the format is asked for.
+
+    root = ElementTree.Element("testsuites", name="postmortem check")
+    for inspection in done:
+        _add_suite(root, inspection)
+    for error in refused:
+        suite = _suite(root, error.subject, tests=1, errors=1)
+        case = _case(suite, "checked")
+        ElementTree.SubElement(case, "error", message=printable(error, 500))
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def _add_suite(root: "Element", inspection: Inspection) -> None:
+    from xml.etree.ElementTree import SubElement
+
+    findings = inspection.report.findings
+    failures = sum(found.severity == "error" for found in findings)
+    suite = _suite(root, inspection.adapter, tests=len(findings) or 1, failures=failures)
+    if not findings:
+        _case(suite, inspection.report.verdict)
+    for found in findings:
+        case = _case(suite, found.id)
+        if found.severity == "error":
+            SubElement(case, "failure", message=_title(found)).text = _details(found)
+        else:
+            SubElement(case, "system-out").text = f"{found.severity}: {_details(found)}"
+
+
+def _suite(root: "Element", name: str, **counts: int) -> "Element":
+    from xml.etree.ElementTree import SubElement
+
+    numbers = {"failures": 0, "errors": 0, **counts}
+    attributes = {
+        "name": printable(name, MAX_NAME),
+        **{kind: str(n) for kind, n in numbers.items()},
+    }
+    return SubElement(root, "testsuite", attributes)
+
+
+def _case(suite: "Element", name: str) -> "Element":
+    from xml.etree.ElementTree import SubElement
+
+    return SubElement(suite, "testcase", name=name, classname=suite.attrib["name"])
+
+
+def _details(found: Finding) -> str:
+    return printable(f"{found.evidence}. {found.remedy}", 2000)
+
+
 def explain(entry: Entry) -> str:
     """Write one catalogue entry."""
     rows = {
@@ -471,72 +634,6 @@ def explain(entry: Entry) -> str:
         "threads": ", ".join(entry.threads) or "none on record",
     }
     body = "\n".join(f"  {name:<11} {text}" for name, text in rows.items())
-    return f"{entry.id} ({entry.severity}): {entry.title}\n{body}"
-
-
-def as_identification(found: Identification) -> str:
-    """Write what fits, what would split it, what is excluded and why, and the sizes."""
-    return "\n".join(_identification_lines(found))
-
-
-def as_identification_json(found: Identification) -> str:
-    """Write the same as JSON."""
-    return json.dumps(asdict(found), indent=2, ensure_ascii=False)
-
-
-def _identification_lines(found: Identification) -> Iterator[str]:
-    sizes = found.sizes
-    if sizes.held == 0:
-        yield "no LoRA tensors: shapes cannot tell which base this is for"
-    else:
-        yield f"fits {len(found.fits)} known bases" + (":" if found.fits else "")
-    for model_id in found.fits:
-        yield f"  {model_id}" + (" (shape not verified)" if model_id in found.unverified else "")
-    for split in found.splits:
-        groups = "; ".join(f"{value}: {', '.join(ids)}" for value, ids in split.groups.items())
-        yield f"would split by {split.field} (shown by {split.shown_by}): {groups}"
-    if len(found.fits) > 1 and not found.splits:
-        yield (
-            "nothing in shapes tells these apart: only a hash, a record or a task score does, or "
-            "texts: --candidates A B --text FILE"
-        )
-    yield f"file: {sizes.held:,} LoRA parameters, {sizes.held_bytes:,} bytes"
-    if sizes.implied is not None:
-        narrow, wide = 2 * sizes.implied / 1e6, 4 * sizes.implied / 1e6
-        widths = f"{narrow:,.1f} MB in 16 bits, {wide:,.1f} MB in 32"
-        yield f"configuration on {sizes.base}: {sizes.implied:,} parameters, {widths}"
-    yield from _exclusion_lines(found)
-
-
-def _exclusion_lines(found: Identification) -> Iterator[str]:
-    by_reason: dict[str, list[str]] = {}
-    for excluded in found.excluded if found.sizes.held else ():
-        reason = f"{excluded.tensor}: expected {excluded.expected}, found {excluded.found}"
-        by_reason.setdefault(reason, []).append(excluded.model_id)
-    for reason, ids in by_reason.items():
-        yield f"not {', '.join(ids)}: {printable(reason, 240)}"
-
-
-def as_dating(dating: Dating) -> str:
-    """Write which releases can have written and can load a configuration."""
-    lines = [f"peft_version in the file: {dating.stated}"] if dating.stated else []
-    lines.append(f"written exactly so by: {span(dating.writers)}")
-    if not dating.writers:
-        lines.append(f"releases that know its PEFT keys: {span(dating.possible_writers)}")
-    if dating.missing and not dating.writers:
-        lines.append(f"keys that each of these would have written: {', '.join(dating.missing)}")
-    if dating.unknown:
-        lines.append(f"keys of no release: {', '.join(dating.unknown)}")
-    lines += [
-        f"loads without a word: {span(dating.silent_loaders)}",
-        f"loads with a warning: {span(dating.warning_loaders)}",
-        f"raises: {span(dating.failing_loaders)}",
-    ]
-    return "\n".join(lines)
-
-
-def as_encounters(names: tuple[str, ...], encounters: tuple[Encounter, ...]) -> str:
-    """Write which pairs of writer and loader print a warning with these keys."""
-    lines = [f"warning about {', '.join(names)}:"]
-    lines += [f"  loaded by {e.loader}, written by {span(e.writers)}" for e in encounters]
-    return "\n".join(lines if encounters else [*lines, "  no pair of releases prints this"])
+    effect = entry.id.removeprefix("serving-")
+    matrix = f"\n\n{as_matrix(effect)}" if effect in EFFECTS else ""
+    return f"{entry.id} ({entry.severity}): {entry.title}\n{body}{matrix}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from postmortem.checker.bases import BaseModel
-from postmortem.checker.catalogue import Finding, finding
+from postmortem.checker.errors import Finding, finding
 
 CONFIG_FILE = "adapter_config.json"
 _METHODS = """

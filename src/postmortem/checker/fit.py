@@ -8,10 +8,9 @@ from functools import cache
 
 from postmortem.checker.adapter import Adapter, Tensor
 from postmortem.checker.bases import BaseModel, Module, kind_of_class, kind_of_task
-from postmortem.checker.catalogue import Finding, Place, grouped
 from postmortem.checker.config import AdapterConfig, Contents, layer_of, layer_zero
 from postmortem.checker.config import place as place_keys
-from postmortem.checker.errors import is_literal, match_names
+from postmortem.checker.errors import Finding, Place, grouped, is_literal, match_names
 
 _HEADS_OF_TASK = {
     "SEQ_CLS": ("classifier", "score"),

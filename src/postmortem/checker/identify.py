@@ -1,9 +1,10 @@
 """What a file shows of its origin: the PEFT release that wrote it, the bases that it fits."""
 
 import csv
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from postmortem.checker.bases import (
     known_bases,
 )
 from postmortem.checker.config import PREFIX, layer_of, layer_zero
-from postmortem.checker.errors import UntrustedError
+from postmortem.checker.errors import UntrustedError, printable
 from postmortem.checker.fit import find_targets, implied_parameters
 
 _WARNING = re.compile(r"Unexpected keyword arguments \[([^\]]{0,4000})\] for class (\w{1,60})")
@@ -343,3 +344,71 @@ def measure(adapter: Adapter) -> Sizes:
     except UntrustedError:
         implied = None
     return Sizes(base.model_id, implied, held, adapter.weight_bytes or 0)
+
+
+def as_identification(found: Identification) -> str:
+    """Write what fits, what would split it, what is excluded and why, and the sizes."""
+    return "\n".join(_identification_lines(found))
+
+
+def as_identification_json(found: Identification) -> str:
+    """Write the same as JSON."""
+    return json.dumps(asdict(found), indent=2, ensure_ascii=False)
+
+
+def _identification_lines(found: Identification) -> Iterator[str]:
+    sizes = found.sizes
+    if sizes.held == 0:
+        yield "no LoRA tensors: shapes cannot tell which base this is for"
+    else:
+        yield f"fits {len(found.fits)} known bases" + (":" if found.fits else "")
+    for model_id in found.fits:
+        yield f"  {model_id}" + (" (shape not verified)" if model_id in found.unverified else "")
+    for split in found.splits:
+        groups = "; ".join(f"{value}: {', '.join(ids)}" for value, ids in split.groups.items())
+        yield f"would split by {split.field} (shown by {split.shown_by}): {groups}"
+    if len(found.fits) > 1 and not found.splits:
+        yield (
+            "nothing in shapes tells these apart: only a hash, a record or a task score does, or "
+            "texts: --candidates A B --text FILE"
+        )
+    yield f"file: {sizes.held:,} LoRA parameters, {sizes.held_bytes:,} bytes"
+    if sizes.implied is not None:
+        narrow, wide = 2 * sizes.implied / 1e6, 4 * sizes.implied / 1e6
+        widths = f"{narrow:,.1f} MB in 16 bits, {wide:,.1f} MB in 32"
+        yield f"configuration on {sizes.base}: {sizes.implied:,} parameters, {widths}"
+    yield from _exclusion_lines(found)
+
+
+def _exclusion_lines(found: Identification) -> Iterator[str]:
+    by_reason: dict[str, list[str]] = {}
+    for excluded in found.excluded if found.sizes.held else ():
+        reason = f"{excluded.tensor}: expected {excluded.expected}, found {excluded.found}"
+        by_reason.setdefault(reason, []).append(excluded.model_id)
+    for reason, ids in by_reason.items():
+        yield f"not {', '.join(ids)}: {printable(reason, 240)}"
+
+
+def as_dating(dating: Dating) -> str:
+    """Write which releases can have written and can load a configuration."""
+    lines = [f"peft_version in the file: {dating.stated}"] if dating.stated else []
+    lines.append(f"written exactly so by: {span(dating.writers)}")
+    if not dating.writers:
+        lines.append(f"releases that know its PEFT keys: {span(dating.possible_writers)}")
+    if dating.missing and not dating.writers:
+        lines.append(f"keys that each of these would have written: {', '.join(dating.missing)}")
+    if dating.unknown:
+        lines.append(f"keys of no release: {', '.join(dating.unknown)}")
+    lines += [
+        f"loads without a word: {span(dating.silent_loaders)}",
+        f"loads with a warning: {span(dating.warning_loaders)}",
+        f"raises: {span(dating.failing_loaders)}",
+    ]
+    return "\n".join(lines)
+
+
+def as_encounters(names: tuple[str, ...], encounters: tuple[Encounter, ...]) -> str:
+    """Write which pairs of writer and loader print a warning with these keys."""
+    lines = [f"warning about {', '.join(names)}:"]
+    lines += [f"  loaded by {e.loader}, written by {span(e.writers)}" for e in encounters]
+    return "\n".join(lines if encounters else [*lines, "  no pair of releases prints this"])

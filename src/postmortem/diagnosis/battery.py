@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from postmortem.case.schema import Case
-from postmortem.checker.catalogue import catalogue
+from postmortem.checker.errors import catalogue
 from postmortem.diagnosis.likelihoods import Experiment
 
 # The states in which a subject is asked: the base on all rows and on a few, the adapter as it was

@@ -16,8 +16,7 @@ import numpy as np
 
 from postmortem.case.rows import choose_rows
 from postmortem.case.schema import Case
-from postmortem.checker.catalogue import Finding, find_entry
-from postmortem.checker.errors import CaseError, DiagnosisError
+from postmortem.checker.errors import CaseError, DiagnosisError, Finding, find_entry
 from postmortem.diagnosis.battery import FIRST, OF_ADAPTER, SAVED, TESTS, list_experiments
 from postmortem.diagnosis.beliefs import DRAWS, Ledger, plan
 from postmortem.diagnosis.causes import Run

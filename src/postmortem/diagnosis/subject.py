@@ -23,9 +23,8 @@ from scipy.stats import mannwhitneyu, ttest_1samp
 
 from postmortem.case.prompts import Prompt, encode_rows, parse_strict
 from postmortem.case.rows import Rows
-from postmortem.checker.catalogue import Finding
 from postmortem.checker.checks import inspect_adapter
-from postmortem.checker.errors import ModelError
+from postmortem.checker.errors import Finding, ModelError
 from postmortem.diagnosis.battery import (
     ALONE,
     BASE,

@@ -14,10 +14,9 @@ import numpy as np
 from postmortem.case.schema import DeclaredSystem, Forensics, LoadFault, TrueSize
 from postmortem.checker.adapter import WEIGHTS_FILE, Adapter, open_source, read_adapter
 from postmortem.checker.bases import BaseModel, describe, find_base
-from postmortem.checker.catalogue import SIZE_TOLERANCE, Entry, catalogue
 from postmortem.checker.checks import Inspection, inspect_adapter
 from postmortem.checker.config import CONFIG_FILE, build_config, layer_of
-from postmortem.checker.errors import ModelError, printable
+from postmortem.checker.errors import SIZE_TOLERANCE, Entry, ModelError, catalogue, printable
 from postmortem.checker.fit import find_targets, implied_parameters, is_under, scale_of
 from postmortem.checker.identify import (
     BYTES,
@@ -28,6 +27,7 @@ from postmortem.checker.identify import (
     measure,
     span,
 )
+from postmortem.checker.serving import Rule, rules, tabulate, versions_read
 from postmortem.experiments.metrics import (
     Line,
     auc,
@@ -198,7 +198,7 @@ def record_world(session: Session) -> None:
 
 
 def record_entries(session: Session) -> None:
-    """Record the failure catalogue."""
+    """Record the failure catalogue, and what serving runtimes change without a word."""
     entries = catalogue()
     session.measure("catalogue.entries", len(entries))
     session.table(
@@ -209,6 +209,15 @@ def record_entries(session: Session) -> None:
             for e in entries.values()
         ],
     )
+
+    silent = [rule for rule in rules() if rule.effect != "refuses"]
+    rows = [(trait, *marks) for trait, marks in tabulate(silent, _effect).items()]
+    session.table("catalogue.serving", ("the adapter has", *versions_read()), rows)
+
+
+def _effect(rule: Rule) -> str:
+    marks = (rule.versions if rule.is_past else "", "" if rule.verified == "yes" else "inferred")
+    return ", ".join(filter(None, (rule.effect, *marks)))
 
 
 def _seen(entry: Entry) -> str:

@@ -22,13 +22,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from postmortem.checker.catalogue import (
+from postmortem.checker.errors import (
     FLOAT16_LIMIT,
+    ModelError,
     describe_overflow,
     describe_underflow,
     update_bound,
 )
-from postmortem.checker.errors import ModelError
 
 # A progress bar per model would drown the build's own lines.
 transformers_logging.disable_progress_bar()
