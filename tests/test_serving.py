@@ -15,8 +15,8 @@ from postmortem.checker.errors import ModelError, catalogue
 from postmortem.checker.serving import (
     CONDITIONS,
     EFFECTS,
+    ServedAdapter,
     Serving,
-    Subject,
     find_places,
     read_added_tokens,
     rules,
@@ -197,13 +197,13 @@ def write(
     return folder
 
 
-def read(folder: Path, base: dict[str, Any], serving: Serving) -> Subject:
+def read(folder: Path, base: dict[str, Any], serving: Serving) -> ServedAdapter:
     """What the rules are applied to."""
     source = open_source(str(folder))
     adapter = read_adapter(source)
     assert adapter.config is not None
     model = describe({**BASE, **base}, name="tiny", kind="causal")
-    return Subject(adapter, adapter.config, model, serving, read_added_tokens(source))
+    return ServedAdapter(adapter, adapter.config, model, serving, read_added_tokens(source))
 
 
 def of_rule(rule) -> dict[str, Any]:

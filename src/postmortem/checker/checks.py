@@ -47,8 +47,8 @@ from postmortem.checker.identify import (
 )
 from postmortem.checker.serving import (
     EFFECTS,
+    ServedAdapter,
     Serving,
-    Subject,
     as_matrix,
     check_serving,
     read_added_tokens,
@@ -315,7 +315,7 @@ def _check_serving(
     if held.config is None or not serving.runtimes:
         return []
     tokens = read_added_tokens(source)
-    return check_serving(Subject(held, held.config, base, serving, tokens))
+    return check_serving(ServedAdapter(held, held.config, base, serving, tokens))
 
 
 def inspect_all(

@@ -74,7 +74,7 @@ class Serving:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class ServedAdapter:
     """An adapter with its usable configuration, its base if known, and where it is to be served.
 
     `added_tokens` is the highest id in added_tokens.json, -1 without one.
@@ -114,7 +114,7 @@ def choose_runtimes(names: Sequence[str]) -> tuple[str, ...]:
     return runtimes() if ALL in names else tuple(dict.fromkeys(names))
 
 
-def check_serving(subject: Subject) -> list[Finding]:
+def check_serving(subject: ServedAdapter) -> list[Finding]:
     """Return what the runtimes asked for do with the adapter; `all` asks for none in particular.
 
     A refusal is loud, so it is an error only of a runtime that was named.
@@ -128,7 +128,7 @@ def check_serving(subject: Subject) -> list[Finding]:
     ]
 
 
-def find_places(rule: Rule, subject: Subject) -> list[str]:
+def find_places(rule: Rule, subject: ServedAdapter) -> list[str]:
     """Return the keys or tensors by which an adapter meets a rule; none where it does not."""
     if not _is_for(rule.bases.split(), subject.base):
         return []
@@ -142,7 +142,9 @@ def _is_for(bases: Sequence[str], base: BaseModel | None) -> bool:
     return named not in excluded if excluded else not bases or named in bases
 
 
-def _finding(rule: Rule, subject: Subject, places: Sequence[str], *, is_named: bool) -> Finding:
+def _finding(
+    rule: Rule, subject: ServedAdapter, places: Sequence[str], *, is_named: bool
+) -> Finding:
     entry = catalogue()[f"serving-{rule.effect}"]
     is_loud = rule.effect == "refuses" and not is_named
     mark = "" if rule.verified == "yes" else " (read in the source, not run)"
@@ -171,47 +173,47 @@ def read_added_tokens(source: Source) -> int:
     return max((number for number in ids if type(number) is int), default=-1)
 
 
-Condition = Callable[[Subject, str], list[str]]
+Condition = Callable[[ServedAdapter, str], list[str]]
 
 
-def _lacks(subject: Subject, keys: str) -> list[str]:
+def _lacks(subject: ServedAdapter, keys: str) -> list[str]:
     return [f"no {key}" for key in keys.split() if key not in subject.adapter.raw]
 
 
-def _sets(subject: Subject, keys: str) -> list[str]:
+def _sets(subject: ServedAdapter, keys: str) -> list[str]:
     raw = subject.adapter.raw
     return [f"{key}: {printable(repr(raw[key]), 60)}" for key in keys.split() if raw.get(key)]
 
 
-def _is_among(subject: Subject, names: str) -> list[str]:
+def _is_among(subject: ServedAdapter, names: str) -> list[str]:
     init = subject.config.init
     return [f"init_lora_weights: {init}"] if init.startswith(tuple(names.split())) else []
 
 
-def _is_outside(subject: Subject, names: str) -> list[str]:
+def _is_outside(subject: ServedAdapter, names: str) -> list[str]:
     init = subject.adapter.raw.get("init_lora_weights")
     is_other = isinstance(init, str) and init not in names.split()
     return [f"init_lora_weights: {init}"] if is_other else []
 
 
-def _has_bias(subject: Subject, _: str) -> list[str]:
+def _has_bias(subject: ServedAdapter, _: str) -> list[str]:
     return [f"bias: {subject.config.bias}"] if subject.config.bias != "none" else []
 
 
-def _saves_outside(subject: Subject, names: str) -> list[str]:
+def _saves_outside(subject: ServedAdapter, names: str) -> list[str]:
     saved = subject.config.modules_to_save
     return [f"modules_to_save: {name}" for name in saved if name not in names.split()]
 
 
-def _keys_like(subject: Subject, pattern: str) -> list[str]:
+def _keys_like(subject: ServedAdapter, pattern: str) -> list[str]:
     return [key for key in subject.adapter.tensors if re.search(pattern, key)]
 
 
-def _keys_unlike(subject: Subject, pattern: str) -> list[str]:
+def _keys_unlike(subject: ServedAdapter, pattern: str) -> list[str]:
     return [key for key in subject.adapter.tensors if not re.search(pattern, key)]
 
 
-def _tower_keys(subject: Subject, _: str) -> list[str]:
+def _tower_keys(subject: ServedAdapter, _: str) -> list[str]:
     return [] if subject.serving.tower_lora else _keys_like(subject, _TOWER.pattern)
 
 
@@ -219,18 +221,18 @@ def _highest_rank(config: AdapterConfig) -> int:
     return max(config.r, *config.rank_pattern.values(), 0)
 
 
-def _over_limit(subject: Subject, bounds: str) -> list[str]:
+def _over_limit(subject: ServedAdapter, bounds: str) -> list[str]:
     default, highest = map(int, bounds.split())
     limit, rank = subject.serving.max_lora_rank or default, _highest_rank(subject.config)
     return [f"rank {rank}, the server's limit {limit}"] if limit < rank <= highest else []
 
 
-def _over(subject: Subject, bound: str) -> list[str]:
+def _over(subject: ServedAdapter, bound: str) -> list[str]:
     rank = _highest_rank(subject.config)
     return [f"rank {rank}"] if rank > int(bound) else []
 
 
-def _ranks(subject: Subject) -> dict[str, int]:
+def _ranks(subject: ServedAdapter) -> dict[str, int]:
     """Rows of lora_A by module path: what the file has for a rank."""
     tensors, lora = subject.adapter.tensors, subject.adapter.contents.lora
     shapes = {
@@ -239,21 +241,21 @@ def _ranks(subject: Subject) -> dict[str, int]:
     return {path: shape[0] for path, shape in shapes.items() if shape}
 
 
-def _other_ranks(subject: Subject, allowed: frozenset[int]) -> list[str]:
+def _other_ranks(subject: ServedAdapter, allowed: frozenset[int]) -> list[str]:
     found = _ranks(subject).items()
     return [f"{path}: rank {rank}" for path, rank in found if rank not in allowed]
 
 
-def _ranks_unlike_r(subject: Subject, _: str) -> list[str]:
+def _ranks_unlike_r(subject: ServedAdapter, _: str) -> list[str]:
     return _other_ranks(subject, frozenset({subject.config.r}))
 
 
-def _ranks_unlike_config(subject: Subject, _: str) -> list[str]:
+def _ranks_unlike_config(subject: ServedAdapter, _: str) -> list[str]:
     config = subject.config
     return _other_ranks(subject, frozenset({config.r, *config.rank_pattern.values()}))
 
 
-def _uneven(subject: Subject, group: Callable[[str], str]) -> list[str]:
+def _uneven(subject: ServedAdapter, group: Callable[[str], str]) -> list[str]:
     """The groups of modules in which the file has more than one rank."""
     found: dict[str, set[int]] = {}
     for path, rank in _ranks(subject).items():
@@ -261,11 +263,11 @@ def _uneven(subject: Subject, group: Callable[[str], str]) -> list[str]:
     return [f"{name}: ranks {sorted(r)[:4]}" for name, r in found.items() if name and len(r) > 1]
 
 
-def _ranks_differ(subject: Subject, _: str) -> list[str]:
+def _ranks_differ(subject: ServedAdapter, _: str) -> list[str]:
     return _uneven(subject, _leaf)
 
 
-def _expert_ranks_differ(subject: Subject, _: str) -> list[str]:
+def _expert_ranks_differ(subject: ServedAdapter, _: str) -> list[str]:
     return _uneven(
         subject, lambda path: path.partition(".experts.")[0] if ".experts." in path else ""
     )
@@ -275,35 +277,35 @@ def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _target_is_regex(subject: Subject, _: str) -> list[str]:
+def _target_is_regex(subject: ServedAdapter, _: str) -> list[str]:
     wanted = subject.config.target_modules
     is_regex = isinstance(wanted, str) and wanted not in ("all", "all-linear")
     return [f"target_modules: {wanted!r}"] if is_regex else []
 
 
-def _target_is_null(subject: Subject, _: str) -> list[str]:
+def _target_is_null(subject: ServedAdapter, _: str) -> list[str]:
     return ["target_modules: null"] if subject.config.target_modules is None else []
 
 
-def _leaves_outside(subject: Subject, names: str) -> list[str]:
+def _leaves_outside(subject: ServedAdapter, names: str) -> list[str]:
     known = names.split()
     return [path for path in subject.adapter.contents.lora if _leaf(path) not in known]
 
 
-def _untargeted(subject: Subject, names: str) -> list[str]:
+def _untargeted(subject: ServedAdapter, names: str) -> list[str]:
     wanted = subject.config.target_modules
     left = [n for n in names.split() if isinstance(wanted, str) or n not in (wanted or ())]
     return [key for key in subject.adapter.tensors if any(f".{name}." in key for name in left)]
 
 
-def _layer_lacks(subject: Subject, names: str) -> list[str]:
+def _layer_lacks(subject: ServedAdapter, names: str) -> list[str]:
     needed, _, needing = names.partition(" for ")
     lora = subject.adapter.contents.lora
     held = [path for path in lora if _leaf(path) in needing.split()]
     return [path for path in held if f"{path.rpartition('.')[0]}.{needed}" not in lora]
 
 
-def _layers_beyond(subject: Subject, _: str) -> list[str]:
+def _layers_beyond(subject: ServedAdapter, _: str) -> list[str]:
     base = subject.base
     if base is None:
         return []
@@ -312,7 +314,7 @@ def _layers_beyond(subject: Subject, _: str) -> list[str]:
     return [path for path in described if (layer_of(path) or 0) >= base.layers]
 
 
-def _paths_outside(subject: Subject, _: str) -> list[str]:
+def _paths_outside(subject: ServedAdapter, _: str) -> list[str]:
     """Paths that a dense decoder with `model.layers` lacks; other bases are not judged."""
     base = subject.base
     if (
@@ -331,7 +333,7 @@ def _is_served(path: str, layers: int) -> bool:
     return path in ("model.embed_tokens", "lm_head")
 
 
-def _layers_missing(subject: Subject, prefix: str) -> list[str]:
+def _layers_missing(subject: ServedAdapter, prefix: str) -> list[str]:
     found: dict[str, set[int]] = {}
     for path in subject.adapter.contents.lora:
         if (match := _LAYERS.match(path)) and match[1] == prefix:
@@ -341,12 +343,12 @@ def _layers_missing(subject: Subject, prefix: str) -> list[str]:
     return [f"{leaf}: {len(n)} of {count} layers" for leaf, n in found.items() if len(n) < count]
 
 
-def _head_on_causal(subject: Subject, _: str) -> list[str]:
+def _head_on_causal(subject: ServedAdapter, _: str) -> list[str]:
     is_causal = subject.base is not None and subject.base.declared_kind == "causal"
     return _keys_like(subject, r"\.score\.(modules_to_save\.[^.]+\.)?weight$") if is_causal else []
 
 
-def _smaller(subject: Subject, _: str) -> list[str]:
+def _smaller(subject: ServedAdapter, _: str) -> list[str]:
     modules = subject.base.modules if subject.base else {}
     found = []
     for path, parts in subject.adapter.contents.lora.items():
@@ -360,39 +362,39 @@ def _smaller(subject: Subject, _: str) -> list[str]:
     return found
 
 
-def _is_below(subject: Subject, key: str | None, *, axis: int, size: int | None) -> bool:
+def _is_below(subject: ServedAdapter, key: str | None, *, axis: int, size: int | None) -> bool:
     shape = subject.adapter.tensors[key].shape if key else ()
     return bool(size and shape) and shape[axis] < (size or 0)
 
 
-def _adds_tokens(subject: Subject, _: str) -> list[str]:
+def _adds_tokens(subject: ServedAdapter, _: str) -> list[str]:
     modules = subject.base.modules if subject.base else {}
     sizes = [m.inputs for p, m in modules.items() if m.is_embedding and p.endswith("embed_tokens")]
     is_beyond = bool(sizes) and subject.added_tokens >= (sizes[0] or math.inf)
     return [f"{TOKENS_FILE}: token {subject.added_tokens} of {sizes[0]}"] if is_beyond else []
 
 
-def _alpha_zero(subject: Subject, _: str) -> list[str]:
+def _alpha_zero(subject: ServedAdapter, _: str) -> list[str]:
     return ["lora_alpha: 0"] if subject.config.alpha == 0 else []
 
 
-def _alpha_fractional(subject: Subject, _: str) -> list[str]:
+def _alpha_fractional(subject: ServedAdapter, _: str) -> list[str]:
     alpha = subject.config.alpha
     return [] if alpha >= 0 and alpha.is_integer() else [f"lora_alpha: {alpha:g}"]
 
 
-def _padded_rank(subject: Subject, _: str) -> list[str]:
+def _padded_rank(subject: ServedAdapter, _: str) -> list[str]:
     rank, least = subject.config.r, 8 * subject.serving.tensor_parallel
     padded = least if rank <= least else math.ceil(rank / 16) * 16
     return [f"r: {rank}, padded to {padded}"] if padded != rank else []
 
 
-def _half_pair(subject: Subject, _: str) -> list[str]:
+def _half_pair(subject: ServedAdapter, _: str) -> list[str]:
     lora = subject.adapter.contents.lora
     return [path for path, parts in lora.items() if "lora_A" in parts and "lora_B" not in parts]
 
 
-def _collides(subject: Subject, _: str) -> list[str]:
+def _collides(subject: ServedAdapter, _: str) -> list[str]:
     seen: dict[tuple[str, str], str] = {}
     found = []
     for path in subject.adapter.contents.lora:
@@ -402,35 +404,35 @@ def _collides(subject: Subject, _: str) -> list[str]:
     return found
 
 
-def _pickle_only(subject: Subject, _: str) -> list[str]:
+def _pickle_only(subject: ServedAdapter, _: str) -> list[str]:
     adapter = subject.adapter
     is_only = adapter.weight_bytes is None and adapter.pickle_bytes is not None
     return ["adapter_model.bin"] if is_only else []
 
 
-def _no_tensors(subject: Subject, _: str) -> list[str]:
+def _no_tensors(subject: ServedAdapter, _: str) -> list[str]:
     adapter = subject.adapter
     return ["no tensor in the file"] if adapter.weight_bytes and not adapter.tensors else []
 
 
-def _base_is_path(subject: Subject, _: str) -> list[str]:
+def _base_is_path(subject: ServedAdapter, _: str) -> list[str]:
     name = subject.config.base_name or ""
     is_id = name and not name.startswith(_PATH_LIKE) and "\\" not in name and name.count("/") < 2
     return [] if is_id else [f"base_model_name_or_path: {name or 'none'}"]
 
 
-def _none_served(subject: Subject, _: str) -> list[str]:
+def _none_served(subject: ServedAdapter, _: str) -> list[str]:
     served = subject.serving.target_modules
     leaves = {_leaf(path) for path in subject.adapter.contents.lora}
     is_disjoint = bool(served) and leaves.isdisjoint(served)
     return [f"--lora-target-modules {' '.join(served)}"] if is_disjoint else []
 
 
-def _always(subject: Subject, _: str) -> list[str]:
+def _always(subject: ServedAdapter, _: str) -> list[str]:
     return [CONFIG_FILE]
 
 
-def _base_is_known(subject: Subject, _: str) -> list[str]:
+def _base_is_known(subject: ServedAdapter, _: str) -> list[str]:
     return [subject.base.model_type] if subject.base else []
 
 
