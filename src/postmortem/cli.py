@@ -325,6 +325,9 @@ def check(
         float | None, typer.Option(help="The size in MB at which the adapter was published.")
     ] = None,
     explain: Annotated[str | None, typer.Option(help="Explain a finding by its id.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit 2 where shapes were compared with no base.")
+    ] = False,
 ) -> None:
     """Check adapters against their base. Exit 0: no error found; 1: an error; 2: not checkable."""
     from postmortem.checker import checks as report
@@ -335,18 +338,20 @@ def check(
         print(report.explain(find_entry(explain)))
         return
     stated = None if stated_mb is None else int(stated_mb * 1e6)
-    done, refused = inspect_all(adapters or [], base, header_only=header_only, stated_bytes=stated)
-    if output is Format.JSON and done:
-        print(report.as_json(done))
-    for inspection in done:
+    found = inspect_all(adapters or [], base, header_only=header_only, stated_bytes=stated)
+    if output is Format.JSON:
+        print(report.as_json(found))
+    for inspection in (i for i in found if i.error is None):
         if output is Format.MARKDOWN:
             print(report.as_markdown(inspection))
         if output is Format.TEXT:
             print(report.as_text(inspection, is_coloured=sys.stdout.isatty()))
-    if refused:
-        raise refused[0]
-    if any(inspection.report.verdict == "broken" for inspection in done):
+    for error in (i.error for i in found if i.error is not None):
+        raise error
+    if any(inspection.report.verdict == "broken" for inspection in found):
         raise typer.Exit(1)
+    if strict and not all(inspection.report.is_compared for inspection in found):
+        raise typer.Exit(2)
 
 
 class ManyCandidates(TyperCommand):

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from postmortem.checker import catalogue as limits
@@ -31,9 +31,10 @@ from postmortem.checker.catalogue import (
     grouped,
     update_bound,
 )
-from postmortem.checker.config import CONFIG_FILE, AdapterConfig, Contents
+from postmortem.checker.config import CONFIG_FILE, PREFIX, AdapterConfig, Contents
 from postmortem.checker.errors import (
     ModelError,
+    PostmortemError,
     UntrustedError,
     is_hub_id,
     parse_json,
@@ -62,12 +63,17 @@ _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a check found. Verdict: broken with an error, suspect with a warning, else fits."""
+    """What a check found.
+
+    Verdict: broken with an error, suspect with a warning, else fits; unchecked where nothing was
+    found and shapes were not compared, which `is_compared` tells whatever the verdict.
+    """
 
     verdict: str
     findings: tuple[Finding, ...]
     base: str | None
     notes: tuple[str, ...]
+    is_compared: bool
 
 
 def check(
@@ -77,11 +83,13 @@ def check(
     given_name: str | None = None,
     stats: Mapping[str, TensorStats] | None = None,
     stated_bytes: int | None = None,
+    unknown: str = "",
 ) -> Report:
     """Check an adapter, against a base when one is known, and its bytes when they were scanned.
 
     `given_name` is how the user named the base; None when it was found through the adapter.
-    `stated_bytes` is the size at which the adapter was published, when that is on record.
+    `stated_bytes` is the size at which the adapter was published, when that is on record;
+    `unknown` says why there is no base.
     """
     findings = [*adapter.findings, *_check_tensors(adapter.tensors), *_check_keys(adapter)]
     config = adapter.config
@@ -96,10 +104,32 @@ def check(
         except UntrustedError as error:
             findings.append(_bad_pattern(error))
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
+    notes = _uncompared(adapter, base, unknown)
     worst = findings[0].severity if findings else "info"
-    verdict = {"error": "broken", "warning": "suspect"}.get(worst, "fits")
-    notes = () if base else ("no known base to compare with: shapes were not checked",)
-    return Report(verdict, tuple(findings), base.name if base else None, notes)
+    verdict = {"error": "broken", "warning": "suspect"}.get(worst, "unchecked" if notes else "fits")
+    return Report(verdict, tuple(findings), base.name if base else None, notes, not notes)
+
+
+def _uncompared(adapter: Adapter, base: BaseModel | None, unknown: str) -> tuple[str, ...]:
+    """Say which tensors were compared with no base, and what would make it possible."""
+    if base is None:
+        why = unknown or "no known base to compare with"
+        return (f"shapes were not checked: {why}",)
+    unmodelled = adapter.config.unmodelled if adapter.config else ()
+    if unmodelled:
+        return (
+            f"shapes were not checked: {', '.join(unmodelled)} changes them in ways that are not "
+            "described here; load the adapter with PEFT and read its warnings",
+        )
+    paths = [path.removeprefix(PREFIX) for path in adapter.contents.lora]
+    hidden = [path for path in paths if base.is_open(path)]
+    if not hidden:
+        return ()
+    return (
+        f"shapes were not checked: {len(hidden)} of {len(paths)} modules lie in a part of "
+        f"{base.model_type} that is not described here, such as {printable(hidden[0], 100)}; "
+        "load the adapter with PEFT and read its warnings",
+    )
 
 
 def _bad_pattern(error: UntrustedError) -> Finding:
@@ -263,11 +293,12 @@ MAX_LOG = 32_000_000  # Bytes of a log that are searched; the warning stands nea
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A report with the known bases that the adapter's shapes fit."""
+    """A report with the known bases that the adapter's shapes fit; `error` is why there is none."""
 
     adapter: str
     report: Report
     bases: tuple[str, ...]
+    error: PostmortemError | None = None
 
 
 def inspect_adapter(
@@ -285,30 +316,55 @@ def inspect_adapter(
     source = open_source(adapter)
     held = read_adapter(source)
     model, given = resolve_base(held, base)
+    unknown = "" if model else _why_unknown(held, base)
     is_scanned = isinstance(source, Folder) and not header_only
     stats = scan(source, held.tensors) if isinstance(source, Folder) and is_scanned else None
-    report = check(held, model, given_name=given, stats=stats, stated_bytes=stated_bytes)
-    notes = report.notes if is_scanned else (*report.notes, "tensor bytes were not read")
-    report = Report(report.verdict, report.findings, report.base, notes)
+    report = check(
+        held, model, given_name=given, stats=stats, stated_bytes=stated_bytes, unknown=unknown
+    )
+    if not is_scanned:
+        report = replace(report, notes=(*report.notes, "tensor bytes were not read"))
     return Inspection(held.name, report, fitting_bases(held))
+
+
+def _why_unknown(adapter: Adapter, base: str | None) -> str:
+    """Say why there is no base to compare with, and what would give one."""
+    if base is not None:
+        return (
+            f"the architecture of {printable(base)}, or this class of it, is not described here; "
+            "load the adapter with PEFT and read its warnings"
+        )
+    named = adapter.config.base_name if adapter.config else None
+    remedy = "give --base a folder, a config.json or a hub id"
+    if named is None:
+        return f"no known base to compare with, as the adapter names none; {remedy}"
+    return f"no known base to compare with: {printable(named)} is not in the table; {remedy}"
 
 
 def inspect_all(
     adapters: Sequence[str], base: str | None, *, header_only: bool, stated_bytes: int | None
-) -> tuple[list[Inspection], list[ModelError]]:
-    """Inspect adapters, each folder once; return the reports, and why others were not checkable."""
+) -> list[Inspection]:
+    """Inspect adapters, each folder once; one that cannot be checked carries its error."""
     if not adapters:
-        raise ModelError("check", expected="an adapter folder or hub id", found="none")
-    done: list[Inspection] = []
-    refused: list[ModelError] = []
-    for adapter in dict.fromkeys(open_source(name).name for name in adapters):
+        nothing = ModelError("check", expected="an adapter folder or hub id", found="none")
+        return [_refuse("", nothing)]
+    done: dict[str, Inspection] = {}
+    for adapter in adapters:
+        name = adapter
         try:
-            done.append(
-                inspect_adapter(adapter, base, header_only=header_only, stated_bytes=stated_bytes)
-            )
-        except ModelError as error:
-            refused.append(error)
-    return done, refused
+            name = open_source(adapter).name
+            if name not in done:
+                done[name] = inspect_adapter(
+                    adapter, base, header_only=header_only, stated_bytes=stated_bytes
+                )
+        except PostmortemError as error:
+            done[name] = _refuse(name, error)
+    return list(done.values())
+
+
+def _refuse(adapter: str, error: PostmortemError) -> Inspection:
+    report = Report("unchecked", (), None, (), is_compared=False)
+    return Inspection(printable(adapter), report, (), error)
 
 
 def resolve_base(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, str | None]:
@@ -398,6 +454,7 @@ _COLOURS = {
     "broken": "31",
     "suspect": "33",
     "fits": "32",
+    "unchecked": "36",
 }
 
 
@@ -406,7 +463,7 @@ def _paint(text: str, kind: str, is_coloured: bool) -> str:
 
 
 def as_json(inspections: Sequence[Inspection]) -> str:
-    """Write the JSON contract: verdict, findings, bases; an object for one adapter, else a list."""
+    """Write the JSON contract: an object for one adapter, else a list, each of the same keys."""
     contents = [
         {
             "verdict": found.report.verdict,
@@ -415,11 +472,19 @@ def as_json(inspections: Sequence[Inspection]) -> str:
             "adapter": found.adapter,
             "base": found.report.base,
             "notes": list(found.report.notes),
+            "error": found.error and _describe_error(found.error),
         }
         for found in inspections
     ]
     content = contents[0] if len(contents) == 1 else contents
     return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def _describe_error(error: PostmortemError) -> dict[str, str]:
+    parts = (error.subject, error.expected, error.found, error.remedy)
+    names = ("subject", "expected", "found", "remedy")
+    described = {name: printable(part, 400) for name, part in zip(names, parts, strict=True)}
+    return {"message": printable(error, 800), **described}
 
 
 def as_text(inspection: Inspection, *, is_coloured: bool = False) -> str:
