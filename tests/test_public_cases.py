@@ -5,6 +5,7 @@ import json
 import pytest
 from handmade import QWEN, write
 
+from postmortem.checker.bases import find_base
 from postmortem.cli import main
 
 
@@ -62,3 +63,74 @@ def test_json_is_written_where_nothing_could_be_checked(make, tmp_path, capsys):
     _, both = run(capsys, *arguments, tmp_path / "b")
     assert both[0]["error"]
     assert both[-1]["verdict"] == ("unchecked" if make == "base" else "fits")
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B"),
+        ("unsloth/Meta-Llama-3.1-8B-Instruct-unsloth-bnb-4bit", "meta-llama/Meta-Llama-3.1-8B"),
+        ("unsloth/llama-3-8b-bnb-4bit", "meta-llama/Meta-Llama-3-8B"),
+        ("unsloth/llama-2-7b-chat", "meta-llama/Llama-2-7b-hf"),
+        ("unsloth/mistral-7b-bnb-4bit", "mistralai/Mistral-7B-v0.1"),
+        ("unsloth/mistral-7b-instruct-v0.3-bnb-4bit", "mistralai/Mistral-7B-v0.3"),
+        ("unsloth/tinyllama-chat-bnb-4bit", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+        ("unsloth/tinyllama", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+        ("unsloth/gemma-2-9b-it-bnb-4bit", "google/gemma-2-9b"),
+        ("unsloth/gemma-1.1-2b-it", "google/gemma-2b"),
+        ("unsloth/Llama-3.1-8B-Instruct-FP8-Dynamic", "meta-llama/Meta-Llama-3.1-8B"),
+        ("NousResearch/Meta-Llama-3-8B-Instruct", "meta-llama/Meta-Llama-3-8B"),
+        ("NousResearch/Llama-2-7b-chat-hf", "meta-llama/Llama-2-7b-hf"),
+        ("mlx-community/Qwen2.5-1.5B-Instruct-4bit", "Qwen/Qwen2.5-1.5B"),
+        ("mlx-community/Mistral-7B-Instruct-v0.2-8bit-mlx", "mistralai/Mistral-7B-v0.1"),
+        ("TheBloke/Llama-2-7B-Chat-GPTQ", "meta-llama/Llama-2-7b-hf"),
+        ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", "meta-llama/Meta-Llama-3.1-8B"),
+        ("RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w8a8", "meta-llama/Meta-Llama-3.1-8B"),
+        ("gpt2", "openai-community/gpt2"),
+        # Copies under a class with other projections, and a fine-tune with a name of its own.
+        ("unsloth/phi-4", None),
+        ("unsloth/Phi-3-mini-4k-instruct-bnb-4bit", None),
+        ("NousResearch/Hermes-3-Llama-3.1-8B", None),
+    ],
+)
+def test_names_of_copies_lead_to_the_known_base(name, known):
+    """A renamed repository, a mirror or a quantised copy has the shapes of a known base."""
+    found = find_base(name)
+    assert (found and found.model_id) == known
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "expected"),
+    [
+        ("unsloth/Qwen2.5-1.5B-bnb-4bit", "Qwen/Qwen2.5-1.5B", {"quantized-base-mismatch": "info"}),
+        ("unsloth/Qwen2.5-1.5B-unsloth-bnb-4bit", None, {}),
+        ("mlx-community/Qwen2.5-1.5B-4bit", "config", {"quantized-base-mismatch": "info"}),
+        ("Qwen/Qwen2.5-1.5B", "unsloth/Qwen2.5-1.5B-bnb-4bit", {}),
+        ("Qwen/Qwen2.5-1.5B", "unsloth/Qwen2.5-1.5B", {}),
+        ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B-AWQ", {"quantized-base-mismatch": "warning"}),
+        ("acme/x-GPTQ-Int4", "config", {"quantized-base-mismatch": "warning"}),
+        (
+            "unsloth/Qwen2.5-1.5B-Instruct-bnb-4bit",
+            "Qwen/Qwen2.5-1.5B",
+            {"base-name-mismatch": "warning"},
+        ),
+    ],
+)
+def test_a_quantised_name_is_the_base_itself(named, given, expected, tmp_path, capsys):
+    """QLoRA's 4-bit base over its 16-bit form is mentioned, another rounding is a warning."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    base = [] if given is None else ["--base", tmp_path / "config.json"]
+    base = base if given in (None, "config") else ["--base", given]
+    code, report = run(capsys, write(tmp_path / "a", base_model_name_or_path=named), *base)
+    assert {f["id"]: f["severity"] for f in report["findings"]} == expected
+    assert code == 0
+
+
+def test_the_report_says_whose_shapes_stand_for_a_name(tmp_path, capsys):
+    """A base that is known under another name is reported with both, named or given."""
+    name = "unsloth/Qwen2.5-1.5B-Instruct-bnb-4bit"
+    folder = write(tmp_path / "a", base_model_name_or_path=name)
+    expected = f"{name} (shapes of Qwen/Qwen2.5-1.5B)"
+    assert run(capsys, folder)[1]["base"] == expected
+    assert run(capsys, folder, "--base", name)[1]["base"] == expected

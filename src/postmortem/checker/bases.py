@@ -9,11 +9,22 @@ from pathlib import Path
 
 from postmortem.checker.errors import ModelError
 
-# Fine-tuned or requantised siblings whose module shapes are those of the row without the suffix.
-_SUFFIXES = (
-    *("-instruct", "-chat", "-hf", "-it", "-base", "-pt"),
-    *("-gptq-int4", "-gptq-int8", "-gptq", "-awq", "-bnb-4bit", "-unsloth", "-fp8"),
+# Tuned siblings whose module shapes are those of the row without the suffix.
+_TUNED = ("-instruct", "-chat", "-it", "-base", "-pt", "-deduped")
+# What requantised or repackaged copies append to the name of the model that they hold.
+_COPY = re.compile(
+    r"-(hf|unsloth|bnb-[48]bit|[2-8]-?bits?|mlx|gguf|nf4|qat|dwq|(bf|fp|f)16|int[48]"
+    r"|(gptq|awq)(-int[48])?|fp8(-block|-dynamic|-kv)?|(quantized\.)?w\d+a\d+|q[2-8](_\w+)?)$"
 )
+# What other publishers, or the same one today, call a model.
+_RENAMED = (
+    (re.compile(r"^meta-llama-"), "llama-"),
+    (re.compile(r"^tinyllama-chat$"), "tinyllama-1.1b-chat-v1.0"),
+    (re.compile(r"^tinyllama$"), "tinyllama-1.1b-intermediate-step-1431k-3t"),
+    (re.compile(r"^mistral-7b$"), "mistral-7b-v0.1"),
+)
+# Copies under an architecture of another kind: their projections are split.
+_CONVERTED = re.compile(r"unsloth/phi-[34]", re.IGNORECASE)
 _DIMENSIONS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "vocab_size"),
@@ -39,6 +50,7 @@ class KnownBase:
     verified: bool
     source: str
     notes: str
+    aliases: tuple[str, ...]
 
 
 def _read_row(row: Mapping[str, str]) -> KnownBase:
@@ -49,7 +61,8 @@ def _read_row(row: Mapping[str, str]) -> KnownBase:
         **_EXTRA.get(row["model_type"], {}),
     }
     verified = row["verified"] == "yes"
-    return KnownBase(row["model_id"], config, verified, row["source"], row["notes"])
+    aliases = tuple(row["aliases"].split())
+    return KnownBase(row["model_id"], config, verified, row["source"], row["notes"], aliases)
 
 
 @cache
@@ -59,12 +72,28 @@ def known_bases() -> tuple[KnownBase, ...]:
         return tuple(_read_row(row) for row in csv.DictReader(file))
 
 
-def family_name(model_id: str) -> str:
-    """Reduce a model id to what fixes its shapes: no owner, no tuning or quantisation suffix."""
+def plain_name(model_id: str) -> str:
+    """Reduce a model id to the model that it is a copy of: no owner and no quantisation."""
     name = model_id.rstrip("/").rsplit("/", 1)[-1].lower()
-    while suffix := next((s for s in _SUFFIXES if name.endswith(s)), None):
+    while suffix := _COPY.search(name):
+        name = name[: suffix.start()]
+    for pattern, today in _RENAMED:
+        name = pattern.sub(today, name)
+    return name
+
+
+def family_name(model_id: str) -> str:
+    """Reduce a model id to what fixes its shapes: neither owner, quantisation nor tuning."""
+    name = plain_name(model_id)
+    while suffix := next((s for s in _TUNED if name.endswith(s)), None):
         name = name.removesuffix(suffix)
     return name
+
+
+@cache
+def _by_family() -> Mapping[str, KnownBase]:
+    aliases = {alias: base for base in known_bases() for alias in base.aliases}
+    return {**aliases, **{family_name(b.model_id): b for b in reversed(known_bases())}}
 
 
 def find_base(model_id: str) -> KnownBase | None:
@@ -75,8 +104,9 @@ def find_base(model_id: str) -> KnownBase | None:
     if model_id.startswith(("/", ".", "~")) or "\\" in model_id or model_id.count("/") > 1:
         return None
     exact = {base.model_id.lower(): base for base in known_bases()}
-    by_family = {family_name(base.model_id): base for base in reversed(known_bases())}
-    return exact.get(model_id.lower()) or by_family.get(family_name(model_id))
+    if _CONVERTED.match(model_id):
+        return None
+    return exact.get(model_id.lower()) or _by_family().get(family_name(model_id))
 
 
 MAX_LAYERS = 1024  # The deepest published model has a few hundred; more is a hostile config.

@@ -106,8 +106,12 @@ def finding(
     count: int = 1,
     severity: str = "",
     remedy: str = "",
+    title: str = "",
 ) -> Finding:
-    """Build a finding of a catalogued kind; `evidence` names the first tensor or key of `count`."""
+    """Build a finding of a catalogued kind; `evidence` names the first tensor or key of `count`.
+
+    Severity, remedy and title are the entry's own where none is given.
+    """
     entry = catalogue()[finding_id]
     where = printable(evidence, 200)
     detail = f"expected {printable(expected)}, found {printable(found)}"
@@ -115,13 +119,20 @@ def finding(
     return Finding(
         id=finding_id,
         severity=severity or entry.severity,
-        message=f"{entry.title}: {where}: {detail}",
+        message=f"{title or entry.title}: {where}: {detail}",
         evidence=f"{where}: {detail}{times}",
         remedy=remedy or entry.remedy,
     )
 
 
-def grouped(finding_id: str, places: Sequence[Place], severity: str = "") -> list[Finding]:
+def grouped(
+    finding_id: str,
+    places: Sequence[Place],
+    severity: str = "",
+    *,
+    remedy: str = "",
+    title: str = "",
+) -> list[Finding]:
     """Make one finding of many places, or none: the first place stands for them, with the count."""
     if not places:
         return []
@@ -134,5 +145,7 @@ def grouped(finding_id: str, places: Sequence[Place], severity: str = "") -> lis
             found=found,
             count=len(places),
             severity=severity,
+            remedy=remedy,
+            title=title,
         )
     ]

@@ -19,7 +19,7 @@ from postmortem.checker.adapter import (
     read_adapter,
     scan,
 )
-from postmortem.checker.bases import BaseModel, describe, find_base
+from postmortem.checker.bases import BaseModel, describe, find_base, plain_name
 from postmortem.checker.catalogue import (
     FLOAT16_LIMIT,
     SEVERITIES,
@@ -53,9 +53,9 @@ from postmortem.checker.identify import (
 )
 
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:[._]\d+)?)([bBmM])(?![A-Za-z0-9])")
-_QUANTIZED = re.compile(
-    r"gptq|awq|bnb|(?<![a-z])int[348]|(?<![a-z0-9])[48]-?bit|fp8", re.IGNORECASE
-)
+_ROUNDED = re.compile(r"gptq|awq|(?<![a-z])int[348]|fp8|w\d+a\d+", re.IGNORECASE)
+# bitsandbytes rounds while loading, and MLX's copies are made the same way: so QLoRA trains.
+_ROUNDED_WHILE_LOADING = re.compile(r"bnb|nf4|(?<![a-z0-9])[2-8]-?bit", re.IGNORECASE)
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _EMPTY: tuple[object, ...] = (None, False, [], {}, "")
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
@@ -233,27 +233,40 @@ def _check_names(
         findings += grouped("name-size-conflict", [place])
     if base is None or given is None or named is None or not _is_hub_name(named):
         return findings
-    if conflict := _quantization_conflict(named, given, base):
-        place = ("base_model_name_or_path", named, conflict)
-        return findings + grouped("quantized-base-mismatch", [place])
     if _names_other_base(named, given, base):
         place = ("base_model_name_or_path", f"{named}, as the adapter says", given)
-        findings += grouped("base-name-mismatch", [place])
-    return findings
+        return findings + grouped("base-name-mismatch", [place])
+    return findings + _check_quantization(named, given, base)
 
 
-def _quantization_conflict(named: str, given: str, base: BaseModel) -> str | None:
-    if _QUANTIZED.search(named) and not base.quantization and not _QUANTIZED.search(given):
-        return f"{given}, which is not quantised"
+def _check_quantization(named: str, given: str, base: BaseModel) -> list[Finding]:
+    theirs, ours = _rounding(named), base.quantization or _rounding(given)
+    where = "base_model_name_or_path"
+    if theirs == "bitsandbytes" and not ours:
+        found = f"{given}, which is not quantised, the usual way to use a QLoRA adapter"
+        remedy = "Nothing to mend; where small differences matter, score the task on both bases."
+        place = (where, named, found)
+        return grouped("quantized-base-mismatch", [place], "info", remedy=remedy)
+    if theirs and not ours:
+        return grouped(
+            "quantized-base-mismatch", [(where, named, f"{given}, which is not quantised")]
+        )
     # On-the-fly bitsandbytes is how QLoRA trains: the adapter then names the plain base.
-    stored = base.quantization not in (None, "bitsandbytes")
-    if stored and not _QUANTIZED.search(named) and find_base(named):
-        return f"{given}, quantised with {base.quantization}"
-    return None
+    if ours not in (None, "bitsandbytes") and not theirs and find_base(named):
+        found = f"{given}, quantised with {ours}"
+        return grouped("quantized-base-mismatch", [(where, named, found)])
+    return []
+
+
+def _rounding(name: str) -> str | None:
+    """Read from a name how the weights that it stands for were rounded; None for not at all."""
+    if match := _ROUNDED.search(name):
+        return match[0].lower()
+    return "bitsandbytes" if _ROUNDED_WHILE_LOADING.search(name) else None
 
 
 def _names_other_base(named: str, given: str, base: BaseModel) -> bool:
-    if _last_part(named).lower() == _last_part(given).lower():
+    if plain_name(_last_part(named)) == plain_name(_last_part(given)):
         return False
     known = find_base(named)
     if known is not None and base.layers != known.config["num_hidden_layers"]:
@@ -375,14 +388,22 @@ def resolve_base(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, 
         known = find_base(named) if named else None
         if named is None or known is None:
             return None, None
-        label = named if named == known.model_id else f"{named} (shapes of {known.model_id})"
-        return describe(known.config, name=label, kind=kind), None
+        return describe(known.config, name=_label(named), kind=kind), None
     config, name = _read_base(base)
-    model = describe(config, name=name, kind=kind)
+    known = find_base(base)
+    label = _label(name) if known and config is known.config else name
+    model = describe(config, name=label, kind=kind)
     if model is None and config.get("architectures"):
         # The task has no class in this architecture: judge by the class that the base names.
-        model = describe(config, name=name, kind=None)
+        model = describe(config, name=label, kind=None)
     return model, name
+
+
+def _label(name: str) -> str:
+    """Name a base and, where its name is an alias, the known base whose shapes stand for it."""
+    known = find_base(name)
+    is_alias = known is not None and _is_hub_name(name) and name.lower() != known.model_id.lower()
+    return f"{name} (shapes of {known.model_id})" if known and is_alias else name
 
 
 def _read_base(base: str) -> tuple[Mapping[str, object], str]:
