@@ -1,9 +1,11 @@
 """What people reported of their adapters, made small: each kind in the forms it takes."""
 
 import json
+import math
 
+import numpy as np
 import pytest
-from handmade import QWEN, write
+from handmade import QWEN, header, size_of, write
 
 from postmortem.checker.bases import find_base
 from postmortem.cli import main
@@ -15,6 +17,30 @@ def run(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
         main(["check", *map(str, arguments), "--format", "json"])
     return stop.value.code, json.loads(capsys.readouterr().out)
+
+
+def shaped(shapes, rename=str, layers=28):
+    """A header of q_proj on every layer with other shapes, or none of a part where it is None."""
+    entries, position = {}, 0
+    for key in header(layers):
+        shape = shapes["lora_A" if "lora_A" in key else "lora_B"]
+        if shape is not None:
+            end = position + 2 * math.prod(shape)
+            entries[rename(key)] = {"dtype": "F16", "shape": shape, "data_offsets": [position, end]}
+            position = end
+    return entries
+
+
+def adapter(folder, shapes, rename=str, **config):
+    """Write an adapter of such a header, filled with a constant."""
+    entries = shaped(shapes, rename)
+    data = np.full(size_of(entries) // 2, 0.01, "<f2").tobytes()
+    return write(folder, json.dumps(entries).encode(), data, **config)
+
+
+def found_in(report):
+    """The severity of each finding of a report by id."""
+    return {finding["id"]: finding["severity"] for finding in report["findings"]}
 
 
 def unknown_base(folder):
@@ -123,7 +149,7 @@ def test_a_quantised_name_is_the_base_itself(named, given, expected, tmp_path, c
     base = [] if given is None else ["--base", tmp_path / "config.json"]
     base = base if given in (None, "config") else ["--base", given]
     code, report = run(capsys, write(tmp_path / "a", base_model_name_or_path=named), *base)
-    assert {f["id"]: f["severity"] for f in report["findings"]} == expected
+    assert found_in(report) == expected
     assert code == 0
 
 
@@ -134,3 +160,30 @@ def test_the_report_says_whose_shapes_stand_for_a_name(tmp_path, capsys):
     expected = f"{name} (shapes of Qwen/Qwen2.5-1.5B)"
     assert run(capsys, folder)[1]["base"] == expected
     assert run(capsys, folder, "--base", name)[1]["base"] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"unsloth_version": "2026.4.2"}, {"config-unknown-key": "info"}),
+        (
+            {"lora_dtype": None, "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6},
+            {"config-unknown-key": "info"},
+        ),
+        ({"axolotl_version": "0.9"}, {"config-unknown-key": "info"}),
+        ({"loraplus_lr_ratio": 16}, {"config-unknown-key": "info"}),
+        ({"use_turbo_lora": True}, {"config-unknown-key": "warning"}),
+        ({"lora_alpha": 32}, {}),
+        ({"lora_alpha": 33}, {"scale-unusual": "warning"}),
+    ],
+)
+def test_what_trainers_usually_write_is_no_suspicion(changes, expected, tmp_path, capsys):
+    """A trainer's own key is information, and a constant alpha of 32 is nothing on any rank."""
+    assert found_in(run(capsys, write(tmp_path / "a", **changes))[1]) == expected
+
+
+def test_alpha_32_on_rank_1_is_nothing(tmp_path, capsys):
+    """The recipe of one alpha for every rank starts at r 1, a scale of 32."""
+    shapes = {"lora_A": [1, 1536], "lora_B": [1536, 1]}
+    folder = adapter(tmp_path / "a", shapes, r=1, lora_alpha=32)
+    assert run(capsys, folder)[1]["findings"] == []

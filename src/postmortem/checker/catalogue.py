@@ -42,6 +42,8 @@ SEVERITIES = ("error", "warning", "info")
 # alpha/r of published adapters runs from 1/8 (alpha 16, r 128) to 4 (alpha 32, r 8), and PEFT's
 # default alpha of 8 gives 8 on r 1; a factor of eight gained on the usual 2 lands at 16.
 SCALE_LIMITS = (1 / 16, 8.0)
+# One alpha for every rank is a recipe in use, from r 1 upwards.
+CONSTANT_ALPHA = 32.0
 # rank-stabilised adapters divide by the root of r: alpha 512 on r 256 gives 32.
 RSLORA_SCALE_LIMITS = (1 / 16, 64.0)
 # One silent pair can be a module that no example reached; half of them is a training failure.

@@ -57,6 +57,11 @@ _ROUNDED = re.compile(r"gptq|awq|(?<![a-z])int[348]|fp8|w\d+a\d+", re.IGNORECASE
 # bitsandbytes rounds while loading, and MLX's copies are made the same way: so QLoRA trains.
 _ROUNDED_WHILE_LOADING = re.compile(r"bnb|nf4|(?<![a-z0-9])[2-8]-?bit", re.IGNORECASE)
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_KEY = "a key of LoraConfig"
+# What trainers note of themselves and of their optimisers: nothing that changes the adapter.
+_OF_TRAINERS = re.compile(
+    r"(unsloth|axolotl|swift|llama_?factory|trl|torchtune)_|lorap_|loraplus_|lora_dtype$|\w+_version$"
+)
 _EMPTY: tuple[object, ...] = (None, False, [], {}, "")
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
@@ -145,14 +150,14 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> list[Finding]:
 
 
 def _check_keys(adapter: Adapter) -> list[Finding]:
-    unknown = [(k, v) for k, v in adapter.raw.items() if k not in known_keys()]
-    used = [
-        (k, "a key of LoraConfig", printable(repr(v), 60)) for k, v in unknown if v not in _EMPTY
-    ]
-    unused = [(k, "a key of LoraConfig", printable(repr(v), 60)) for k, v in unknown if v in _EMPTY]
+    unknown = {k: v for k, v in adapter.raw.items() if k not in known_keys()}
+    idle = [k for k, v in unknown.items() if v in _EMPTY or _OF_TRAINERS.match(k)]
+    used = [(k, _KEY, printable(repr(v), 60)) for k, v in unknown.items() if k not in idle]
+    unused = [(k, _KEY, printable(repr(unknown[k]), 60)) for k in idle]
+    remedy = "Nothing to mend: PEFT ignores it; releases 0.6 to 0.13 raise until it is removed."
     return [
         *grouped("config-unknown-key", used),
-        *grouped("config-unknown-key", unused, severity="info"),
+        *grouped("config-unknown-key", unused, "info", remedy=remedy),
     ]
 
 
@@ -163,7 +168,8 @@ def _check_scale(config: AdapterConfig) -> list[Finding]:
     named = {"lora_alpha": config.alpha, **config.alpha_pattern}
     zeros = [(name, "other than 0", found) for name, alpha in named.items() if alpha == 0]
     findings = grouped("scale-zero", zeros, "" if len(zeros) == len(named) else "warning")
-    if config.alpha != 0 and not low <= scale <= high:
+    is_usual = low <= scale <= high or config.alpha == limits.CONSTANT_ALPHA
+    if config.alpha != 0 and not is_usual:
         findings += grouped("scale-unusual", [("lora_alpha", f"{low:g} to {high:g}", found)])
     if config.init.startswith(_REWRITING):
         expected = "an initialisation that leaves the base alone"
