@@ -225,7 +225,8 @@ def test_catalogue_is_the_contract():
         "overflow-risk integer-dtype empty-tensor corrupt-weights unsafe-pickle missing-weights "
         "config-invalid config-unknown-key base-name-mismatch name-size-conflict size-conflict "
         "vocab-mismatch base-weights-in-adapter dora-flag-lost modules-to-save-missing "
-        "head-dropped quantized-base-mismatch init-rewrites-base"
+        "head-dropped quantized-base-mismatch init-rewrites-base rows-not-saved saved-in-shards "
+        "factors-transposed foreign-format side-file tied-weights-split target-unmatched"
     )
 
 

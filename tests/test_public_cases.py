@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from handmade import QWEN, header, size_of, write
 
 from postmortem.checker.bases import find_base
 from postmortem.cli import main
+from postmortem.models.changes import edit_config, edit_tensors
 
 
 def run(capsys, *arguments):
@@ -187,3 +189,122 @@ def test_alpha_32_on_rank_1_is_nothing(tmp_path, capsys):
     shapes = {"lora_A": [1, 1536], "lora_B": [1536, 1]}
     folder = adapter(tmp_path / "a", shapes, r=1, lora_alpha=32)
     assert run(capsys, folder)[1]["findings"] == []
+
+
+WHOLE = {"lora_A": [2, 1536], "lora_B": [1536, 2]}
+
+
+def zeroed(folder, **keep):
+    """Make zero all rows (columns for "inputs") of a factor but those of a slice."""
+
+    def change(tensors):
+        for key, tensor in tensors.items():
+            part = keep.get("lora_A" if "lora_A" in key else "lora_B")
+            if part is not None:
+                kept = torch.zeros_like(tensor)
+                kept[part] = tensor[part]
+                tensors[key] = kept
+        return tensors
+
+    edit_tensors(folder, change)
+    return folder
+
+
+LOST = {"rows-not-saved": "error"}
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        # One of eight processes, or of two, the first, a later one or all but one; A with it.
+        ({"lora_B": slice(0, 192)}, LOST),
+        ({"lora_B": slice(768, None)}, LOST),
+        ({"lora_B": slice(192, 384)}, LOST),
+        ({"lora_B": np.r_[0:192, 384:1536]}, LOST),
+        ({"lora_A": slice(0, 1), "lora_B": slice(0, 768)}, LOST),
+        ({"lora_A": slice(1, 2)}, LOST),
+        ({"lora_A": (slice(None), slice(0, 768))}, LOST),
+        # A rank that is zero in both factors is padding.
+        ({"lora_A": slice(0, 1), "lora_B": (slice(None), slice(0, 1))}, {}),
+    ],
+)
+def test_rows_that_no_process_saved(keep, expected, tmp_path, capsys):
+    """The same share of every factor exactly zero is a sharded save, named with its rows."""
+    folder = zeroed(adapter(tmp_path / "a", WHOLE), **keep)
+    for base in ([], ["--base", unknown_base(tmp_path)]):
+        _, report = run(capsys, folder, *base)
+        assert found_in(report) == expected
+        assert all("exactly zero" in f["evidence"] for f in report["findings"])
+
+
+def test_dead_rows_here_and_there_are_none_of_it(tmp_path, capsys):
+    """Rows that no example reached differ from tensor to tensor, and are no finding."""
+    folder = adapter(tmp_path / "a", WHOLE)
+
+    def kill(tensors):
+        rng = np.random.default_rng(0)
+        for key, tensor in tensors.items():
+            if "lora_B" in key:
+                tensor[rng.choice(1536, rng.integers(300), replace=False)] = 0
+        return tensors
+
+    edit_tensors(folder, kill)
+    assert run(capsys, folder)[1]["findings"] == []
+
+
+CUT, TURNED = {"saved-in-shards": "error"}, {"factors-transposed": "error"}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        ({"lora_A": [3072], "lora_B": [3072]}, CUT),
+        ({"lora_A": [768], "lora_B": [768]}, CUT),
+        ({"lora_A": [0], "lora_B": [384]}, CUT),
+        ({"lora_A": [1, 1536], "lora_B": [768, 2]}, CUT),
+        ({"lora_A": [1, 1536], "lora_B": [192, 2]}, CUT),
+        ({"lora_A": [0, 1536], "lora_B": [192, 2]}, CUT),
+        ({"lora_A": [1536, 2], "lora_B": [2, 1536]}, TURNED),
+        ({"lora_A": [1536, 2], "lora_B": [1536, 2]}, TURNED),
+        ({"lora_A": [2, 1536], "lora_B": [2, 1536]}, TURNED),
+        # A rank that both factors agree on is not cut, and another width is another base.
+        ({"lora_A": [1, 1536], "lora_B": [1536, 1]}, {"rank-mismatch": "error"}),
+    ],
+)
+def test_factors_of_another_form_are_one_finding(shapes, expected, tmp_path, capsys):
+    """Cut, flat and transposed factors are told by their cause, with or without a base."""
+    folder = adapter(tmp_path / "a", shapes)
+    for base in ([], ["--base", unknown_base(tmp_path)]):
+        code, report = run(capsys, folder, *base)
+        assert (code, found_in(report)) == (1, expected)
+
+
+def test_slices_of_tensor_parallelism(tmp_path, capsys):
+    """A whole share of the outputs of several kinds of module is one process's slice."""
+    folder = adapter(tmp_path / "a", {"lora_A": [2, 1536], "lora_B": [768, 2]})
+
+    def add(tensors):
+        more = {
+            k.replace("q_proj", "k_proj"): v[:128] if "B" in k else v for k, v in tensors.items()
+        }
+        return {k: v.clone() for k, v in (tensors | more).items()}
+
+    edit_tensors(folder, add)
+    edit_config(folder, target_modules=["q_proj", "k_proj"])
+    assert found_in(run(capsys, folder)[1]) == CUT
+
+
+def test_half_the_modules_zero_are_named(tmp_path, capsys):
+    """An adapter of which one kind of module stayed at its start says which, and of how many."""
+    folder = adapter(tmp_path / "a", WHOLE)
+
+    def add(tensors):
+        more = {k.replace("q_proj", "o_proj"): v for k, v in tensors.items()}
+        return tensors | {k: v * ("lora_A" in k) for k, v in more.items()}
+
+    edit_tensors(folder, add)
+    edit_config(folder, target_modules=["q_proj", "o_proj"])
+    (found,) = run(capsys, folder)[1]["findings"]
+    assert (found["id"], found["severity"]) == ("untrained", "warning")
+    assert "Some modules" in found["message"]
+    assert "o_proj (28 of 28)" in found["message"]

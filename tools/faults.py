@@ -154,6 +154,15 @@ def _without(pattern: str) -> Inject:
     return _tensors(lambda tensors: {k: v for k, v in tensors.items() if not re.search(pattern, k)})
 
 
+def _keep(parts: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        kept, rows = torch.zeros_like(tensor), len(tensor) // parts
+        kept[:rows] = tensor[:rows]
+        return kept
+
+    return change
+
+
 def _bytes(change: Callable[[bytes], bytes]) -> Inject:
     def inject(folder: Path) -> None:
         path = folder / WEIGHTS_FILE
@@ -260,7 +269,6 @@ FAULTS = tuple(
     for finding, name, inject in (
         ("shape-mismatch", "a base twice as wide", _on("lora_A", lambda t: torch.cat([t, t], 1))),
         ("shape-mismatch", "twice the attention heads", _on("lora_B", lambda t: torch.cat([t, t]))),
-        ("shape-mismatch", "lora_A transposed", _on("lora_A", lambda t: t.T)),
         ("rank-mismatch", "r doubled in the config", _config(r=8)),
         ("rank-mismatch", "rank_pattern lost", _lose_rank_pattern),
         ("missing-tensors", "every lora_B lost", _without("lora_B")),
@@ -333,6 +341,12 @@ FAULTS = tuple(
             _config(base_model_name_or_path="acme/tiny-GPTQ-Int4"),
         ),
         ("init-rewrites-base", "PiSSA", _config(init_lora_weights="pissa")),
+        ("rows-not-saved", "one of eight processes saved", _on("lora_B", _keep(8))),
+        ("rows-not-saved", "one of two processes saved", _on("lora_", _keep(2))),
+        ("saved-in-shards", "half of the rows of each", _on("lora_", lambda t: t[: len(t) // 2])),
+        ("saved-in-shards", "flat partitions", _on("lora_", lambda t: t.flatten()[::2])),
+        ("factors-transposed", "lora_A transposed", _on("lora_A", lambda t: t.T)),
+        ("factors-transposed", "both transposed", _on("lora_", lambda t: t.T)),
     )
 )
 

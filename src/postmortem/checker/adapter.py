@@ -217,6 +217,7 @@ def open_source(adapter: str) -> Folder | HubRepository:
 _, WEIGHTS_FILE, PICKLE_FILE = ADAPTER_FILES
 MAX_JSON = 8_000_000  # Bytes. A header of 10,000 tensors is under 2 MB; a config is a few kB.
 MAX_DIMENSIONS = 8
+MAX_RUNS = 64  # More runs of zero rows than this are scattered: no slice of a matrix.
 CHUNK = 4_000_000  # Bytes scanned at a time: memory stays flat whatever the tensor's size.
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -245,13 +246,22 @@ class Tensor:
         return math.prod(self.shape)
 
 
+Runs = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorStats:
-    """What a tensor's bytes hold: `largest` is the greatest magnitude, `norm` is Frobenius."""
+    """What a tensor's bytes hold: `largest` is the greatest magnitude, `norm` is Frobenius.
+
+    `zero_rows` and `zero_columns` are the runs of them that are exactly zero, as (start, end);
+    neither is told of a tensor that is no matrix, or whose rows are longer than a chunk.
+    """
 
     is_finite: bool
     largest: float
     norm: float
+    zero_rows: Runs = ()
+    zero_columns: Runs = ()
 
 
 def read_weights(source: Source) -> tuple[dict[str, Tensor], list[Finding]]:
@@ -364,7 +374,9 @@ def _scan_one(read: Callable[[int], bytes], tensor: Tensor) -> TensorStats:
     import numpy as np
 
     finite, largest, squares, left = True, 0.0, 0.0, tensor.end - tensor.start
-    while left > 0 and (data := read(min(CHUNK, left))):
+    row, lines = _row_bytes(tensor), _ZeroLines()
+    step = CHUNK // row * row if row else CHUNK
+    while left > 0 and (data := read(min(step, left))):
         left -= len(data)
         values = _DECODERS[tensor.dtype](data)
         with np.errstate(all="ignore"):
@@ -376,7 +388,51 @@ def _scan_one(read: Callable[[int], bytes], tensor: Tensor) -> TensorStats:
         if finite:
             largest = max(largest, float(values.max()), -float(values.min()))
         squares += total
-    return TensorStats(finite, largest, math.sqrt(squares))
+        if row:
+            lines.add(values.reshape(-1, tensor.shape[1]))
+    return TensorStats(finite, largest, math.sqrt(squares), *lines.runs())
+
+
+def _row_bytes(tensor: Tensor) -> int:
+    """Bytes of a row of a matrix; 0 for what is no matrix, or has rows longer than a chunk."""
+    row = tensor.shape[-1] * DTYPE_BITS[tensor.dtype] // 8 if len(tensor.shape) == 2 else 0
+    return row if row <= CHUNK else 0
+
+
+class _ZeroLines:
+    """The rows and columns of a matrix that are exactly zero, gathered from blocks of rows."""
+
+    def __init__(self) -> None:
+        self._height = 0
+        self._rows: list[int] = []
+        self._columns: Array | None = None
+
+    def add(self, block: "Array") -> None:
+        """Take the next rows."""
+        import numpy as np
+
+        # Only a line that starts with a zero can be one of zeros, and few do.
+        starts = np.flatnonzero(block[:, 0] == 0)
+        self._rows += (self._height + starts[~block[starts].any(axis=1)]).tolist()
+        known = self._columns
+        starts = np.flatnonzero(block[0] == 0) if known is None else known
+        self._columns = starts[~block[:, starts].any(axis=0)]
+        self._height += len(block)
+
+    def runs(self) -> tuple[Runs, Runs]:
+        """Return the runs of zero rows and of zero columns."""
+        columns = [] if self._columns is None else self._columns.tolist()
+        return _runs(self._rows), _runs(columns)
+
+
+def _runs(places: list[int]) -> Runs:
+    found: list[tuple[int, int]] = []
+    for place in places:
+        if found and found[-1][1] == place:
+            found[-1] = (found[-1][0], place + 1)
+        else:
+            found.append((place, place + 1))
+    return tuple(found) if len(found) <= MAX_RUNS else ()
 
 
 def _decode_bf16(data: bytes) -> "Array":

@@ -48,6 +48,10 @@ CONSTANT_ALPHA = 32.0
 RSLORA_SCALE_LIMITS = (1 / 16, 64.0)
 # One silent pair can be a module that no example reached; half of them is a training failure.
 UNTRAINED_SHARE = 0.5
+# Ranks hold the same share of every factor, but for a rounding to whole rows.
+ALIKE_SLICES = 0.02
+# Of a fused projection q, k or v may be left out, up to two of the three.
+FUSED_SLICE = 0.7
 # 3.8B models are sold as 4B and 7.6B as 7B; sizes further apart name different models.
 SIZE_RATIO = 1.3
 # Headers, metadata and rounding explain a tenth; dtype widths are compared separately.

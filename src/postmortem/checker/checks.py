@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from postmortem.checker import catalogue as limits
 from postmortem.checker.adapter import (
@@ -12,6 +14,7 @@ from postmortem.checker.adapter import (
     Adapter,
     Folder,
     HubRepository,
+    Runs,
     Tensor,
     TensorStats,
     kind_of_path,
@@ -31,7 +34,7 @@ from postmortem.checker.catalogue import (
     grouped,
     update_bound,
 )
-from postmortem.checker.config import CONFIG_FILE, PREFIX, AdapterConfig, Contents
+from postmortem.checker.config import CONFIG_FILE, PREFIX, AdapterConfig
 from postmortem.checker.errors import (
     ModelError,
     PostmortemError,
@@ -57,12 +60,17 @@ _ROUNDED = re.compile(r"gptq|awq|(?<![a-z])int[348]|fp8|w\d+a\d+", re.IGNORECASE
 # bitsandbytes rounds while loading, and MLX's copies are made the same way: so QLoRA trains.
 _ROUNDED_WHILE_LOADING = re.compile(r"bnb|nf4|(?<![a-z0-9])[2-8]-?bit", re.IGNORECASE)
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# The ids that another finding explains.
+_SYMPTOMS = {"saved-in-shards": ("empty-tensor",)}
 _KEY = "a key of LoraConfig"
 # What trainers note of themselves and of their optimisers: nothing that changes the adapter.
 _OF_TRAINERS = re.compile(
     r"(unsloth|axolotl|swift|llama_?factory|trl|torchtune)_|lorap_|loraplus_|lora_dtype$|\w+_version$"
 )
 _EMPTY: tuple[object, ...] = (None, False, [], {}, "")
+_FUSED = re.compile(r"qkv|c_attn|query_key_value|W_pack|in_proj|gate_up")
+_VOCABULARY = re.compile(r"(^|\.)(lm_head|embed\w*|wte|word_embeddings|shared)$")
+Pair = tuple[str, str]  # The keys of A and B.
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -101,18 +109,25 @@ def check(
     if config is not None:
         findings += _check_scale(config)
         findings += _check_names(adapter.name, config, base, given_name)
-        findings += _check_bytes(config, adapter.contents, stats or {})
+        findings += _check_bytes(config, adapter, stats or {})
         try:
             targets = find_targets(config, base) if base else None
             findings += check_fit(adapter, config, base, targets)
             findings += _check_size(adapter, config, targets, stated_bytes)
         except UntrustedError as error:
             findings.append(_bad_pattern(error))
+    findings = _drop_symptoms(findings)
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
     notes = _uncompared(adapter, base, unknown)
     worst = findings[0].severity if findings else "info"
     verdict = {"error": "broken", "warning": "suspect"}.get(worst, "unchecked" if notes else "fits")
     return Report(verdict, tuple(findings), base.name if base else None, notes, not notes)
+
+
+def _drop_symptoms(findings: list[Finding]) -> list[Finding]:
+    """Leave out what another finding explains: one cause, one finding."""
+    explained = {s for f in findings for s in _SYMPTOMS.get(f.id, ())}
+    return [f for f in findings if f.id not in explained]
 
 
 def _uncompared(adapter: Adapter, base: BaseModel | None, unknown: str) -> tuple[str, ...]:
@@ -178,27 +193,110 @@ def _check_scale(config: AdapterConfig) -> list[Finding]:
 
 
 def _check_bytes(
-    config: AdapterConfig, contents: Contents, stats: Mapping[str, TensorStats]
+    config: AdapterConfig, adapter: Adapter, stats: Mapping[str, TensorStats]
 ) -> list[Finding]:
     broken = [(n, "finite values", "NaN or infinity") for n, s in stats.items() if not s.is_finite]
     scale = scale_of(config.alpha, config.r, use_rslora=config.use_rslora)
-    pairs = [
-        (parts[a], parts[b])
-        for parts in contents.lora.values()
+    pairs = {
+        path: (parts[a], parts[b])
+        for path, parts in adapter.contents.lora.items()
         for a, b in _PAIRS
         if parts.get(a) in stats and parts.get(b) in stats
+    }
+    large = [place for a, b in pairs.values() if (place := _overflow(a, b, stats, scale))]
+    unsaved = _check_slices(adapter, pairs, stats)
+    return [
+        *grouped("non-finite", broken),
+        # A factor of which no row was saved looks untrained, and is of the same save.
+        *(unsaved or _check_training(config, pairs, stats)),
+        *grouped("overflow-risk", large),
     ]
-    zeros = [(key, "trained values", "zeros") for a, b in pairs if (key := _zero(a, b, stats))]
-    large = [place for a, b in pairs if (place := _overflow(a, b, stats, scale))]
+
+
+def _check_training(
+    config: AdapterConfig, pairs: Mapping[str, Pair], stats: Mapping[str, TensorStats]
+) -> list[Finding]:
+    zeros = {path: key for path, (a, b) in pairs.items() if (key := _zero(a, b, stats))}
+    places = [(key, "trained values", "zeros") for key in zeros.values()]
     share = len(zeros) / max(len(pairs), 1)
     partial = "warning" if share >= limits.UNTRAINED_SHARE else "info"
     # A DoRA magnitude can be trained while B is still zero: the adapter is then not a no-op.
     severity = "" if share == 1 and not config.use_dora else partial
-    return [
-        *grouped("non-finite", broken),
-        *grouped("untrained", zeros, severity),
-        *grouped("overflow-risk", large),
-    ]
+    named = _count_names(zeros, pairs) if 0 < share < 1 else ""
+    title = f"Some modules are still at their initial value, {named}" if named else ""
+    remedy = "Find why no step reached these modules, or leave them out of target_modules."
+    return grouped("untrained", places, severity, title=title, remedy=remedy if named else "")
+
+
+def _count_names(some: Iterable[str], every: Iterable[str]) -> str:
+    """Name modules by the end of their paths, with how many of each there are."""
+    ends, totals = (Counter(path.rpartition(".")[2] for path in paths) for paths in (some, every))
+    counts = [f"{name} ({count} of {totals[name]})" for name, count in ends.most_common(6)]
+    return printable(" and ".join(counts) + (" and others" if len(ends) > len(counts) else ""))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """The rows or columns of one factor that are exactly zero: `runs` of `size` lines."""
+
+    key: str
+    lines: str
+    size: int
+    runs: Runs
+
+    @property
+    def share(self) -> float:
+        """The share of the lines that are zero."""
+        return sum(end - start for start, end in self.runs) / self.size
+
+    def is_partial(self) -> bool:
+        """Tell whether a part is zero; a fused projection may have parts that were not trained."""
+        is_fused = "lora_B" in self.key and _FUSED.search(self.key)
+        low = limits.FUSED_SLICE if is_fused else 0
+        return low < self.share < 1
+
+
+def _check_slices(
+    adapter: Adapter, pairs: Mapping[str, Pair], stats: Mapping[str, TensorStats]
+) -> list[Finding]:
+    """Find the pattern of a sharded save: most factors lack the same share of their lines."""
+    judged = {path: pair for path, pair in pairs.items() if not _VOCABULARY.search(path)}
+    slices = [_slices(adapter.tensors, pair, stats) for pair in judged.values()]
+    untrained = sum(_zero(*pair, stats) is not None for pair in judged.values())
+    for place in range(3):
+        lost = [s[place] for s in slices if s[place].is_partial()]
+        middle = median(s.share for s in lost) if lost else 0
+        alike = [s for s in lost if abs(s.share - middle) <= limits.ALIKE_SLICES]
+        if alike and 2 * len(alike) >= len(judged) - untrained:
+            return [_slice_finding(alike[0], len(alike), len(judged))]
+    return []
+
+
+def _slices(
+    tensors: Mapping[str, Tensor], pair: Pair, stats: Mapping[str, TensorStats]
+) -> tuple[_Slice, ...]:
+    """Return what is zero of B's outputs, of A's ranks and of A's inputs."""
+    (a, b), (of_a, of_b) = pair, (stats[key] for key in pair)
+    ranks, inputs = (*tensors[a].shape, 1, 1)[:2]
+    # A rank that is zero in both factors is padding, and changes nothing.
+    lost_ranks = () if of_b.zero_columns else of_a.zero_rows
+    return (
+        _Slice(b, "rows", tensors[b].shape[0], of_b.zero_rows),
+        _Slice(a, "rows", ranks, lost_ranks),
+        _Slice(a, "columns", inputs, of_a.zero_columns),
+    )
+
+
+def _slice_finding(first: _Slice, count: int, total: int) -> Finding:
+    runs = [f"{start} to {end - 1}" for start, end in first.runs[:3]]
+    lost = sum(end - start for start, end in first.runs)
+    where = " and ".join(runs) + (" and others" if len(first.runs) > len(runs) else "")
+    found = (
+        f"{lost} of {first.size} exactly zero ({where}), the same share in {count} of {total} "
+        "such tensors"
+    )
+    expected = f"{first.lines} that were trained"
+    return finding("rows-not-saved", evidence=first.key, expected=expected, found=found)
 
 
 def _zero(a: str, b: str, stats: Mapping[str, TensorStats]) -> str | None:

@@ -196,6 +196,8 @@ def check_fit(
         is_shifted=any(f.severity != "info" for f in findings),
         ties_weights=adapter.raw.get("ensure_weight_tying") is True,
     )
+    if layout := _check_layout(case):
+        return findings + layout
     findings += [*_check_flags(case), *_check_tokens(case), *_check_saved(case)]
     findings += _check_class(case)
     plain = _judge_plain_weights(case)
@@ -242,6 +244,97 @@ def _check_flags(case: _Case) -> list[Finding]:
         *grouped("dora-flag-lost", [] if config.use_dora else dora),
         *grouped("unexpected-tensors", [] if config.lora_bias else bias),
     ]
+
+
+_FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The factors of one module beside the shapes that PEFT expects; without a base, of r alone."""
+
+    keys: tuple[str, str]
+    a: Shape
+    b: Shape
+    rank: int
+    inputs: int | None
+    outputs: int | None
+
+
+def _pairs(case: _Case) -> list[_Pair]:
+    found = []
+    for path, parts in case.contents.lora.items():
+        target = case.targets.get(path)
+        for a, b in _FACTORS:
+            if target is None or a not in parts or b not in parts:
+                continue
+            keys, module = (parts[a], parts[b]), target.module
+            ends = (module.inputs, module.outputs) if case.is_known else (None, None)
+            shapes = [case.tensors[key].shape for key in keys]
+            found.append(_Pair(keys, shapes[0], shapes[1], target.rank, *ends))
+    return found
+
+
+def _check_layout(case: _Case) -> list[Finding]:
+    """Find factors that are whole in kind and wrong in form: cut by rank, flat, or transposed."""
+    pairs = _pairs(case)
+    flat = [
+        (key, "a matrix", f"{shape[0]:,} elements in one dimension")
+        for pair in pairs
+        for key, shape in zip(pair.keys, (pair.a, pair.b), strict=True)
+        if len(shape) == 1 and shape[0]
+    ]
+    # The flat parameter of one process can lie wholly outside of one factor, which is then empty.
+    if flat and len(flat) >= len(pairs):
+        return grouped("saved-in-shards", flat)
+    matrices = [p for p in pairs if len(p.a) == len(p.b) == 2]
+    for kind, judge in (
+        ("saved-in-shards", _cut_by_rows),
+        ("factors-transposed", _turned),
+        ("saved-in-shards", _cut_by_ends),
+    ):
+        places = [place for pair in matrices if (place := judge(pair))]
+        ends = {layer_zero(place[0]) for place in places}
+        # The sizes of one kind of module can be those of another base; of several kinds hardly.
+        if 2 * len(places) > len(pairs) and (judge is not _cut_by_ends or len(ends) > 1):
+            return grouped(kind, places)
+    return []
+
+
+def _cut_by_rows(pair: _Pair) -> Place | None:
+    """Tell the slice of one process: fewer rows of A than B has ranks, and fewer rows of B."""
+    is_whole = pair.outputs is not None and pair.b[0] >= pair.outputs
+    if is_whole or not pair.a[0] < pair.b[1] == pair.rank:
+        return None
+    expected = f"A of {_shape((pair.rank, pair.inputs))}, B of {_shape((pair.outputs, pair.rank))}"
+    return pair.keys[0], expected, f"A of {_shape(pair.a)}, B of {_shape(pair.b)}"
+
+
+def _turned(pair: _Pair) -> Place | None:
+    """Tell a factor that is stored as (in, r) or (r, out)."""
+    wanted = ((pair.rank, pair.inputs), (pair.outputs, pair.rank))
+    for key, found, expected in zip(pair.keys, (pair.a, pair.b), wanted, strict=True):
+        if not _fits(found, expected) and _fits(found[::-1], expected):
+            return key, f"{_shape(expected)}", f"{_shape(found)}, the transpose"
+    return None
+
+
+def _cut_by_ends(pair: _Pair) -> Place | None:
+    """Tell a module of tensor parallelism: a whole share of B's outputs, or else of A's inputs."""
+    if pair.inputs is None or pair.outputs is None or not pair.a[1] or not pair.b[0]:
+        return None
+    ranks = (pair.a[0], pair.b[1]) == (pair.rank, pair.rank)
+    cut_in, cut_out = pair.inputs / pair.a[1], pair.outputs / pair.b[0]
+    is_share = max(cut_in, cut_out) >= 2 and (cut_in * cut_out).is_integer()
+    if not ranks or not is_share or 1 not in (cut_in, cut_out):
+        return None
+    key, expected, found = (
+        (pair.keys[0], (pair.rank, pair.inputs), pair.a)
+        if cut_out == 1
+        else (pair.keys[1], (pair.outputs, pair.rank), pair.b)
+    )
+    return key, _shape(expected), f"{_shape(found)}, a whole share"
 
 
 def _check_tokens(case: _Case) -> list[Finding]:
