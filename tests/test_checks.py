@@ -45,7 +45,7 @@ MISPLACED = {"key-prefix": "error"}
         (PREFIX, f"_orig_mod.{PREFIX}", MISPLACED),
         (PREFIX, "base_model.model._orig_mod.", MISPLACED),
         (LAYERS, f"{LAYERS}decoder.", MISPLACED),
-        ("lora_A", "lora_down", MISPLACED),
+        ("lora_A", "lora_down", {"foreign-format": "error"}),
         # A leftover adapter name works on current PEFT and is only mentioned.
         (".weight", ".default.weight", {"key-prefix": "info"}),
         # Layers beyond the base's are one finding, which shapes that fit do not hide.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -308,3 +309,146 @@ def test_half_the_modules_zero_are_named(tmp_path, capsys):
     assert (found["id"], found["severity"]) == ("untrained", "warning")
     assert "Some modules" in found["message"]
     assert "o_proj (28 of 28)" in found["message"]
+
+
+MLX = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 2, "scale": 20.0}}
+FOREIGN = {
+    "MLX": ("model.layers.0.self_attn.q_proj.lora_a", "adapters.safetensors", MLX),
+    "MLX numbered": ("model.layers.0.mlp.up_proj.lora_b", "0000100_adapters.safetensors", MLX),
+    "MLX renamed": ("model.layers.0.self_attn.q_proj.lora_a", "adapter_model.safetensors", MLX),
+    "kohya": ("lora_unet_down_blocks_0_proj.lora_down.weight", "pony.safetensors", None),
+    "kohya te": ("lora_te1_text_model_layers_0_fc1.alpha", "my_style.safetensors", None),
+    "diffusers": ("unet.mid_block.to_q.lora_A.weight", "pytorch_lora_weights.safetensors", None),
+    "diffusers flux": (
+        "transformer.single_transformer_blocks.0.attn.to_k.lora_B.weight",
+        "pytorch_lora_weights.safetensors",
+        None,
+    ),
+    "diffusers old": (
+        "unet.up_blocks.0.processor.to_q_lora.down.weight",
+        "pytorch_lora_weights.safetensors",
+        None,
+    ),
+    "diffusers linear": (
+        "text_encoder.layers.0.q_proj.lora_linear_layer.up.weight",
+        "lora.safetensors",
+        None,
+    ),
+    "llama.cpp": ("x", "adapter-f16.gguf", None),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_another_tools_folder_is_one_finding(name, tmp_path, capsys):
+    """The format is named, with what converting it means, and nothing else is held against it."""
+    key, filename, settings = FOREIGN[name]
+    entry = {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8]}
+    folder = write(tmp_path / "a", json.dumps({key: entry}).encode(), bytes(8))
+    (folder / "adapter_model.safetensors").rename(folder / filename)
+    if settings is None:
+        (folder / "adapter_config.json").unlink()
+    else:
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+    code, report = run(capsys, folder)
+    assert (code, found_in(report)) == (1, {"foreign-format": "error"})
+    (found,) = report["findings"]
+    assert name.split()[0].lower() in found["evidence"].lower()
+    assert any(word in found["remedy"] for word in ("transpose", "put", "lora_A", "converted"))
+
+
+MISPLACED = {"key-prefix": "error"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("layers.", "{}", "_orig_mod"),
+        (".self_attn", "._checkpoint_wrapped_module.self_attn", "_checkpoint_wrapped_module"),
+        (".self_attn", "._fsdp_wrapped_module.self_attn", "_fsdp_wrapped_module"),
+        ("q_proj.", "q_proj._orig_mod.", "_orig_mod"),
+        (".weight", "._checkpoint_wrapped_module.weight", "_checkpoint_wrapped_module"),
+        ("base_model.model.", "_forward_module.base_model.model.", "_forward_module"),
+        ("base_model.model.", "_fsdp_wrapped_module.base_model._orig_mod.model.", "_fsdp_wrapped"),
+        ("base_model.model.", "module.base_model.model.", "module"),
+        ("base_model.model.", "base_model.model.module.", "module"),
+    ],
+)
+def test_a_wrappers_name_in_the_path(old, new, name, tmp_path, capsys):
+    """A wrapper's name anywhere in the keys is the one finding, with a base or without."""
+
+    def rename(key):
+        if "{}" in new:
+            return re.sub(r"layers\.(\d+)\.", r"layers.\1._orig_mod.", key)
+        return key.replace(old, new, 1)
+
+    folder = adapter(tmp_path / "a", WHOLE, rename)
+    for base in ([], ["--base", unknown_base(tmp_path)]):
+        code, report = run(capsys, folder, *base)
+        assert (code, found_in(report)) == (1, MISPLACED)
+        assert name in report["findings"][0]["evidence"]
+
+
+@pytest.mark.parametrize("name", ["module", "inner"])
+def test_an_enclosing_name_inside_the_path(name, tmp_path, capsys):
+    """A name that a base could have is a wrapper's where the paths have a place without it."""
+    folder = adapter(tmp_path / "a", WHOLE, lambda key: key.replace(".self", f".{name}.self"))
+    assert found_in(run(capsys, folder)[1]) == MISPLACED
+    unknown = run(capsys, folder, "--base", unknown_base(tmp_path))[1]
+    assert found_in(unknown) == ({"key-prefix": "warning"} if name == "module" else {})
+
+
+def test_a_nested_prefix_with_a_name_is_one_finding(tmp_path, capsys):
+    """An adapter inside another that also kept its name in the keys has one cause."""
+    nest = ("base_model.model.", "base_model.model.base_model.model.")
+    folder = adapter(
+        tmp_path / "a", WHOLE, lambda key: key.replace(*nest).replace(".weight", ".sft.weight")
+    )
+    for base in ([], ["--base", unknown_base(tmp_path)]):
+        assert found_in(run(capsys, folder, *base)[1]) == MISPLACED
+
+
+@pytest.mark.parametrize("make", ["checkpoints", "deeper", "inside", "merged", "merged shards"])
+def test_a_folder_near_an_adapter_says_where_it_is(make, tmp_path, capsys):
+    """A run's root, a folder inside an adapter and a merged model are told from an adapter."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    hint = "whole model"
+    if make in ("checkpoints", "deeper"):
+        below = folder / "out" / "trial" if make == "deeper" else folder
+        below.mkdir(parents=True, exist_ok=True)
+        write(below / "checkpoint-500")
+        write(below / "checkpoint-1000")
+        hint = "checkpoint-500"
+    if make == "inside":
+        write(folder)
+        folder, hint = folder / "global_step500", "adapters in .."
+        folder.mkdir()
+    if make.startswith("merged"):
+        (folder / "config.json").write_text(json.dumps(QWEN))
+        name = "model-00001-of-00002.safetensors" if "shards" in make else "model.safetensors"
+        (folder / name).write_bytes(b"")
+    code, report = run(capsys, folder)
+    assert code == 2
+    assert hint in report["error"]["found"]
+    assert make not in ("checkpoints", "deeper") or "checkpoint-1000" in report["error"]["remedy"]
+
+
+def test_shards_of_an_adapter_must_be_joined(tmp_path, capsys):
+    """Weights in shards are named as such, with how to join them."""
+    folder = write(tmp_path / "a")
+    weights = folder / "adapter_model.safetensors"
+    weights.rename(folder / "adapter_model-00001-of-00002.safetensors")
+    code, report = run(capsys, folder)
+    (found,) = report["findings"]
+    assert (code, found["id"]) == (1, "missing-weights")
+    assert "Join them" in found["remedy"]
+
+
+def test_links_below_are_not_followed(tmp_path, capsys):
+    """A folder that links to itself or outwards is looked through in the same time."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    (folder / "out").symlink_to(tmp_path / "elsewhere")
+    assert "elsewhere" not in str(run(capsys, folder)[1])

@@ -255,6 +255,29 @@ def _nest(key: str) -> str:
     return key.replace("base_model.model.", "base_model.model.base_model.model.", 1)
 
 
+def _wrap(name: str) -> Callable[[str], str]:
+    return lambda key: re.sub(r"\.(\d+)\.", rf".\1.{name}.", key, count=1)
+
+
+def _to_kohya(key: str) -> str:
+    path, _, part = key.removesuffix(".weight").rpartition(".")
+    name = path.removeprefix("base_model.model.").replace(".", "_")
+    return f"lora_te_{name}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"
+
+
+def _write_mlx(folder: Path) -> None:
+    def turn(tensors: Tensors) -> Tensors:
+        held = {k: v for k, v in tensors.items() if ".lora_" in k}
+        names = {k: k.removeprefix("base_model.model.").removesuffix(".weight") for k in held}
+        lower = {k: re.sub("lora_[AB]", lambda part: part[0].lower(), n) for k, n in names.items()}
+        return {lower[k]: v.T for k, v in held.items()}
+
+    edit_tensors(folder, turn)
+    (folder / WEIGHTS_FILE).rename(folder / "adapters.safetensors")
+    settings = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4}}
+    (folder / CONFIG_FILE).write_text(json.dumps(settings))
+
+
 def _drop_head(folder: Path) -> None:
     edit_config(folder, task_type="CAUSAL_LM", modules_to_save=None)
     key = "base_model.model.score.weight"
@@ -289,6 +312,8 @@ FAULTS = tuple(
         ("key-prefix", "prefix lost", _keys(lambda k: k.removeprefix("base_model.model."))),
         ("key-prefix", "a PeftModel inside another", _keys(_nest)),
         ("key-prefix", "a compiled model", _keys(lambda k: f"_orig_mod.{k}")),
+        ("key-prefix", "layers compiled one by one", _keys(_wrap("_orig_mod"))),
+        ("key-prefix", "layers checkpointed", _keys(_wrap("_checkpoint_wrapped_module"))),
         ("key-prefix", "a distributed wrapper", _keys(lambda k: f"module.{k}")),
         ("layer-out-of-range", "a deeper base", _tensors(_copy_deeper)),
         ("target-not-in-base", "another architecture", _rename_target),
@@ -347,6 +372,8 @@ FAULTS = tuple(
         ("saved-in-shards", "flat partitions", _on("lora_", lambda t: t.flatten()[::2])),
         ("factors-transposed", "lora_A transposed", _on("lora_A", lambda t: t.T)),
         ("factors-transposed", "both transposed", _on("lora_", lambda t: t.T)),
+        ("foreign-format", "MLX", _write_mlx),
+        ("foreign-format", "kohya's names", _keys(_to_kohya)),
     )
 )
 

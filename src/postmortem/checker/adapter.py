@@ -1,9 +1,11 @@
 """An adapter as its files say: where it lies, its tensors, its configuration."""
 
+import itertools
 import math
 import os
+import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from postmortem.checker.catalogue import Finding, finding
 from postmortem.checker.config import (
     CONFIG_FILE,
+    FORMATS,
     PEFT_TYPES,
     AdapterConfig,
     Contents,
@@ -117,8 +120,7 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the names in the folder, at most a thousand, sorted."""
-        with os.scandir(self.path) as entries:
-            return sorted(entry.name for entry, _ in zip(entries, range(1000), strict=False))
+        return [entry.name for entry in _entries(self.path)]
 
 
 class HubRepository:
@@ -264,20 +266,22 @@ class TensorStats:
     zero_columns: Runs = ()
 
 
-def read_weights(source: Source) -> tuple[dict[str, Tensor], list[Finding]]:
+def read_weights(
+    source: Source, filename: str = WEIGHTS_FILE
+) -> tuple[dict[str, Tensor], list[Finding]]:
     """Read the header; a file that is absent, damaged or a pickle gives a finding instead."""
-    size = source.size(WEIGHTS_FILE)
+    size = source.size(filename)
     if size is None:
         return {}, [_absent(source)]
-    head = source.read(WEIGHTS_FILE, 0, 8)
+    head = source.read(filename, 0, 8)
     length = int.from_bytes(head, "little")
     if problem := _length_problem(head, length, size):
         return {}, [problem]
-    if isinstance(source, Folder) and source.is_mostly_holes(WEIGHTS_FILE):
+    if isinstance(source, Folder) and source.is_mostly_holes(filename):
         found = f"a sparse file of {size:,} bytes, less than half of them stored"
         return {}, [_corrupt(found, expected="a file copied in full")]
     try:
-        header = parse_json(source.read(WEIGHTS_FILE, 8, length))
+        header = parse_json(source.read(filename, 8, length))
         return parse_header(header, data_start=8 + length, file_size=size), []
     except UntrustedError as error:
         return {}, [_corrupt(str(error), expected="a safetensors header")]
@@ -311,8 +315,24 @@ def _absent(source: Source) -> Finding:
         found = f"{pickle:,} bytes of pickle"
         return finding("unsafe-pickle", evidence=PICKLE_FILE, expected=WEIGHTS_FILE, found=found)
     beside = source.names() if isinstance(source, Folder) else []
+    shards = [n for n in beside if re.fullmatch(r"adapter_model-\d+-of-\d+\.safetensors", n)]
+    if shards:
+        found = f"{len(shards)} shards of it, {shards[0]} first, which PEFT does not read"
+        remedy = (
+            "Join them: weights = {}; for each shard weights |= safetensors.torch.load_file(shard);"
+            " safetensors.torch.save_file(weights, 'adapter_model.safetensors')."
+        )
+        return finding(
+            "missing-weights",
+            evidence=WEIGHTS_FILE,
+            expected="the weights in one file",
+            found=found,
+            remedy=remedy,
+        )
     weights = [n for n in beside if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))]
+    below = _adapters_below(source.path) if isinstance(source, Folder) else []
     found = f"{', '.join(weights[:3])} beside it" if weights else "no such file"
+    found += f"; adapters in {', '.join(path.name for path in below[:4])}" if below else ""
     return finding("missing-weights", evidence=WEIGHTS_FILE, expected="the weights", found=found)
 
 
@@ -479,7 +499,8 @@ _DECODERS: Mapping[str, Callable[[bytes], Any]] = {
 class Adapter:
     """An adapter; what could not be read is a finding, not a guess.
 
-    `raw` is the JSON of the configuration, `config` its typed form when PEFT would accept it.
+    `raw` is the JSON of the configuration, `config` its typed form when PEFT would accept it;
+    `beside` are the names in its folder.
     """
 
     name: str
@@ -489,13 +510,15 @@ class Adapter:
     contents: Contents
     weight_bytes: int | None
     pickle_bytes: int | None
+    beside: tuple[str, ...]
     findings: tuple[Finding, ...]
 
 
 def read_adapter(source: Source) -> Adapter:
     """Read the configuration and the header; nothing is executed, unpickled or loaded whole.
 
-    Raises ModelError when the adapter is of another method than LoRA or cannot be reached.
+    Raises ModelError when the adapter is of another method than LoRA, cannot be reached, or lies
+    in another folder than this.
     """
     raw, findings = _read_config(source)
     problems = check_config(raw)
@@ -506,6 +529,11 @@ def read_adapter(source: Source) -> Adapter:
     if isinstance(method, str) and method in PEFT_TYPES:
         raise ModelError(source.name, expected="a LoRA adapter", found=f"peft_type {method}")
     tensors, weight_findings = read_weights(source)
+    beside = tuple(source.names()) if isinstance(source, Folder) else ()
+    if foreign := _find_foreign(source, raw, tensors, beside):
+        raw, config, tensors, findings, weight_findings = {}, None, {}, [foreign], []
+    elif isinstance(source, Folder) and not {*ADAPTER_FILES} & {*beside}:
+        _point_to_adapters(source, beside)
     return Adapter(
         name=source.name,
         raw=raw,
@@ -514,8 +542,98 @@ def read_adapter(source: Source) -> Adapter:
         contents=sort_keys(tensors),
         weight_bytes=source.size(WEIGHTS_FILE),
         pickle_bytes=None if tensors else source.size(PICKLE_FILE),
+        beside=beside,
         findings=(*findings, *weight_findings),
     )
+
+
+def _find_foreign(
+    source: Source,
+    raw: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    beside: Sequence[str],
+) -> Finding | None:
+    """Recognise the folder of another tool, by its settings, its keys or the names of its files."""
+    is_peft = "peft_type" in raw
+    if not tensors and WEIGHTS_FILE not in beside and not is_peft:
+        names = [name for name in beside if name.endswith(".safetensors")]
+        tensors = {k: t for name in names[:3] for k, t in read_weights(source, name)[0].items()}
+    for form in FORMATS:
+        setting = next((key for key in form.settings if key in raw and not is_peft), None)
+        key = next((key for key in tensors if form.keys.search(key)), None)
+        # A name alone says less than what PEFT itself wrote beside it.
+        is_bare = not is_peft and WEIGHTS_FILE not in beside
+        file = next((name for name in beside if is_bare and form.files.fullmatch(name)), None)
+        if where := key or setting or file:
+            return finding(
+                "foreign-format",
+                evidence=where,
+                expected="an adapter as PEFT writes it",
+                found=f"the format of {form.tool}",
+                remedy=form.remedy,
+            )
+    return None
+
+
+_WHOLE_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_MAX_FOLDERS = 300  # Looked into for an adapter below a folder that holds none.
+
+
+def _point_to_adapters(source: Folder, beside: Sequence[str]) -> None:
+    """Raise ModelError where the adapter lies below or above, or where this is a whole model."""
+    near = _adapters_below(source.path)
+    if not near and CONFIG_FILE in _names_in(source.path.parent):
+        near = [source.path.parent]
+    whole = next((name for name in beside if _WHOLE_MODEL.fullmatch(name)), None)
+    if near:
+        names = [os.path.relpath(path, source.path) for path in near[:4]]
+        listed = ", ".join(printable(name, 80) for name in names)
+        more = f" and {len(near) - 4} more" if len(near) > 4 else ""
+        raise ModelError(
+            source.path,
+            expected=f"{CONFIG_FILE} in this folder",
+            found=f"adapters in {listed}{more}",
+            remedy=f"Check one of them: postmortem check {printable(near[-1], 400)}",
+        )
+    if whole and "config.json" in beside:
+        raise ModelError(
+            source.path,
+            expected="an adapter",
+            found=f"a whole model ({printable(whole)}), as a merge or full training writes it",
+            remedy="It needs no adapter: load it with from_pretrained, and check the adapter from "
+            "before the merge.",
+        )
+
+
+def _adapters_below(path: Path) -> list[Path]:
+    """Find the folders below that hold an adapter's configuration, in the order of their steps."""
+    found, waiting = [], [path]
+    for _ in range(_MAX_FOLDERS):
+        if not waiting:
+            break
+        folder = waiting.pop(0)
+        if folder != path and CONFIG_FILE in _names_in(folder):
+            found.append(folder)
+        elif len(folder.relative_to(path).parts) < 3:
+            waiting += _folders_in(folder)
+    return sorted(found, key=lambda p: [int(n) for n in re.findall(r"\d{1,18}", p.name)])
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [entry.name for entry in _entries(folder)]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    # A link could lead anywhere, and in circles.
+    return [Path(e.path) for e in _entries(folder) if e.is_dir(follow_symlinks=False)]
+
+
+def _entries(folder: Path) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(itertools.islice(entries, 1000), key=lambda entry: entry.name)
+    except OSError:
+        return []
 
 
 def _read_config(source: Source) -> tuple[Mapping[str, object], list[Finding]]:

@@ -183,8 +183,6 @@ def check_fit(
         is_explained = any(f.id in _UNREADABLE for f in adapter.findings)
         return [] if is_explained else grouped("missing-tensors", nothing)
     findings, contents = place_keys(adapter.contents, base)
-    if contents is None:
-        return findings
     described = base or _own_modules(contents, adapter.tensors)
     case = _Case(
         config=config,
