@@ -3,11 +3,15 @@
 import json
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
+import sound
 import torch
+import transformers as tf
 from handmade import QWEN, header, size_of, write
+from peft import PeftModel
 
 from postmortem.checker.bases import find_base
 from postmortem.cli import main
@@ -452,3 +456,156 @@ def test_links_below_are_not_followed(tmp_path, capsys):
     (folder / "loop").symlink_to(folder)
     (folder / "out").symlink_to(tmp_path / "elsewhere")
     assert "elsewhere" not in str(run(capsys, folder)[1])
+
+
+def based(folder, model_type="qwen2", class_name="Qwen2ForCausalLM", **changes):
+    """Write a tiny base of a class and return its model and folder; keys of its config change."""
+    model = sound.build(model_type, class_name, folder / "base")
+    sound.rewrite(folder / "base" / "config.json", **changes)
+    return model, folder / "base"
+
+
+def load(base, adapter, auto):
+    """Load an adapter with PEFT on a base."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(auto.from_pretrained(base), str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, {"tied-weights-split": "warning"}),
+        ({"modules_to_save": ["lm_head"]}, {"tied-weights-split": "warning"}),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, {"tied-weights-split": "warning"}),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, {}),
+        ({"modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": True}, {}),
+        ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, "info"),
+        ({"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}, "info"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "info"),
+        ({"target_modules": ["q_proj"]}, {}),
+    ],
+)
+def test_tied_weights_saved_apart(options, expected, tmp_path, capsys):
+    """A copy of one of two tied modules is a warning unless the tying is ensured."""
+    model, base = based(tmp_path)
+    assert sound.save(model, tmp_path / "a", {"target_modules": ["q_proj"], **options})
+    code, report = run(capsys, tmp_path / "a", "--base", base)
+    found = found_in(report)
+    assert code == 0
+    assert set(found.values()) <= {"info"} if expected == "info" else found == expected
+    sound.rewrite(base / "config.json", tie_word_embeddings=False)
+    if not options.get("ensure_weight_tying"):
+        assert "tied-weights-split" not in found_in(run(capsys, tmp_path / "a", "--base", base)[1])
+
+
+LOST_HEAD = {"head-dropped": "error"}
+
+
+def classifier(folder, **options):
+    """Write a base without a head, and an adapter that was made on its class with one."""
+    model, base = based(folder)
+    classifier = tf.Qwen2ForSequenceClassification(model.config)
+    classifier.config._name_or_path = classifier.name_or_path = str(base)
+    given = {"target_modules": ["q_proj"], "task_type": None, **options}
+    assert sound.save(classifier, folder / "a", given)
+    return folder / "a", base
+
+
+def test_a_classifier_without_its_task_has_lost_its_head(tmp_path, capsys):
+    """PEFT saves no head without the task, and each load has another: named whatever is given."""
+    folder, base = classifier(tmp_path)
+    auto = tf.AutoModelForSequenceClassification
+    heads = [load(base, folder, auto).base_model.model.score.weight for _ in range(2)]
+    assert not torch.equal(*heads)
+    assert found_in(run(capsys, folder, "--base", base)[1]) == LOST_HEAD
+    edit_config(folder, base_model_name_or_path="acme/unheard-of")
+    assert found_in(run(capsys, folder)[1]) == {"head-dropped": "warning"}
+    (folder / "score_head.pt").write_bytes(b"")
+    (found,) = run(capsys, folder, "--base", base)[1]["findings"]
+    assert "score_head.pt" in found["evidence"]
+    assert "Load score_head.pt" in found["remedy"]
+    sound.rewrite(base / "config.json", architectures=["Qwen2ForSequenceClassification"])
+    assert found_in(run(capsys, folder, "--base", base)[1]) == {"side-file": "warning"}
+
+
+def test_a_saved_head_is_no_lost_one(tmp_path, capsys):
+    """With the task, or the head in modules_to_save, nothing is said."""
+    for number, options in enumerate(({"task_type": "SEQ_CLS"}, {"modules_to_save": ["score"]})):
+        (tmp_path / str(number)).mkdir()
+        folder, base = classifier(tmp_path / str(number), **options)
+        assert found_in(run(capsys, folder, "--base", base)[1]) == {}
+
+
+@pytest.mark.parametrize("side", [None, "classifier.bin"])
+def test_lora_on_a_head_under_the_task_of_a_generator(side, tmp_path, capsys):
+    """LoRA on a head that is in no file is a lost head, and no target of another architecture."""
+    folder, base = classifier(tmp_path, target_modules=["q_proj", "score"])
+    edit_config(folder, task_type="CAUSAL_LM", auto_mapping=None)
+    if side:
+        (folder / side).write_bytes(b"")
+    (found,) = run(capsys, folder, "--base", base)[1]["findings"]
+    assert (found["id"], found["severity"]) == ("head-dropped", "error")
+    assert side is None or side in found["evidence"]
+    assert found_in(run(capsys, folder, "--base", unknown_base(tmp_path))[1]) == LOST_HEAD
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("non_lora_trainables.bin", {"side-file": "warning"}),
+        ("non_lora_state_dict.bin", {"side-file": "warning"}),
+        ("mm_projector.bin", {"side-file": "warning"}),
+        ("value_head.safetensors", {"side-file": "warning"}),
+        ("trainable_params.bin", {"side-file": "warning"}),
+        ("training_args.bin", {}),
+        ("optimizer.pt", {}),
+        ("scheduler.pt", {}),
+        ("rng_state_0.pth", {}),
+        ("model.safetensors", {}),
+        ("README.md", {}),
+    ],
+)
+def test_files_beside_that_peft_does_not_load(name, expected, tmp_path, capsys):
+    """Trained weights in a file of their own are named; a trainer's leftovers are not."""
+    folder = write(tmp_path / "a")
+    (folder / name).write_bytes(b"")
+    report = run(capsys, folder)[1]
+    assert found_in(report) == expected
+    assert all(name in found["evidence"] for found in report["findings"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]},
+        {"model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336"},
+    ],
+)
+def test_llavas_flat_config_is_the_text_model(changes, tmp_path, capsys):
+    """LLaVA's own classes have the text model's paths, and what lies in the tower is not judged."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**QWEN, "num_key_value_heads": 12, **changes}))
+    folder = adapter(tmp_path / "a", WHOLE)
+    (folder / "non_lora_trainables.bin").write_bytes(b"")
+    report = run(capsys, folder, "--base", config)[1]
+    assert found_in(report) == {"side-file": "warning"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "unmatched"),
+    [
+        (["q_proj", "c_attn", "fc1"], ["c_attn", "fc1"]),
+        (["q_proj"], []),
+        ("all-linear", []),
+        (r".*\.q_proj", []),
+    ],
+)
+def test_targets_that_match_nothing_are_named(targets, unmatched, tmp_path, capsys):
+    """Names that no module of the base ends with are information, with the names."""
+    model, base = based(tmp_path)
+    assert sound.save(model, tmp_path / "a", {"target_modules": targets})
+    report = run(capsys, tmp_path / "a", "--base", base)[1]
+    assert found_in(report) == ({"target-unmatched": "info"} if unmatched else {})
+    assert report["verdict"] == "fits"
+    assert all(name in report["findings"][0]["evidence"] for name in unmatched)

@@ -61,7 +61,7 @@ _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
 # model type -> (configuration, task, target modules)
 TINY: Mapping[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
-    "qwen2": (_GROUPED, "CAUSAL_LM", ("q_proj", "v_proj")),
+    "qwen2": ({**_GROUPED, "tie_word_embeddings": True}, "CAUSAL_LM", ("q_proj", "v_proj")),
     "llama": (_GROUPED, "CAUSAL_LM", ("q_proj", "down_proj")),
     "qwen3": ({**_GROUPED, "head_dim": 16}, "CAUSAL_LM", ("k_proj", "o_proj")),
     "phi3": (_GROUPED, "CAUSAL_LM", ("qkv_proj", "gate_up_proj")),
@@ -87,11 +87,15 @@ Inject = Callable[[Path], object]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One way to break an adapter: `inject` changes its folder, and returns it where it moved."""
+    """One way to break an adapter: `inject` changes its folder, and returns it where it moved.
+
+    `only` is the one architecture that has the fault, where not all have it.
+    """
 
     finding: str
     name: str
     inject: Inject
+    only: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +282,19 @@ def _write_mlx(folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(settings))
 
 
+def _write_beside(folder: Path) -> None:
+    (folder / "non_lora_trainables.bin").write_bytes(b"")
+
+
+def _save_tied(folder: Path) -> None:
+    _add_embedding(96)(folder)
+    edit_config(folder, modules_to_save=["embed_tokens"])
+
+
+def _list_another(folder: Path) -> None:
+    edit_config(folder, target_modules=[*_read_config(folder)["target_modules"], "other_proj"])
+
+
 def _drop_head(folder: Path) -> None:
     edit_config(folder, task_type="CAUSAL_LM", modules_to_save=None)
     key = "base_model.model.score.weight"
@@ -288,8 +305,8 @@ def _drop_head(folder: Path) -> None:
 _EMBEDDINGS = ["embed_tokens", "wte", "embed_in", "word_embeddings", "shared"]
 
 FAULTS = tuple(
-    Fault(finding, name, inject)
-    for finding, name, inject in (
+    Fault(*fault)
+    for fault in (
         ("shape-mismatch", "a base twice as wide", _on("lora_A", lambda t: torch.cat([t, t], 1))),
         ("shape-mismatch", "twice the attention heads", _on("lora_B", lambda t: torch.cat([t, t]))),
         ("rank-mismatch", "r doubled in the config", _config(r=8)),
@@ -372,6 +389,9 @@ FAULTS = tuple(
         ("saved-in-shards", "flat partitions", _on("lora_", lambda t: t.flatten()[::2])),
         ("factors-transposed", "lora_A transposed", _on("lora_A", lambda t: t.T)),
         ("factors-transposed", "both transposed", _on("lora_", lambda t: t.T)),
+        ("side-file", "a projector in a file of its own", _write_beside),
+        ("tied-weights-split", "one of two tied modules saved", _save_tied, "qwen2"),
+        ("target-unmatched", "a name of another architecture", _list_another),
         ("foreign-format", "MLX", _write_mlx),
         ("foreign-format", "kohya's names", _keys(_to_kohya)),
     )

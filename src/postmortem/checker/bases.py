@@ -128,7 +128,8 @@ class BaseModel:
 
     `open_paths` matches module paths that exist but are not described here (experts of a
     mixture, vision towers): adapters may hold tensors there and their shapes are not judged.
-    `transposed` weights are stored as (in, out); `declared_kind` is that of the config itself.
+    `transposed` weights are stored as (in, out); `declared_kind` is that of the config itself;
+    `ties_weights` tells whether the output layer shares the weight of the input embedding.
     """
 
     name: str
@@ -142,6 +143,15 @@ class BaseModel:
     transposed: bool
     declared_kind: str | None
     quantization: str | None
+    ties_weights: bool
+
+    def tied(self, path: str) -> str | None:
+        """Return the module that shares this one's weight, if one does."""
+        ends = ("embed_tokens", "lm_head")
+        if not self.ties_weights or self.kind != "causal" or not path.endswith(ends):
+            return None
+        wanted = ends[path.endswith("embed_tokens")]
+        return next((name for name in self.modules if name.endswith(wanted)), None)
 
     def is_open(self, path: str) -> bool:
         """Tell whether this path lies in a part of the model that is not described."""
@@ -222,6 +232,11 @@ _TYPES = {
     "deberta-v2": _Type("deberta-v2", "query_proj value_proj"),
     "t5": _Type("t5", "q v"),
 }
+# Types whose class ties lm_head to the embedding where config.json does not say.
+_TIED = (
+    *("gemma", "gemma2", "gemma3_text", "smollm3", "gpt2", "opt", "falcon", "bloom"),
+    *("bert", "roberta", "xlm-roberta", "deberta", "deberta-v2", "t5"),
+)
 # The text tower of these sits under language_model; everything visual stays undescribed.
 _VISION_TYPES = {
     "gemma3": "gemma3_text",
@@ -231,7 +246,17 @@ _VISION_TYPES = {
     "llava": "llama",
     "mistral3": "mistral",
 }
-_VISION_PATHS = re.compile(r"(^|\.)(visual|vision\w*|multi_modal_projector|image\w*)(\.|$)")
+# LLaVA's own classes are the text model itself with a tower beside its layers.
+_FLAT_TYPES = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+}
+_VISION_PATHS = re.compile(
+    r"(^|\.)(visual|vision\w*|image\w*|resampler"
+    r"|m(ulti_)?m(odal)?_(projector|connector))(\.|$)"
+)
 _EXPERT_PATHS = re.compile(r"\.(mlp|block_sparse_moe)(\.|$)")
 
 _KIND_OF_TASK = {
@@ -273,8 +298,10 @@ def describe(config: Mapping[str, object], *, name: str, kind: str | None) -> Ba
     sizes are not usable numbers.
     """
     outer_type = str(config.get("model_type"))
-    is_vision = outer_type in _VISION_TYPES
+    is_flat = outer_type in _FLAT_TYPES and "text_config" not in config
+    is_vision = outer_type in _VISION_TYPES and not is_flat
     text = _text_config(config) if is_vision else config
+    text = {**config, "model_type": _FLAT_TYPES[outer_type]} if is_flat else text
     entry = _TYPES.get(str(text.get("model_type")))
     if entry is None:
         return None
@@ -294,11 +321,23 @@ def describe(config: Mapping[str, object], *, name: str, kind: str | None) -> Ba
         layers=sizes["L"],
         default_targets=tuple(entry.targets.split()),
         heads=tuple(row["path"] for row in rows if row["kind"]),
-        open_paths=_VISION_PATHS if is_vision else None if "dense" in flags else _EXPERT_PATHS,
+        open_paths=_open_paths(is_vision or is_flat, flags),
         transposed=family.transposed,
         declared_kind=_declared_kind(config),
         quantization=_quantization(config),
+        ties_weights=_is_tied(config, full),
     )
+
+
+def _open_paths(is_vision: bool, flags: frozenset[str]) -> re.Pattern[str] | None:
+    if is_vision:
+        return _VISION_PATHS
+    return None if "dense" in flags else _EXPERT_PATHS
+
+
+def _is_tied(config: Mapping[str, object], text: Mapping[str, object]) -> bool:
+    default = text.get("tie_word_embeddings", str(text.get("model_type")) in _TIED)
+    return config.get("tie_word_embeddings", default) is True
 
 
 def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:

@@ -56,6 +56,7 @@ class AdapterConfig:
     use_rslora: bool
     use_dora: bool
     lora_bias: bool
+    ensures_tying: bool
     init: str
     task_type: str | None
     class_name: str | None
@@ -213,6 +214,7 @@ def build_config(raw: Mapping[str, Any]) -> AdapterConfig:
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
         lora_bias=bool(raw.get("lora_bias")),
+        ensures_tying=bool(raw.get("ensure_weight_tying")),
         init=str(raw.get("init_lora_weights", True)),
         task_type=raw.get("task_type"),
         class_name=_class_name(raw.get("auto_mapping")),
