@@ -33,10 +33,11 @@ def pairs() -> list[Any]:
             fault,
             model_type,
             id=f"{fault.finding}: {fault.name}-{model_type}",
-            marks=() if number % len(TINY) == place else pytest.mark.slow,
+            marks=() if fault.only or number % len(TINY) == place else pytest.mark.slow,
         )
         for number, fault in enumerate(FAULTS)
         for place, model_type in enumerate(TINY)
+        if fault.only in ("", model_type)
     ]
 
 
@@ -44,7 +45,7 @@ def pairs() -> list[Any]:
 def test_fault_is_caught_under_its_id(
     fault: Fault, model_type: str, sound_adapters: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    """Every injected fault is found under its own id, on every architecture."""
+    """Every injected fault is found under its own id, on every architecture that can have it."""
     base, sound = sound_adapters[model_type]
     broken = inject(fault, sound, tmp_path / "adapter")
     report = inspect_adapter(str(broken), str(base), serving=fault.serving).report

@@ -21,7 +21,9 @@ def alarms(adapter, base):
     """Check an adapter and return its errors and warnings; the base must have been described."""
     report = inspect_adapter(str(adapter), str(base)).report
     assert report.base is not None
-    return [f"{f.id}: {f.evidence}" for f in report.findings if f.severity != "info"]
+    # PEFT itself warns of a tied module that is saved apart.
+    kept = [f for f in report.findings if f.id != "tied-weights-split"]
+    return [f"{f.id}: {f.evidence}" for f in kept if f.severity != "info"]
 
 
 def wrong(name, class_name, folder, wanted):
@@ -108,5 +110,5 @@ def test_unknown_architecture_gets_the_checks_that_need_no_shapes(written):
     adapter, base = written()
     sound.rewrite(base / "config.json", model_type="mamba")
     report = inspect_adapter(str(adapter), str(base)).report
-    assert (report.base, report.findings) == (None, ())
+    assert (report.base, report.findings, report.verdict) == (None, (), "unchecked")
     assert "shapes were not checked" in report.notes[0]

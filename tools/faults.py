@@ -62,7 +62,7 @@ _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
 # model type -> (configuration, task, target modules)
 TINY: Mapping[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
-    "qwen2": (_GROUPED, "CAUSAL_LM", ("q_proj", "v_proj")),
+    "qwen2": ({**_GROUPED, "tie_word_embeddings": True}, "CAUSAL_LM", ("q_proj", "v_proj")),
     "llama": (_GROUPED, "CAUSAL_LM", ("q_proj", "down_proj")),
     "qwen3": ({**_GROUPED, "head_dim": 16}, "CAUSAL_LM", ("k_proj", "o_proj")),
     "phi3": (_GROUPED, "CAUSAL_LM", ("qkv_proj", "gate_up_proj")),
@@ -90,13 +90,15 @@ Inject = Callable[[Path], object]
 class Fault:
     """One way to break an adapter: `inject` changes its folder, and returns it where it moved.
 
-    `runtime` is the one that the adapter is then checked for; PEFT alone without one.
+    `runtime` is the one that the adapter is then checked for; PEFT alone without one. `only` is the
+    one architecture that has the fault, where not all have it.
     """
 
     finding: str
     name: str
     inject: Inject
     runtime: str = ""
+    only: str = ""
 
     @property
     def serving(self) -> Serving:
@@ -162,6 +164,15 @@ def _on(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Inject:
 
 def _without(pattern: str) -> Inject:
     return _tensors(lambda tensors: {k: v for k, v in tensors.items() if not re.search(pattern, k)})
+
+
+def _keep(parts: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        kept, rows = torch.zeros_like(tensor), len(tensor) // parts
+        kept[:rows] = tensor[:rows]
+        return kept
+
+    return change
 
 
 def _bytes(change: Callable[[bytes], bytes]) -> Inject:
@@ -256,6 +267,42 @@ def _nest(key: str) -> str:
     return key.replace("base_model.model.", "base_model.model.base_model.model.", 1)
 
 
+def _wrap(name: str) -> Callable[[str], str]:
+    return lambda key: re.sub(r"\.(\d+)\.", rf".\1.{name}.", key, count=1)
+
+
+def _to_kohya(key: str) -> str:
+    path, _, part = key.removesuffix(".weight").rpartition(".")
+    name = path.removeprefix("base_model.model.").replace(".", "_")
+    return f"lora_te_{name}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"
+
+
+def _write_mlx(folder: Path) -> None:
+    def turn(tensors: Tensors) -> Tensors:
+        held = {k: v for k, v in tensors.items() if ".lora_" in k}
+        names = {k: k.removeprefix("base_model.model.").removesuffix(".weight") for k in held}
+        lower = {k: re.sub("lora_[AB]", lambda part: part[0].lower(), n) for k, n in names.items()}
+        return {lower[k]: v.T for k, v in held.items()}
+
+    edit_tensors(folder, turn)
+    (folder / WEIGHTS_FILE).rename(folder / "adapters.safetensors")
+    settings = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4}}
+    (folder / CONFIG_FILE).write_text(json.dumps(settings))
+
+
+def _write_beside(folder: Path) -> None:
+    (folder / "non_lora_trainables.bin").write_bytes(b"")
+
+
+def _save_tied(folder: Path) -> None:
+    _add_embedding(96)(folder)
+    edit_config(folder, modules_to_save=["embed_tokens"])
+
+
+def _list_another(folder: Path) -> None:
+    edit_config(folder, target_modules=[*_read_config(folder)["target_modules"], "other_proj"])
+
+
 def _drop_head(folder: Path) -> None:
     edit_config(folder, task_type="CAUSAL_LM", modules_to_save=None)
     key = "base_model.model.score.weight"
@@ -286,7 +333,6 @@ FAULTS = tuple(
     for fault in (
         ("shape-mismatch", "a base twice as wide", _on("lora_A", lambda t: torch.cat([t, t], 1))),
         ("shape-mismatch", "twice the attention heads", _on("lora_B", lambda t: torch.cat([t, t]))),
-        ("shape-mismatch", "lora_A transposed", _on("lora_A", lambda t: t.T)),
         ("rank-mismatch", "r doubled in the config", _config(r=8)),
         ("rank-mismatch", "rank_pattern lost", _lose_rank_pattern),
         ("missing-tensors", "every lora_B lost", _without("lora_B")),
@@ -307,6 +353,8 @@ FAULTS = tuple(
         ("key-prefix", "prefix lost", _keys(lambda k: k.removeprefix("base_model.model."))),
         ("key-prefix", "a PeftModel inside another", _keys(_nest)),
         ("key-prefix", "a compiled model", _keys(lambda k: f"_orig_mod.{k}")),
+        ("key-prefix", "layers compiled one by one", _keys(_wrap("_orig_mod"))),
+        ("key-prefix", "layers checkpointed", _keys(_wrap("_checkpoint_wrapped_module"))),
         ("key-prefix", "a distributed wrapper", _keys(lambda k: f"module.{k}")),
         ("layer-out-of-range", "a deeper base", _tensors(_copy_deeper)),
         ("target-not-in-base", "another architecture", _rename_target),
@@ -362,6 +410,17 @@ FAULTS = tuple(
         ("serving-refuses", "rank 32, for vLLM as it comes", _raise_rank, "vllm"),
         ("serving-drops", "layer 0 alone, for TGI", _keep_first_layer, "tgi"),
         ("serving-rescales", "rank-stabilised, for SGLang", _config(use_rslora=True), "sglang"),
+        ("rows-not-saved", "one of eight processes saved", _on("lora_B", _keep(8))),
+        ("rows-not-saved", "one of two processes saved", _on("lora_", _keep(2))),
+        ("saved-in-shards", "half of the rows of each", _on("lora_", lambda t: t[: len(t) // 2])),
+        ("saved-in-shards", "flat partitions", _on("lora_", lambda t: t.flatten()[::2])),
+        ("factors-transposed", "lora_A transposed", _on("lora_A", lambda t: t.T)),
+        ("factors-transposed", "both transposed", _on("lora_", lambda t: t.T)),
+        ("side-file", "a projector in a file of its own", _write_beside),
+        ("tied-weights-split", "one of two tied modules saved", _save_tied, "", "qwen2"),
+        ("target-unmatched", "a name of another architecture", _list_another),
+        ("foreign-format", "MLX", _write_mlx),
+        ("foreign-format", "kohya's names", _keys(_to_kohya)),
     )
 )
 

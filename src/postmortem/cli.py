@@ -53,6 +53,7 @@ def _describe_check() -> ArgumentParser:
     add("--header-only", action="store_true", help="Do not read tensor bytes.")
     add("--format", choices=FORMATS, default="text", help="How to write the report.")
     add("--stated-mb", type=float, help="The size in MB at which the adapter was published.")
+    add("--strict", action="store_true", help="Exit 2 where shapes were compared with no base.")
     add("--explain", metavar="ID", help="Explain a finding by its id.")
     _add_serving(parser)
     return parser
@@ -75,7 +76,7 @@ def _check(options: Namespace) -> int:
     if options.explain is not None:
         print(report.explain(find_entry(options.explain)))
         return 0
-    done, refused = report.inspect_all(
+    inspections = report.inspect_all(
         options.adapters,
         options.base,
         header_only=options.header_only,
@@ -88,12 +89,15 @@ def _check(options: Namespace) -> int:
             tower_lora=options.tower_lora,
         ),
     )
-    written = report.write(done, refused, options.format, is_coloured=sys.stdout.isatty())
+    written = report.write(inspections, options.format, is_coloured=sys.stdout.isatty())
     if written:
         print(written)
-    if refused:
-        raise refused[0]
-    return int(any(inspection.report.verdict == "broken" for inspection in done))
+    for error in (i.error for i in inspections if i.error is not None):
+        raise error
+    if any(inspection.report.verdict == "broken" for inspection in inspections):
+        return 1
+    is_open = options.strict and not all(i.report.is_compared for i in inspections)
+    return 2 if is_open else 0
 
 
 def _find_extra(module: str) -> str:

@@ -1,15 +1,18 @@
 """An adapter as its files say: where it lies, its tensors, its configuration."""
 
+import itertools
 import math
 import os
+import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from postmortem.checker.config import (
     CONFIG_FILE,
+    FORMATS,
     PEFT_TYPES,
     AdapterConfig,
     Contents,
@@ -118,8 +121,7 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the names in the folder, at most a thousand, sorted."""
-        with os.scandir(self.path) as entries:
-            return sorted(entry.name for entry, _ in zip(entries, range(1000), strict=False))
+        return [entry.name for entry in _entries(self.path)]
 
 
 class HubRepository:
@@ -218,6 +220,7 @@ def open_source(adapter: str) -> Folder | HubRepository:
 _, WEIGHTS_FILE, PICKLE_FILE = ADAPTER_FILES
 MAX_JSON = 8_000_000  # Bytes. A header of 10,000 tensors is under 2 MB; a config is a few kB.
 MAX_DIMENSIONS = 8
+MAX_RUNS = 64  # More runs of zero rows than this are scattered: no slice of a matrix.
 CHUNK = 4_000_000  # Bytes scanned at a time: memory stays flat whatever the tensor's size.
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -246,29 +249,40 @@ class Tensor:
         return math.prod(self.shape)
 
 
+Runs = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorStats:
-    """What a tensor's bytes hold: `largest` is the greatest magnitude, `norm` is Frobenius."""
+    """What a tensor's bytes hold: `largest` is the greatest magnitude, `norm` is Frobenius.
+
+    `zero_rows` and `zero_columns` are the runs of them that are exactly zero, as (start, end);
+    neither is told of a tensor that is no matrix, or whose rows are longer than a chunk.
+    """
 
     is_finite: bool
     largest: float
     norm: float
+    zero_rows: Runs = ()
+    zero_columns: Runs = ()
 
 
-def read_weights(source: Source) -> tuple[dict[str, Tensor], list[Finding]]:
+def read_weights(
+    source: Source, filename: str = WEIGHTS_FILE
+) -> tuple[dict[str, Tensor], list[Finding]]:
     """Read the header; a file that is absent, damaged or a pickle gives a finding instead."""
-    size = source.size(WEIGHTS_FILE)
+    size = source.size(filename)
     if size is None:
         return {}, [_absent(source)]
-    head = source.read(WEIGHTS_FILE, 0, 8)
+    head = source.read(filename, 0, 8)
     length = int.from_bytes(head, "little")
     if problem := _length_problem(head, length, size):
         return {}, [problem]
-    if isinstance(source, Folder) and source.is_mostly_holes(WEIGHTS_FILE):
+    if isinstance(source, Folder) and source.is_mostly_holes(filename):
         found = f"a sparse file of {size:,} bytes, less than half of them stored"
         return {}, [_corrupt(found, expected="a file copied in full")]
     try:
-        header = parse_json(source.read(WEIGHTS_FILE, 8, length))
+        header = parse_json(source.read(filename, 8, length))
         return parse_header(header, data_start=8 + length, file_size=size), []
     except UntrustedError as error:
         return {}, [_corrupt(str(error), expected="a safetensors header")]
@@ -302,8 +316,24 @@ def _absent(source: Source) -> Finding:
         found = f"{pickle:,} bytes of pickle"
         return finding("unsafe-pickle", evidence=PICKLE_FILE, expected=WEIGHTS_FILE, found=found)
     beside = source.names() if isinstance(source, Folder) else []
+    shards = [n for n in beside if re.fullmatch(r"adapter_model-\d+-of-\d+\.safetensors", n)]
+    if shards:
+        found = f"{len(shards)} shards of it, {shards[0]} first, which PEFT does not read"
+        remedy = (
+            "Join them: weights = {}; for each shard weights |= safetensors.torch.load_file(shard);"
+            " safetensors.torch.save_file(weights, 'adapter_model.safetensors')."
+        )
+        return finding(
+            "missing-weights",
+            evidence=WEIGHTS_FILE,
+            expected="the weights in one file",
+            found=found,
+            remedy=remedy,
+        )
     weights = [n for n in beside if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))]
+    below = _adapters_below(source.path) if isinstance(source, Folder) else []
     found = f"{', '.join(weights[:3])} beside it" if weights else "no such file"
+    found += f"; adapters in {', '.join(path.name for path in below[:4])}" if below else ""
     return finding("missing-weights", evidence=WEIGHTS_FILE, expected="the weights", found=found)
 
 
@@ -365,7 +395,9 @@ def _scan_one(read: Callable[[int], bytes], tensor: Tensor) -> TensorStats:
     import numpy as np
 
     finite, largest, squares, left = True, 0.0, 0.0, tensor.end - tensor.start
-    while left > 0 and (data := read(min(CHUNK, left))):
+    row, lines = _row_bytes(tensor), _ZeroLines()
+    step = CHUNK // row * row if row else CHUNK
+    while left > 0 and (data := read(min(step, left))):
         left -= len(data)
         values = _DECODERS[tensor.dtype](data)
         with np.errstate(all="ignore"):
@@ -377,7 +409,51 @@ def _scan_one(read: Callable[[int], bytes], tensor: Tensor) -> TensorStats:
         if finite:
             largest = max(largest, float(values.max()), -float(values.min()))
         squares += total
-    return TensorStats(finite, largest, math.sqrt(squares))
+        if row:
+            lines.add(values.reshape(-1, tensor.shape[1]))
+    return TensorStats(finite, largest, math.sqrt(squares), *lines.runs())
+
+
+def _row_bytes(tensor: Tensor) -> int:
+    """Bytes of a row of a matrix; 0 for what is no matrix, or has rows longer than a chunk."""
+    row = tensor.shape[-1] * DTYPE_BITS[tensor.dtype] // 8 if len(tensor.shape) == 2 else 0
+    return row if row <= CHUNK else 0
+
+
+class _ZeroLines:
+    """The rows and columns of a matrix that are exactly zero, gathered from blocks of rows."""
+
+    def __init__(self) -> None:
+        self._height = 0
+        self._rows: list[int] = []
+        self._columns: Array | None = None
+
+    def add(self, block: "Array") -> None:
+        """Take the next rows."""
+        import numpy as np
+
+        # Only a line that starts with a zero can be one of zeros, and few do.
+        starts = np.flatnonzero(block[:, 0] == 0)
+        self._rows += (self._height + starts[~block[starts].any(axis=1)]).tolist()
+        known = self._columns
+        starts = np.flatnonzero(block[0] == 0) if known is None else known
+        self._columns = starts[~block[:, starts].any(axis=0)]
+        self._height += len(block)
+
+    def runs(self) -> tuple[Runs, Runs]:
+        """Return the runs of zero rows and of zero columns."""
+        columns = [] if self._columns is None else self._columns.tolist()
+        return _runs(self._rows), _runs(columns)
+
+
+def _runs(places: list[int]) -> Runs:
+    found: list[tuple[int, int]] = []
+    for place in places:
+        if found and found[-1][1] == place:
+            found[-1] = (found[-1][0], place + 1)
+        else:
+            found.append((place, place + 1))
+    return tuple(found) if len(found) <= MAX_RUNS else ()
 
 
 def _decode_bf16(data: bytes) -> "Array":
@@ -424,7 +500,8 @@ _DECODERS: Mapping[str, Callable[[bytes], Any]] = {
 class Adapter:
     """An adapter; what could not be read is a finding, not a guess.
 
-    `raw` is the JSON of the configuration, `config` its typed form when PEFT would accept it.
+    `raw` is the JSON of the configuration, `config` its typed form when PEFT would accept it;
+    `beside` are the names in its folder.
     """
 
     name: str
@@ -434,13 +511,15 @@ class Adapter:
     contents: Contents
     weight_bytes: int | None
     pickle_bytes: int | None
+    beside: tuple[str, ...]
     findings: tuple[Finding, ...]
 
 
 def read_adapter(source: Source) -> Adapter:
     """Read the configuration and the header; nothing is executed, unpickled or loaded whole.
 
-    Raises ModelError when the adapter is of another method than LoRA or cannot be reached.
+    Raises ModelError when the adapter is of another method than LoRA, cannot be reached, or lies
+    in another folder than this.
     """
     raw, findings = _read_config(source)
     problems = check_config(raw)
@@ -451,6 +530,11 @@ def read_adapter(source: Source) -> Adapter:
     if isinstance(method, str) and method in PEFT_TYPES:
         raise ModelError(source.name, expected="a LoRA adapter", found=f"peft_type {method}")
     tensors, weight_findings = read_weights(source)
+    beside = tuple(source.names()) if isinstance(source, Folder) else ()
+    if foreign := _find_foreign(source, raw, tensors, beside):
+        raw, config, tensors, findings, weight_findings = {}, None, {}, [foreign], []
+    elif isinstance(source, Folder) and not {*ADAPTER_FILES} & {*beside}:
+        _point_to_adapters(source, beside)
     return Adapter(
         name=source.name,
         raw=raw,
@@ -459,8 +543,98 @@ def read_adapter(source: Source) -> Adapter:
         contents=sort_keys(tensors),
         weight_bytes=source.size(WEIGHTS_FILE),
         pickle_bytes=None if tensors else source.size(PICKLE_FILE),
+        beside=beside,
         findings=(*findings, *weight_findings),
     )
+
+
+def _find_foreign(
+    source: Source,
+    raw: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    beside: Sequence[str],
+) -> Finding | None:
+    """Recognise the folder of another tool, by its settings, its keys or the names of its files."""
+    is_peft = "peft_type" in raw
+    if not tensors and WEIGHTS_FILE not in beside and not is_peft:
+        names = [name for name in beside if name.endswith(".safetensors")]
+        tensors = {k: t for name in names[:3] for k, t in read_weights(source, name)[0].items()}
+    for form in FORMATS:
+        setting = next((key for key in form.settings if key in raw and not is_peft), None)
+        key = next((key for key in tensors if form.keys.search(key)), None)
+        # A name alone says less than what PEFT itself wrote beside it.
+        is_bare = not is_peft and WEIGHTS_FILE not in beside
+        file = next((name for name in beside if is_bare and form.files.fullmatch(name)), None)
+        if where := key or setting or file:
+            return finding(
+                "foreign-format",
+                evidence=where,
+                expected="an adapter as PEFT writes it",
+                found=f"the format of {form.tool}",
+                remedy=form.remedy,
+            )
+    return None
+
+
+_WHOLE_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_MAX_FOLDERS = 300  # Looked into for an adapter below a folder that holds none.
+
+
+def _point_to_adapters(source: Folder, beside: Sequence[str]) -> None:
+    """Raise ModelError where the adapter lies below or above, or where this is a whole model."""
+    near = _adapters_below(source.path)
+    if not near and CONFIG_FILE in _names_in(source.path.parent):
+        near = [source.path.parent]
+    whole = next((name for name in beside if _WHOLE_MODEL.fullmatch(name)), None)
+    if near:
+        names = [os.path.relpath(path, source.path) for path in near[:4]]
+        listed = ", ".join(printable(name, 80) for name in names)
+        more = f" and {len(near) - 4} more" if len(near) > 4 else ""
+        raise ModelError(
+            source.path,
+            expected=f"{CONFIG_FILE} in this folder",
+            found=f"adapters in {listed}{more}",
+            remedy=f"Check one of them: postmortem check {printable(near[-1], 400)}",
+        )
+    if whole and "config.json" in beside:
+        raise ModelError(
+            source.path,
+            expected="an adapter",
+            found=f"a whole model ({printable(whole)}), as a merge or full training writes it",
+            remedy="It needs no adapter: load it with from_pretrained, and check the adapter from "
+            "before the merge.",
+        )
+
+
+def _adapters_below(path: Path) -> list[Path]:
+    """Find the folders below that hold an adapter's configuration, in the order of their steps."""
+    found, waiting = [], [path]
+    for _ in range(_MAX_FOLDERS):
+        if not waiting:
+            break
+        folder = waiting.pop(0)
+        if folder != path and CONFIG_FILE in _names_in(folder):
+            found.append(folder)
+        elif len(folder.relative_to(path).parts) < 3:
+            waiting += _folders_in(folder)
+    return sorted(found, key=lambda p: [int(n) for n in re.findall(r"\d{1,18}", p.name)])
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [entry.name for entry in _entries(folder)]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    # A link could lead anywhere, and in circles.
+    return [Path(e.path) for e in _entries(folder) if e.is_dir(follow_symlinks=False)]
+
+
+def _entries(folder: Path) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(itertools.islice(entries, 1000), key=lambda entry: entry.name)
+    except OSError:
+        return []
 
 
 def _read_config(source: Source) -> tuple[Mapping[str, object], list[Finding]]:

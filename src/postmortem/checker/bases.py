@@ -9,11 +9,22 @@ from pathlib import Path
 
 from postmortem.checker.errors import ModelError
 
-# Fine-tuned or requantised siblings whose module shapes are those of the row without the suffix.
-_SUFFIXES = (
-    *("-instruct", "-chat", "-hf", "-it", "-base", "-pt"),
-    *("-gptq-int4", "-gptq-int8", "-gptq", "-awq", "-bnb-4bit", "-unsloth", "-fp8"),
+# Tuned siblings whose module shapes are those of the row without the suffix.
+_TUNED = ("-instruct", "-chat", "-it", "-base", "-pt", "-deduped")
+# What requantised or repackaged copies append to the name of the model that they hold.
+_COPY = re.compile(
+    r"-(hf|unsloth|bnb-[48]bit|[2-8]-?bits?|mlx|gguf|nf4|qat|dwq|(bf|fp|f)16|int[48]"
+    r"|(gptq|awq)(-int[48])?|fp8(-block|-dynamic|-kv)?|(quantized\.)?w\d+a\d+|q[2-8](_\w+)?)$"
 )
+# What other publishers, or the same one today, call a model.
+_RENAMED = (
+    (re.compile(r"^meta-llama-"), "llama-"),
+    (re.compile(r"^tinyllama-chat$"), "tinyllama-1.1b-chat-v1.0"),
+    (re.compile(r"^tinyllama$"), "tinyllama-1.1b-intermediate-step-1431k-3t"),
+    (re.compile(r"^mistral-7b$"), "mistral-7b-v0.1"),
+)
+# Copies under an architecture of another kind: their projections are split.
+_CONVERTED = re.compile(r"unsloth/phi-[34]", re.IGNORECASE)
 _DIMENSIONS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "vocab_size"),
@@ -39,6 +50,7 @@ class KnownBase:
     verified: bool
     source: str
     notes: str
+    aliases: tuple[str, ...]
 
 
 def _read_row(row: Mapping[str, str]) -> KnownBase:
@@ -49,7 +61,8 @@ def _read_row(row: Mapping[str, str]) -> KnownBase:
         **_EXTRA.get(row["model_type"], {}),
     }
     verified = row["verified"] == "yes"
-    return KnownBase(row["model_id"], config, verified, row["source"], row["notes"])
+    aliases = tuple(row["aliases"].split())
+    return KnownBase(row["model_id"], config, verified, row["source"], row["notes"], aliases)
 
 
 @cache
@@ -59,12 +72,28 @@ def known_bases() -> tuple[KnownBase, ...]:
         return tuple(_read_row(row) for row in csv.DictReader(file))
 
 
-def family_name(model_id: str) -> str:
-    """Reduce a model id to what fixes its shapes: no owner, no tuning or quantisation suffix."""
+def plain_name(model_id: str) -> str:
+    """Reduce a model id to the model that it is a copy of: no owner and no quantisation."""
     name = model_id.rstrip("/").rsplit("/", 1)[-1].lower()
-    while suffix := next((s for s in _SUFFIXES if name.endswith(s)), None):
+    while suffix := _COPY.search(name):
+        name = name[: suffix.start()]
+    for pattern, today in _RENAMED:
+        name = pattern.sub(today, name)
+    return name
+
+
+def family_name(model_id: str) -> str:
+    """Reduce a model id to what fixes its shapes: neither owner, quantisation nor tuning."""
+    name = plain_name(model_id)
+    while suffix := next((s for s in _TUNED if name.endswith(s)), None):
         name = name.removesuffix(suffix)
     return name
+
+
+@cache
+def _by_family() -> Mapping[str, KnownBase]:
+    aliases = {alias: base for base in known_bases() for alias in base.aliases}
+    return {**aliases, **{family_name(b.model_id): b for b in reversed(known_bases())}}
 
 
 def find_base(model_id: str) -> KnownBase | None:
@@ -75,8 +104,9 @@ def find_base(model_id: str) -> KnownBase | None:
     if model_id.startswith(("/", ".", "~")) or "\\" in model_id or model_id.count("/") > 1:
         return None
     exact = {base.model_id.lower(): base for base in known_bases()}
-    by_family = {family_name(base.model_id): base for base in reversed(known_bases())}
-    return exact.get(model_id.lower()) or by_family.get(family_name(model_id))
+    if _CONVERTED.match(model_id):
+        return None
+    return exact.get(model_id.lower()) or _by_family().get(family_name(model_id))
 
 
 MAX_LAYERS = 1024  # The deepest published model has a few hundred; more is a hostile config.
@@ -98,7 +128,8 @@ class BaseModel:
 
     `open_paths` matches module paths that exist but are not described here (experts of a
     mixture, vision towers): adapters may hold tensors there and their shapes are not judged.
-    `transposed` weights are stored as (in, out); `declared_kind` is that of the config itself.
+    `transposed` weights are stored as (in, out); `declared_kind` is that of the config itself;
+    `ties_weights` tells whether the output layer shares the weight of the input embedding.
     """
 
     name: str
@@ -112,6 +143,15 @@ class BaseModel:
     transposed: bool
     declared_kind: str | None
     quantization: str | None
+    ties_weights: bool
+
+    def tied(self, path: str) -> str | None:
+        """Return the module that shares this one's weight, if one does."""
+        ends = ("embed_tokens", "lm_head")
+        if not self.ties_weights or self.kind != "causal" or not path.endswith(ends):
+            return None
+        wanted = ends[path.endswith("embed_tokens")]
+        return next((name for name in self.modules if name.endswith(wanted)), None)
 
     def is_open(self, path: str) -> bool:
         """Tell whether this path lies in a part of the model that is not described."""
@@ -192,6 +232,11 @@ _TYPES = {
     "deberta-v2": _Type("deberta-v2", "query_proj value_proj"),
     "t5": _Type("t5", "q v"),
 }
+# Types whose class ties lm_head to the embedding where config.json does not say.
+_TIED = (
+    *("gemma", "gemma2", "gemma3_text", "smollm3", "gpt2", "opt", "falcon", "bloom"),
+    *("bert", "roberta", "xlm-roberta", "deberta", "deberta-v2", "t5"),
+)
 # The text tower of these sits under language_model; everything visual stays undescribed.
 _VISION_TYPES = {
     "gemma3": "gemma3_text",
@@ -201,7 +246,17 @@ _VISION_TYPES = {
     "llava": "llama",
     "mistral3": "mistral",
 }
-_VISION_PATHS = re.compile(r"(^|\.)(visual|vision\w*|multi_modal_projector|image\w*)(\.|$)")
+# LLaVA's own classes are the text model itself with a tower beside its layers.
+_FLAT_TYPES = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+}
+_VISION_PATHS = re.compile(
+    r"(^|\.)(visual|vision\w*|image\w*|resampler"
+    r"|m(ulti_)?m(odal)?_(projector|connector))(\.|$)"
+)
 _EXPERT_PATHS = re.compile(r"\.(mlp|block_sparse_moe)(\.|$)")
 
 _KIND_OF_TASK = {
@@ -243,8 +298,10 @@ def describe(config: Mapping[str, object], *, name: str, kind: str | None) -> Ba
     sizes are not usable numbers.
     """
     outer_type = str(config.get("model_type"))
-    is_vision = outer_type in _VISION_TYPES
+    is_flat = outer_type in _FLAT_TYPES and "text_config" not in config
+    is_vision = outer_type in _VISION_TYPES and not is_flat
     text = _text_config(config) if is_vision else config
+    text = {**config, "model_type": _FLAT_TYPES[outer_type]} if is_flat else text
     entry = _TYPES.get(str(text.get("model_type")))
     if entry is None:
         return None
@@ -264,11 +321,23 @@ def describe(config: Mapping[str, object], *, name: str, kind: str | None) -> Ba
         layers=sizes["L"],
         default_targets=tuple(entry.targets.split()),
         heads=tuple(row["path"] for row in rows if row["kind"]),
-        open_paths=_VISION_PATHS if is_vision else None if "dense" in flags else _EXPERT_PATHS,
+        open_paths=_open_paths(is_vision or is_flat, flags),
         transposed=family.transposed,
         declared_kind=_declared_kind(config),
         quantization=_quantization(config),
+        ties_weights=_is_tied(config, full),
     )
+
+
+def _open_paths(is_vision: bool, flags: frozenset[str]) -> re.Pattern[str] | None:
+    if is_vision:
+        return _VISION_PATHS
+    return None if "dense" in flags else _EXPERT_PATHS
+
+
+def _is_tied(config: Mapping[str, object], text: Mapping[str, object]) -> bool:
+    default = text.get("tie_word_embeddings", str(text.get("model_type")) in _TIED)
+    return config.get("tie_word_embeddings", default) is True
 
 
 def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:

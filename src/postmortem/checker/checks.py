@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from postmortem.checker import errors as limits
@@ -13,6 +15,7 @@ from postmortem.checker.adapter import (
     Adapter,
     Folder,
     HubRepository,
+    Runs,
     Tensor,
     TensorStats,
     kind_of_path,
@@ -20,8 +23,8 @@ from postmortem.checker.adapter import (
     read_adapter,
     scan,
 )
-from postmortem.checker.bases import BaseModel, describe, find_base
-from postmortem.checker.config import CONFIG_FILE, AdapterConfig, Contents
+from postmortem.checker.bases import BaseModel, describe, find_base, plain_name
+from postmortem.checker.config import CONFIG_FILE, PREFIX, AdapterConfig
 from postmortem.checker.errors import (
     FLOAT16_LIMIT,
     SEVERITIES,
@@ -29,6 +32,7 @@ from postmortem.checker.errors import (
     Finding,
     ModelError,
     Place,
+    PostmortemError,
     UntrustedError,
     describe_overflow,
     finding,
@@ -58,22 +62,37 @@ if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:[._]\d+)?)([bBmM])(?![A-Za-z0-9])")
-_QUANTIZED = re.compile(
-    r"gptq|awq|bnb|(?<![a-z])int[348]|(?<![a-z0-9])[48]-?bit|fp8", re.IGNORECASE
-)
+_ROUNDED = re.compile(r"gptq|awq|(?<![a-z])int[348]|fp8|w\d+a\d+", re.IGNORECASE)
+# bitsandbytes rounds while loading, and MLX's copies are made the same way: so QLoRA trains.
+_ROUNDED_WHILE_LOADING = re.compile(r"bnb|nf4|(?<![a-z0-9])[2-8]-?bit", re.IGNORECASE)
 _REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# The ids that another finding explains.
+_SYMPTOMS = {"saved-in-shards": ("empty-tensor",)}
+_KEY = "a key of LoraConfig"
+# What trainers note of themselves and of their optimisers: nothing that changes the adapter.
+_OF_TRAINERS = re.compile(
+    r"(unsloth|axolotl|swift|llama_?factory|trl|torchtune)_|lorap_|loraplus_|lora_dtype$|\w+_version$"
+)
 _EMPTY: tuple[object, ...] = (None, False, [], {}, "")
+_FUSED = re.compile(r"qkv|c_attn|query_key_value|W_pack|in_proj|gate_up")
+_VOCABULARY = re.compile(r"(^|\.)(lm_head|embed\w*|wte|word_embeddings|shared)$")
+Pair = tuple[str, str]  # The keys of A and B.
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a check found. Verdict: broken with an error, suspect with a warning, else fits."""
+    """What a check found.
+
+    Verdict: broken with an error, suspect with a warning, else fits; unchecked where nothing was
+    found and shapes were not compared, which `is_compared` tells whatever the verdict.
+    """
 
     verdict: str
     findings: tuple[Finding, ...]
     base: str | None
     notes: tuple[str, ...]
+    is_compared: bool
 
 
 def check(
@@ -84,12 +103,13 @@ def check(
     stats: Mapping[str, TensorStats] | None = None,
     stated_bytes: int | None = None,
     further: Sequence[Finding] = (),
+    unknown: str = "",
 ) -> Report:
     """Check an adapter, against a base when one is known, and its bytes when they were scanned.
 
     `given_name` is how the user named the base; None when it was found through the adapter.
     `stated_bytes` is the size at which the adapter was published, when that is on record;
-    `further` are findings that were made elsewhere.
+    `further` are findings that were made elsewhere; `unknown` says why there is no base.
     """
     findings = [*adapter.findings, *_check_tensors(adapter.tensors), *_check_keys(adapter)]
     findings += further
@@ -97,18 +117,47 @@ def check(
     if config is not None:
         findings += _check_scale(config)
         findings += _check_names(adapter.name, config, base, given_name)
-        findings += _check_bytes(config, adapter.contents, stats or {})
+        findings += _check_bytes(config, adapter, stats or {})
         try:
             targets = find_targets(config, base) if base else None
             findings += check_fit(adapter, config, base, targets)
             findings += _check_size(adapter, config, targets, stated_bytes)
         except UntrustedError as error:
             findings.append(_bad_pattern(error))
+    findings = _drop_symptoms(findings)
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
+    notes = _uncompared(adapter, base, unknown)
     worst = findings[0].severity if findings else "info"
-    verdict = {"error": "broken", "warning": "suspect"}.get(worst, "fits")
-    notes = () if base else ("no known base to compare with: shapes were not checked",)
-    return Report(verdict, tuple(findings), base.name if base else None, notes)
+    verdict = {"error": "broken", "warning": "suspect"}.get(worst, "unchecked" if notes else "fits")
+    return Report(verdict, tuple(findings), base.name if base else None, notes, not notes)
+
+
+def _drop_symptoms(findings: list[Finding]) -> list[Finding]:
+    """Leave out what another finding explains: one cause, one finding."""
+    explained = {s for f in findings for s in _SYMPTOMS.get(f.id, ())}
+    return [f for f in findings if f.id not in explained]
+
+
+def _uncompared(adapter: Adapter, base: BaseModel | None, unknown: str) -> tuple[str, ...]:
+    """Say which tensors were compared with no base, and what would make it possible."""
+    if base is None:
+        why = unknown or "no known base to compare with"
+        return (f"shapes were not checked: {why}",)
+    unmodelled = adapter.config.unmodelled if adapter.config else ()
+    if unmodelled:
+        return (
+            f"shapes were not checked: {', '.join(unmodelled)} changes them in ways that are not "
+            "described here; load the adapter with PEFT and read its warnings",
+        )
+    paths = [path.removeprefix(PREFIX) for path in adapter.contents.lora]
+    hidden = [path for path in paths if base.is_open(path)]
+    if not hidden:
+        return ()
+    return (
+        f"shapes were not checked: {len(hidden)} of {len(paths)} modules lie in a part of "
+        f"{base.model_type} that is not described here, such as {printable(hidden[0], 100)}; "
+        "load the adapter with PEFT and read its warnings",
+    )
 
 
 def _bad_pattern(error: UntrustedError) -> Finding:
@@ -124,14 +173,14 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> list[Finding]:
 
 
 def _check_keys(adapter: Adapter) -> list[Finding]:
-    unknown = [(k, v) for k, v in adapter.raw.items() if k not in known_keys()]
-    used = [
-        (k, "a key of LoraConfig", printable(repr(v), 60)) for k, v in unknown if v not in _EMPTY
-    ]
-    unused = [(k, "a key of LoraConfig", printable(repr(v), 60)) for k, v in unknown if v in _EMPTY]
+    unknown = {k: v for k, v in adapter.raw.items() if k not in known_keys()}
+    idle = [k for k, v in unknown.items() if v in _EMPTY or _OF_TRAINERS.match(k)]
+    used = [(k, _KEY, printable(repr(v), 60)) for k, v in unknown.items() if k not in idle]
+    unused = [(k, _KEY, printable(repr(unknown[k]), 60)) for k in idle]
+    remedy = "Nothing to mend: PEFT ignores it; releases 0.6 to 0.13 raise until it is removed."
     return [
         *grouped("config-unknown-key", used),
-        *grouped("config-unknown-key", unused, severity="info"),
+        *grouped("config-unknown-key", unused, "info", remedy=remedy),
     ]
 
 
@@ -142,7 +191,8 @@ def _check_scale(config: AdapterConfig) -> list[Finding]:
     named = {"lora_alpha": config.alpha, **config.alpha_pattern}
     zeros = [(name, "other than 0", found) for name, alpha in named.items() if alpha == 0]
     findings = grouped("scale-zero", zeros, "" if len(zeros) == len(named) else "warning")
-    if config.alpha != 0 and not low <= scale <= high:
+    is_usual = low <= scale <= high or config.alpha == limits.CONSTANT_ALPHA
+    if config.alpha != 0 and not is_usual:
         findings += grouped("scale-unusual", [("lora_alpha", f"{low:g} to {high:g}", found)])
     if config.init.startswith(_REWRITING):
         expected = "an initialisation that leaves the base alone"
@@ -151,27 +201,110 @@ def _check_scale(config: AdapterConfig) -> list[Finding]:
 
 
 def _check_bytes(
-    config: AdapterConfig, contents: Contents, stats: Mapping[str, TensorStats]
+    config: AdapterConfig, adapter: Adapter, stats: Mapping[str, TensorStats]
 ) -> list[Finding]:
     broken = [(n, "finite values", "NaN or infinity") for n, s in stats.items() if not s.is_finite]
     scale = scale_of(config.alpha, config.r, use_rslora=config.use_rslora)
-    pairs = [
-        (parts[a], parts[b])
-        for parts in contents.lora.values()
+    pairs = {
+        path: (parts[a], parts[b])
+        for path, parts in adapter.contents.lora.items()
         for a, b in _PAIRS
         if parts.get(a) in stats and parts.get(b) in stats
+    }
+    large = [place for a, b in pairs.values() if (place := _overflow(a, b, stats, scale))]
+    unsaved = _check_slices(adapter, pairs, stats)
+    return [
+        *grouped("non-finite", broken),
+        # A factor of which no row was saved looks untrained, and is of the same save.
+        *(unsaved or _check_training(config, pairs, stats)),
+        *grouped("overflow-risk", large),
     ]
-    zeros = [(key, "trained values", "zeros") for a, b in pairs if (key := _zero(a, b, stats))]
-    large = [place for a, b in pairs if (place := _overflow(a, b, stats, scale))]
+
+
+def _check_training(
+    config: AdapterConfig, pairs: Mapping[str, Pair], stats: Mapping[str, TensorStats]
+) -> list[Finding]:
+    zeros = {path: key for path, (a, b) in pairs.items() if (key := _zero(a, b, stats))}
+    places = [(key, "trained values", "zeros") for key in zeros.values()]
     share = len(zeros) / max(len(pairs), 1)
     partial = "warning" if share >= limits.UNTRAINED_SHARE else "info"
     # A DoRA magnitude can be trained while B is still zero: the adapter is then not a no-op.
     severity = "" if share == 1 and not config.use_dora else partial
-    return [
-        *grouped("non-finite", broken),
-        *grouped("untrained", zeros, severity),
-        *grouped("overflow-risk", large),
-    ]
+    named = _count_names(zeros, pairs) if 0 < share < 1 else ""
+    title = f"Some modules are still at their initial value, {named}" if named else ""
+    remedy = "Find why no step reached these modules, or leave them out of target_modules."
+    return grouped("untrained", places, severity, title=title, remedy=remedy if named else "")
+
+
+def _count_names(some: Iterable[str], every: Iterable[str]) -> str:
+    """Name modules by the end of their paths, with how many of each there are."""
+    ends, totals = (Counter(path.rpartition(".")[2] for path in paths) for paths in (some, every))
+    counts = [f"{name} ({count} of {totals[name]})" for name, count in ends.most_common(6)]
+    return printable(" and ".join(counts) + (" and others" if len(ends) > len(counts) else ""))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """The rows or columns of one factor that are exactly zero: `runs` of `size` lines."""
+
+    key: str
+    lines: str
+    size: int
+    runs: Runs
+
+    @property
+    def share(self) -> float:
+        """The share of the lines that are zero."""
+        return sum(end - start for start, end in self.runs) / self.size
+
+    def is_partial(self) -> bool:
+        """Tell whether a part is zero; a fused projection may have parts that were not trained."""
+        is_fused = "lora_B" in self.key and _FUSED.search(self.key)
+        low = limits.FUSED_SLICE if is_fused else 0
+        return low < self.share < 1
+
+
+def _check_slices(
+    adapter: Adapter, pairs: Mapping[str, Pair], stats: Mapping[str, TensorStats]
+) -> list[Finding]:
+    """Find the pattern of a sharded save: most factors lack the same share of their lines."""
+    judged = {path: pair for path, pair in pairs.items() if not _VOCABULARY.search(path)}
+    slices = [_slices(adapter.tensors, pair, stats) for pair in judged.values()]
+    untrained = sum(_zero(*pair, stats) is not None for pair in judged.values())
+    for place in range(3):
+        lost = [s[place] for s in slices if s[place].is_partial()]
+        middle = median(s.share for s in lost) if lost else 0
+        alike = [s for s in lost if abs(s.share - middle) <= limits.ALIKE_SLICES]
+        if alike and 2 * len(alike) >= len(judged) - untrained:
+            return [_slice_finding(alike[0], len(alike), len(judged))]
+    return []
+
+
+def _slices(
+    tensors: Mapping[str, Tensor], pair: Pair, stats: Mapping[str, TensorStats]
+) -> tuple[_Slice, ...]:
+    """Return what is zero of B's outputs, of A's ranks and of A's inputs."""
+    (a, b), (of_a, of_b) = pair, (stats[key] for key in pair)
+    ranks, inputs = (*tensors[a].shape, 1, 1)[:2]
+    # A rank that is zero in both factors is padding, and changes nothing.
+    lost_ranks = () if of_b.zero_columns else of_a.zero_rows
+    return (
+        _Slice(b, "rows", tensors[b].shape[0], of_b.zero_rows),
+        _Slice(a, "rows", ranks, lost_ranks),
+        _Slice(a, "columns", inputs, of_a.zero_columns),
+    )
+
+
+def _slice_finding(first: _Slice, count: int, total: int) -> Finding:
+    runs = [f"{start} to {end - 1}" for start, end in first.runs[:3]]
+    lost = sum(end - start for start, end in first.runs)
+    where = " and ".join(runs) + (" and others" if len(first.runs) > len(runs) else "")
+    found = (
+        f"{lost} of {first.size} exactly zero ({where}), the same share in {count} of {total} "
+        "such tensors"
+    )
+    expected = f"{first.lines} that were trained"
+    return finding("rows-not-saved", evidence=first.key, expected=expected, found=found)
 
 
 def _zero(a: str, b: str, stats: Mapping[str, TensorStats]) -> str | None:
@@ -212,27 +345,40 @@ def _check_names(
         findings += grouped("name-size-conflict", [place])
     if base is None or given is None or named is None or not _is_hub_name(named):
         return findings
-    if conflict := _quantization_conflict(named, given, base):
-        place = ("base_model_name_or_path", named, conflict)
-        return findings + grouped("quantized-base-mismatch", [place])
     if _names_other_base(named, given, base):
         place = ("base_model_name_or_path", f"{named}, as the adapter says", given)
-        findings += grouped("base-name-mismatch", [place])
-    return findings
+        return findings + grouped("base-name-mismatch", [place])
+    return findings + _check_quantization(named, given, base)
 
 
-def _quantization_conflict(named: str, given: str, base: BaseModel) -> str | None:
-    if _QUANTIZED.search(named) and not base.quantization and not _QUANTIZED.search(given):
-        return f"{given}, which is not quantised"
+def _check_quantization(named: str, given: str, base: BaseModel) -> list[Finding]:
+    theirs, ours = _rounding(named), base.quantization or _rounding(given)
+    where = "base_model_name_or_path"
+    if theirs == "bitsandbytes" and not ours:
+        found = f"{given}, which is not quantised, the usual way to use a QLoRA adapter"
+        remedy = "Nothing to mend; where small differences matter, score the task on both bases."
+        place = (where, named, found)
+        return grouped("quantized-base-mismatch", [place], "info", remedy=remedy)
+    if theirs and not ours:
+        return grouped(
+            "quantized-base-mismatch", [(where, named, f"{given}, which is not quantised")]
+        )
     # On-the-fly bitsandbytes is how QLoRA trains: the adapter then names the plain base.
-    stored = base.quantization not in (None, "bitsandbytes")
-    if stored and not _QUANTIZED.search(named) and find_base(named):
-        return f"{given}, quantised with {base.quantization}"
-    return None
+    if ours not in (None, "bitsandbytes") and not theirs and find_base(named):
+        found = f"{given}, quantised with {ours}"
+        return grouped("quantized-base-mismatch", [(where, named, found)])
+    return []
+
+
+def _rounding(name: str) -> str | None:
+    """Read from a name how the weights that it stands for were rounded; None for not at all."""
+    if match := _ROUNDED.search(name):
+        return match[0].lower()
+    return "bitsandbytes" if _ROUNDED_WHILE_LOADING.search(name) else None
 
 
 def _names_other_base(named: str, given: str, base: BaseModel) -> bool:
-    if _last_part(named).lower() == _last_part(given).lower():
+    if plain_name(_last_part(named)) == plain_name(_last_part(given)):
         return False
     known = find_base(named)
     if known is not None and base.layers != known.config["num_hidden_layers"]:
@@ -272,11 +418,12 @@ MAX_LOG = 32_000_000  # Bytes of a log that are searched; the warning stands nea
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A report with the known bases that the adapter's shapes fit."""
+    """A report with the known bases that the adapter's shapes fit; `error` is why there is none."""
 
     adapter: str
     report: Report
     bases: tuple[str, ...]
+    error: PostmortemError | None = None
 
 
 def inspect_adapter(
@@ -296,17 +443,23 @@ def inspect_adapter(
     source = open_source(adapter)
     held = read_adapter(source)
     model, given = resolve_base(held, base)
+    unknown = "" if model else _why_unknown(held, base)
     is_scanned = isinstance(source, Folder) and not header_only
     stats = scan(source, held.tensors) if isinstance(source, Folder) and is_scanned else None
     served = _check_serving(source, held, base=model, serving=serving)
     report = check(
-        held, model, given_name=given, stats=stats, stated_bytes=stated_bytes, further=served
+        held,
+        model,
+        given_name=given,
+        stats=stats,
+        stated_bytes=stated_bytes,
+        further=served,
+        unknown=unknown,
     )
     notes = report.notes if is_scanned else (*report.notes, "tensor bytes were not read")
     if serving.runtimes and held.config is None:
         notes = (*notes, "what runtimes do with it was not checked: its configuration is unusable")
-    report = Report(report.verdict, report.findings, report.base, notes)
-    return Inspection(held.name, report, fitting_bases(held))
+    return Inspection(held.name, replace(report, notes=notes), fitting_bases(held))
 
 
 def _check_serving(
@@ -318,6 +471,20 @@ def _check_serving(
     return check_serving(ServedAdapter(held, held.config, base, serving, tokens))
 
 
+def _why_unknown(adapter: Adapter, base: str | None) -> str:
+    """Say why there is no base to compare with, and what would give one."""
+    if base is not None:
+        return (
+            f"the architecture of {printable(base)}, or this class of it, is not described here; "
+            "load the adapter with PEFT and read its warnings"
+        )
+    named = adapter.config.base_name if adapter.config else None
+    remedy = "give --base a folder, a config.json or a hub id"
+    if named is None:
+        return f"no known base to compare with, as the adapter names none; {remedy}"
+    return f"no known base to compare with: {printable(named)} is not in the table; {remedy}"
+
+
 def inspect_all(
     adapters: Sequence[str],
     base: str | None,
@@ -325,26 +492,32 @@ def inspect_all(
     header_only: bool,
     stated_bytes: int | None,
     serving: Serving = Serving(),
-) -> tuple[list[Inspection], list[ModelError]]:
-    """Inspect adapters, each folder once; return the reports, and why others were not checkable."""
+) -> list[Inspection]:
+    """Inspect adapters, each folder once; one that cannot be checked carries its error."""
     if not adapters:
-        raise ModelError("check", expected="an adapter folder or hub id", found="none")
-    done: list[Inspection] = []
-    refused: list[ModelError] = []
-    for adapter in dict.fromkeys(open_source(name).name for name in adapters):
+        nothing = ModelError("check", expected="an adapter folder or hub id", found="none")
+        return [_refuse("", nothing)]
+    done: dict[str, Inspection] = {}
+    for adapter in adapters:
+        name = adapter
         try:
-            done.append(
-                inspect_adapter(
+            name = open_source(adapter).name
+            if name not in done:
+                done[name] = inspect_adapter(
                     adapter,
                     base,
                     header_only=header_only,
                     stated_bytes=stated_bytes,
                     serving=serving,
                 )
-            )
-        except ModelError as error:
-            refused.append(error)
-    return done, refused
+        except PostmortemError as error:
+            done[name] = _refuse(name, error)
+    return list(done.values())
+
+
+def _refuse(adapter: str, error: PostmortemError) -> Inspection:
+    report = Report("unchecked", (), None, (), is_compared=False)
+    return Inspection(printable(adapter), report, (), error)
 
 
 def resolve_base(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, str | None]:
@@ -355,14 +528,22 @@ def resolve_base(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, 
         known = find_base(named) if named else None
         if named is None or known is None:
             return None, None
-        label = named if named == known.model_id else f"{named} (shapes of {known.model_id})"
-        return describe(known.config, name=label, kind=kind), None
+        return describe(known.config, name=_label(named), kind=kind), None
     config, name = _read_base(base)
-    model = describe(config, name=name, kind=kind)
+    known = find_base(base)
+    label = _label(name) if known and config is known.config else name
+    model = describe(config, name=label, kind=kind)
     if model is None and config.get("architectures"):
         # The task has no class in this architecture: judge by the class that the base names.
-        model = describe(config, name=name, kind=None)
+        model = describe(config, name=label, kind=None)
     return model, name
+
+
+def _label(name: str) -> str:
+    """Name a base and, where its name is an alias, the known base whose shapes stand for it."""
+    known = find_base(name)
+    is_alias = known is not None and _is_hub_name(name) and name.lower() != known.model_id.lower()
+    return f"{name} (shapes of {known.model_id})" if known and is_alias else name
 
 
 def _read_base(base: str) -> tuple[Mapping[str, object], str]:
@@ -427,23 +608,18 @@ def _parse(source: Folder | HubRepository, filename: str) -> Mapping[str, object
     return config
 
 
-def write(
-    done: Sequence[Inspection],
-    refused: Sequence[ModelError],
-    form: str,
-    *,
-    is_coloured: bool = False,
-) -> str:
+def write(inspections: Sequence[Inspection], form: str, *, is_coloured: bool = False) -> str:
     """Write the reports of a call: text, json, markdown, sarif or junit.
 
-    What was refused is part of the formats for machines in continuous integration alone.
+    What could not be checked is part of the formats for machines alone.
     """
     if form == "sarif":
-        return as_sarif(done, refused)
+        return as_sarif(inspections)
     if form == "junit":
-        return as_junit(done, refused)
+        return as_junit(inspections)
     if form == "json":
-        return as_json(done) if done else ""
+        return as_json(inspections)
+    done = [inspection for inspection in inspections if inspection.error is None]
     if form == "markdown":
         return "\n".join(map(as_markdown, done))
     return "\n".join(as_text(inspection, is_coloured=is_coloured) for inspection in done)
@@ -457,6 +633,7 @@ _COLOURS = {
     "broken": "31",
     "suspect": "33",
     "fits": "32",
+    "unchecked": "36",
 }
 
 
@@ -465,7 +642,7 @@ def _paint(text: str, kind: str, is_coloured: bool) -> str:
 
 
 def as_json(inspections: Sequence[Inspection]) -> str:
-    """Write the JSON contract: verdict, findings, bases; an object for one adapter, else a list."""
+    """Write the JSON contract: an object for one adapter, else a list, each of the same keys."""
     contents = [
         {
             "verdict": found.report.verdict,
@@ -474,6 +651,7 @@ def as_json(inspections: Sequence[Inspection]) -> str:
             "adapter": found.adapter,
             "base": found.report.base,
             "notes": list(found.report.notes),
+            "error": found.error and _describe_error(found.error),
         }
         for found in inspections
     ]
@@ -481,6 +659,13 @@ def as_json(inspections: Sequence[Inspection]) -> str:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     # A byte of a path that no text encodes is a surrogate here: JSON has an escape for it.
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _describe_error(error: PostmortemError) -> dict[str, str]:
+    parts = (error.subject, error.expected, error.found, error.remedy)
+    names = ("subject", "expected", "found", "remedy")
+    described = {name: printable(part, 400) for name, part in zip(names, parts, strict=True)}
+    return {"message": printable(error, 800), **described}
 
 
 def as_text(inspection: Inspection, *, is_coloured: bool = False) -> str:
@@ -525,13 +710,16 @@ _LEVELS = {"error": "error", "warning": "warning", "info": "note"}
 _SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
-def as_sarif(done: Sequence[Inspection], refused: Sequence[ModelError] = ()) -> str:
+def as_sarif(inspections: Sequence[Inspection]) -> str:
     """Write SARIF 2.1.0 for code scanning; each finding stands at the adapter's configuration.
 
-    What was refused becomes a notification of a run that did not succeed.
+    What could not be checked becomes a notification of a run that did not succeed.
     """
+    refused = [inspection.error for inspection in inspections if inspection.error is not None]
     results = [
-        _sarif_result(inspection, f) for inspection in done for f in inspection.report.findings
+        _sarif_result(inspection, f)
+        for inspection in inspections
+        for f in inspection.report.findings
     ]
     found = {result["ruleId"] for result in results}
     driver = {
@@ -568,20 +756,21 @@ def _sarif_result(inspection: Inspection, found: Finding) -> dict[str, object]:
     }
 
 
-def as_junit(done: Sequence[Inspection], refused: Sequence[ModelError] = ()) -> str:
+def as_junit(inspections: Sequence[Inspection]) -> str:
     """Write JUnit XML: a suite for each adapter, a case for each finding; errors are failures.
 
-    Warnings pass and say so in their output; what was refused is a suite with an error.
+    Warnings pass and say so in their output; what could not be checked is a suite with an error.
     """
     from xml.etree import ElementTree  # As late as the format is asked for.
 
     root = ElementTree.Element("testsuites", name="postmortem check")
-    for inspection in done:
-        _add_suite(root, inspection)
-    for error in refused:
-        suite = _suite(root, error.subject, tests=1, errors=1)
-        case = _case(suite, "checked")
-        ElementTree.SubElement(case, "error", message=printable(error, 500))
+    for inspection in inspections:
+        if inspection.error is None:
+            _add_suite(root, inspection)
+        else:
+            suite = _suite(root, inspection.adapter, tests=1, errors=1)
+            case = _case(suite, "checked")
+            ElementTree.SubElement(case, "error", message=printable(inspection.error, 500))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
 

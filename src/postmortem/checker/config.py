@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from postmortem.checker.bases import BaseModel
@@ -56,6 +56,7 @@ class AdapterConfig:
     use_rslora: bool
     use_dora: bool
     lora_bias: bool
+    ensures_tying: bool
     init: str
     task_type: str | None
     class_name: str | None
@@ -213,6 +214,7 @@ def build_config(raw: Mapping[str, Any]) -> AdapterConfig:
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
         lora_bias=bool(raw.get("lora_bias")),
+        ensures_tying=bool(raw.get("ensure_weight_tying")),
         init=str(raw.get("init_lora_weights", True)),
         task_type=raw.get("task_type"),
         class_name=_class_name(raw.get("auto_mapping")),
@@ -226,14 +228,76 @@ def _class_name(mapping: Mapping[str, object] | None) -> str | None:
     return name if isinstance(name, str) else None
 
 
+@dataclass(frozen=True, slots=True)
+class ForeignFormat:
+    """The adapter format of another tool: how its keys look, and what converting them means."""
+
+    tool: str
+    keys: re.Pattern[str]
+    files: re.Pattern[str]
+    settings: tuple[str, ...]
+    remedy: str
+
+
+_NONE = re.compile(r"(?!)")
+FORMATS = (
+    ForeignFormat(
+        "MLX",
+        re.compile(r"\.lora_[ab]$"),
+        re.compile(r"(\d+_)?adapters\.(safetensors|npz)"),
+        ("lora_parameters", "fine_tune_type"),
+        "Use it with mlx_lm; for PEFT rename X.lora_a and X.lora_b to base_model.model.X.lora_A."
+        "weight and .lora_B.weight, transpose both, and write an adapter_config.json in which "
+        "lora_alpha is the scale times r.",
+    ),
+    ForeignFormat(
+        "kohya's scripts",
+        re.compile(r"^lora_(unet|te\d?|transformer)_|\.lora_(up|down)\."),
+        _NONE,
+        (),
+        "Use it with the tools that read kohya's files; for PEFT write the underscores of each "
+        "name as the dots of the base's path, lora_down as lora_A and lora_up as lora_B, and put "
+        "each .alpha into lora_alpha or alpha_pattern; nothing is transposed.",
+    ),
+    ForeignFormat(
+        "diffusers",
+        re.compile(
+            r"\.lora\.(up|down)\.|\.lora_linear_layer\.|_lora\.(up|down)\."
+            r"|^(unet|text_encoder(_2)?|transformer)\.(?!h\.).*\.lora_[AB]\.weight$"
+        ),
+        re.compile(r"pytorch_lora_weights\w*\.(safetensors|bin)"),
+        (),
+        "Load it with pipeline.load_lora_weights; for PEFT's own loading put base_model.model. in "
+        "place of the component's name, call the factors lora_A and lora_B, and write r, "
+        "lora_alpha and target_modules into an adapter_config.json; nothing is transposed.",
+    ),
+    ForeignFormat(
+        "llama.cpp",
+        _NONE,
+        re.compile(r".*\.gguf"),
+        (),
+        "Use it with llama.cpp's --lora; PEFT needs the folder that it was converted from.",
+    ),
+    ForeignFormat(
+        "LitGPT",
+        re.compile(r"^(transformer\.h|lm_head)\..*\.lora_[AB]$|\.attn\.qkv\.lora_[AB]$"),
+        re.compile(r".*\.pth\.lora"),
+        (),
+        "Merge it with `litgpt merge_lora` and convert the merged model: its fused projections "
+        "have no counterpart in the base.",
+    ),
+)
+
 PREFIX = "base_model.model."
 _PART = re.compile(r"(.+?)\.(lora_[A-Za-z]\w*)((?:\.[^.]+)*)")
-# Keys of other formats: kohya, diffusers.
-_FOREIGN = re.compile(
-    r"(^lora_(unet|te)|\.lora_(up|down)\.|\.lora\.(up|down)\.|\.lora_linear_layer)"
+# What wrappers put into the paths of the modules that they hold.
+_WRAPPER = re.compile(
+    r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module"
+    r"|_dp_module|_ddp_module)\."
 )
-# Wrappers that saved their own name, and a PeftModel inside another.
-_WRAPPED = re.compile(r"^base_model\.model\.(base_model\.|module\.)|(^|\.)_orig_mod\.")
+# Wrappers under names that a module of the base could have, and a PeftModel inside another.
+_WRAPPED = re.compile(r"^base_model\.model\.(base_model|module|model\.module)\.|^module\.")
+_ENCLOSING = re.compile(r"(?<![^.])(module|inner|pretrained_model|_?wrapped_model|policy)\.")
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 
@@ -243,20 +307,22 @@ class Contents:
     """The file's keys by what they are, under module paths.
 
     `lora` holds key by part (lora_A, lora_B.bias, …), `tokens` trainable-token deltas, `plain`
-    every other tensor by its full name. `adapter_name` is one that was left inside the keys.
+    every other tensor by its full name. `adapter_name` is one that was left inside the keys, and
+    `wrapped` are the keys that name a wrapper, which the paths do not.
     """
 
     lora: Mapping[str, Mapping[str, str]]
     tokens: Mapping[str, str]
     plain: Mapping[str, str]
     adapter_name: str | None
+    wrapped: tuple[str, ...] = ()
 
     def rename(self, change: Callable[[str], str]) -> "Contents":
         """Return the same contents under changed paths."""
         lora = {change(path): parts for path, parts in self.lora.items()}
         tokens = {change(path): key for path, key in self.tokens.items()}
         plain = {change(path): key for path, key in self.plain.items()}
-        return Contents(lora, tokens, plain, self.adapter_name)
+        return replace(self, lora=lora, tokens=tokens, plain=plain)
 
 
 def sort_keys(keys: Iterable[str]) -> Contents:
@@ -265,42 +331,79 @@ def sort_keys(keys: Iterable[str]) -> Contents:
     tokens: dict[str, str] = {}
     plain: dict[str, str] = {}
     adapter_name = None
-    for key in keys:
-        match = _PART.fullmatch(key)
-        if ".token_adapter." in key:
-            tokens[key.split(".token_adapter.")[0]] = key
+    names = {key: _WRAPPER.sub("", key) for key in keys}
+    for key, name in names.items():
+        match = _PART.fullmatch(name)
+        if ".token_adapter." in name:
+            tokens[name.split(".token_adapter.")[0]] = key
         elif match is None:
-            plain[re.sub(r"\.modules_to_save\.[^.]+", "", key)] = key
+            plain[re.sub(r"\.modules_to_save\.[^.]+", "", name)] = key
         else:
             path, part, rest = match[1], match[2], match[3].split(".")[1:]
             kind = rest.pop() if rest and rest[-1] in ("weight", "bias") else ""
             adapter_name = rest[0] if rest else adapter_name
             lora.setdefault(path, {})[f"{part}.bias" if kind == "bias" else part] = key
-    return Contents(lora, tokens, plain, adapter_name)
+    wrapped = tuple(key for key, name in names.items() if key != name)
+    return Contents(lora, tokens, plain, adapter_name, wrapped)
 
 
-def place(contents: Contents, base: BaseModel | None) -> tuple[list[Finding], Contents | None]:
+def place(contents: Contents, base: BaseModel | None) -> tuple[list[Finding], Contents]:
     """Bring the paths onto the base's module names, without PEFT's prefix.
 
     When the keys are shifted as one, that is the single finding, and the shift is undone so that
-    the shapes can still be judged. Keys in the format of another tool have no place: None.
+    the shapes can still be judged.
     """
-    foreign = [k for parts in (*contents.lora.values(), contents.plain) for k in parts.values()]
-    foreign = [key for key in foreign if _FOREIGN.search(key)]
-    if foreign:
-        return [_prefix_finding(foreign[0], "keys as PEFT writes them", len(foreign))], None
+    if base is not None:
+        contents = _unwrap(contents, base)
     findings = _leftover_name(contents)
-    if base is None:
-        stray = [p for p in contents.lora if not p.startswith(PREFIX) or _WRAPPED.search(p)]
-        findings += [_prefix_finding(stray[0], f"{PREFIX}…", len(stray))] if stray else []
-    elif shift := _find_shift(contents, base):
+    stray = [] if base else [p for p in contents.lora if not _is_usual(p)]
+    shift = _find_shift(contents, base) if base else None
+    if contents.wrapped:
+        findings = [_wrapper_finding(contents.wrapped)]
+    elif stray:
+        # Only a module of a model of one's own could have such a name in its middle.
+        is_certain = any(not path.startswith(PREFIX) or _WRAPPED.search(path) for path in stray)
+        severity = "" if is_certain else "warning"
+        findings = [_prefix_finding(stray[0], f"{PREFIX}…", len(stray), severity)]
+    if shift:
         old, new, count = shift
         first = next(path for path in contents.lora if path.startswith(old))
         # transformers moved the text tower in 4.52, so which path is right depends on its version.
         severity = "warning" if "language_model." in old and "language_model." in new else ""
-        findings = [_prefix_finding(first, f"{new}… for {old or '(nothing)'}…", count, severity)]
+        if not contents.wrapped:
+            expected = f"{new}… for {old or '(nothing)'}…"
+            findings = [_prefix_finding(first, expected, count, severity)]
         contents = contents.rename(lambda p: new + p.removeprefix(old) if p.startswith(old) else p)
     return findings, contents.rename(lambda path: path.removeprefix(PREFIX))
+
+
+def _is_usual(path: str) -> bool:
+    return path.startswith(PREFIX) and not _WRAPPED.search(path) and ".module." not in path
+
+
+def _wrapper_finding(keys: Sequence[str]) -> Finding:
+    match = _WRAPPER.search(keys[0]) or _ENCLOSING.search(keys[0])
+    name = match[1] if match else "module"
+    mend = f"{{k.replace('{name}.', ''): v for k, v in tensors.items()}}"
+    return finding(
+        "key-prefix",
+        evidence=keys[0],
+        expected=f"no {name} in the key",
+        found=f"the name of a wrapper, {name}",
+        count=len(keys),
+        remedy=f"Take the wrapper's name out of every key, {mend}, and save the file again.",
+    )
+
+
+def _unwrap(contents: Contents, base: BaseModel) -> Contents:
+    """Take out names that are those of a wrapper where the paths have a place only without them."""
+    lost = [path for path in contents.lora if not _is_placed(path, base)]
+    cleaned = {path: _ENCLOSING.sub("", path) for path in lost}
+    held = [path for path, name in cleaned.items() if path != name and _is_placed(name, base)]
+    if not held or 2 * len(held) < len(contents.lora):
+        return contents
+    wrapped = tuple(key for path in held for key in contents.lora[path].values())
+    return replace(contents.rename(lambda path: _ENCLOSING.sub("", path)), wrapped=wrapped)
 
 
 def _prefix_finding(where: str, expected: str, count: int, severity: str = "") -> Finding:

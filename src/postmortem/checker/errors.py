@@ -234,10 +234,16 @@ SEVERITIES = ("error", "warning", "info")
 # alpha/r of published adapters runs from 1/8 (alpha 16, r 128) to 4 (alpha 32, r 8), and PEFT's
 # default alpha of 8 gives 8 on r 1; a factor of eight gained on the usual 2 lands at 16.
 SCALE_LIMITS = (1 / 16, 8.0)
+# One alpha for every rank is a recipe in use, from r 1 upwards.
+CONSTANT_ALPHA = 32.0
 # rank-stabilised adapters divide by the root of r: alpha 512 on r 256 gives 32.
 RSLORA_SCALE_LIMITS = (1 / 16, 64.0)
 # One silent pair can be a module that no example reached; half of them is a training failure.
 UNTRAINED_SHARE = 0.5
+# Ranks hold the same share of every factor, but for a rounding to whole rows.
+ALIKE_SLICES = 0.02
+# Of a fused projection q, k or v may be left out, up to two of the three.
+FUSED_SLICE = 0.7
 # 3.8B models are sold as 4B and 7.6B as 7B; sizes further apart name different models.
 SIZE_RATIO = 1.3
 # Headers, metadata and rounding explain a tenth; dtype widths are compared separately.
@@ -298,8 +304,12 @@ def finding(
     count: int = 1,
     severity: str = "",
     remedy: str = "",
+    title: str = "",
 ) -> Finding:
-    """Build a finding of a catalogued kind; `evidence` names the first tensor or key of `count`."""
+    """Build a finding of a catalogued kind; `evidence` names the first tensor or key of `count`.
+
+    Severity, remedy and title are the entry's own where none is given.
+    """
     entry = catalogue()[finding_id]
     where = printable(evidence, 200)
     detail = f"expected {printable(expected)}, found {printable(found)}"
@@ -307,13 +317,20 @@ def finding(
     return Finding(
         id=finding_id,
         severity=severity or entry.severity,
-        message=f"{entry.title}: {where}: {detail}",
+        message=f"{title or entry.title}: {where}: {detail}",
         evidence=f"{where}: {detail}{times}",
         remedy=remedy or entry.remedy,
     )
 
 
-def grouped(finding_id: str, places: Sequence[Place], severity: str = "") -> list[Finding]:
+def grouped(
+    finding_id: str,
+    places: Sequence[Place],
+    severity: str = "",
+    *,
+    remedy: str = "",
+    title: str = "",
+) -> list[Finding]:
     """Make one finding of many places, or none: the first place stands for them, with the count."""
     if not places:
         return []
@@ -326,5 +343,7 @@ def grouped(finding_id: str, places: Sequence[Place], severity: str = "") -> lis
             found=found,
             count=len(places),
             severity=severity,
+            remedy=remedy,
+            title=title,
         )
     ]

@@ -67,6 +67,8 @@ def find_targets(config: AdapterConfig, base: BaseModel) -> dict[str, Target]:
     saved = saved_modules(config)
     excluded |= {n for n in names if any(is_under(n, m) for m in saved)}
     chosen = [n for n in _select(config, base, names) if n not in excluded]
+    if config.ensures_tying:
+        chosen += [n for t in chosen if (n := base.tied(t)) and n not in chosen]
     ranks = _pattern_values(config.rank_pattern, chosen)
     alphas = _pattern_values(config.alpha_pattern, chosen)
     return {
@@ -167,7 +169,7 @@ class _Case:
     targets: Mapping[str, Target]
     is_known: bool
     is_shifted: bool
-    ties_weights: bool
+    beside: tuple[str, ...]
 
 
 def check_fit(
@@ -182,8 +184,6 @@ def check_fit(
         is_explained = any(f.id in _UNREADABLE for f in adapter.findings)
         return [] if is_explained else grouped("missing-tensors", nothing)
     findings, contents = place_keys(adapter.contents, base)
-    if contents is None:
-        return findings
     described = base or _own_modules(contents, adapter.tensors)
     case = _Case(
         config=config,
@@ -193,10 +193,12 @@ def check_fit(
         targets=find_targets(config, described) if targets is None else targets,
         is_known=base is not None,
         is_shifted=any(f.severity != "info" for f in findings),
-        ties_weights=adapter.raw.get("ensure_weight_tying") is True,
+        beside=adapter.beside,
     )
+    if layout := _check_layout(case):
+        return findings + layout
     findings += [*_check_flags(case), *_check_tokens(case), *_check_saved(case)]
-    findings += _check_class(case)
+    findings += [*_check_class(case), *_check_tied(case), *_check_head(case)]
     plain = _judge_plain_weights(case)
     return findings + (_findings(plain) if config.unmodelled else _check_modules(case, plain))
 
@@ -229,6 +231,7 @@ def _own_modules(contents: Contents, tensors: Mapping[str, Tensor]) -> BaseModel
         transposed=False,
         declared_kind=None,
         quantization=None,
+        ties_weights=False,
     )
 
 
@@ -241,6 +244,97 @@ def _check_flags(case: _Case) -> list[Finding]:
         *grouped("dora-flag-lost", [] if config.use_dora else dora),
         *grouped("unexpected-tensors", [] if config.lora_bias else bias),
     ]
+
+
+_FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The factors of one module beside the shapes that PEFT expects; without a base, of r alone."""
+
+    keys: tuple[str, str]
+    a: Shape
+    b: Shape
+    rank: int
+    inputs: int | None
+    outputs: int | None
+
+
+def _pairs(case: _Case) -> list[_Pair]:
+    found = []
+    for path, parts in case.contents.lora.items():
+        target = case.targets.get(path)
+        for a, b in _FACTORS:
+            if target is None or a not in parts or b not in parts:
+                continue
+            keys, module = (parts[a], parts[b]), target.module
+            ends = (module.inputs, module.outputs) if case.is_known else (None, None)
+            shapes = [case.tensors[key].shape for key in keys]
+            found.append(_Pair(keys, shapes[0], shapes[1], target.rank, *ends))
+    return found
+
+
+def _check_layout(case: _Case) -> list[Finding]:
+    """Find factors that are whole in kind and wrong in form: cut by rank, flat, or transposed."""
+    pairs = _pairs(case)
+    flat = [
+        (key, "a matrix", f"{shape[0]:,} elements in one dimension")
+        for pair in pairs
+        for key, shape in zip(pair.keys, (pair.a, pair.b), strict=True)
+        if len(shape) == 1 and shape[0]
+    ]
+    # The flat parameter of one process can lie wholly outside of one factor, which is then empty.
+    if flat and len(flat) >= len(pairs):
+        return grouped("saved-in-shards", flat)
+    matrices = [p for p in pairs if len(p.a) == len(p.b) == 2]
+    for kind, judge in (
+        ("saved-in-shards", _cut_by_rows),
+        ("factors-transposed", _turned),
+        ("saved-in-shards", _cut_by_ends),
+    ):
+        places = [place for pair in matrices if (place := judge(pair))]
+        ends = {layer_zero(place[0]) for place in places}
+        # The sizes of one kind of module can be those of another base; of several kinds hardly.
+        if 2 * len(places) > len(pairs) and (judge is not _cut_by_ends or len(ends) > 1):
+            return grouped(kind, places)
+    return []
+
+
+def _cut_by_rows(pair: _Pair) -> Place | None:
+    """Tell the slice of one process: fewer rows of A than B has ranks, and fewer rows of B."""
+    is_whole = pair.outputs is not None and pair.b[0] >= pair.outputs
+    if is_whole or not pair.a[0] < pair.b[1] == pair.rank:
+        return None
+    expected = f"A of {_shape((pair.rank, pair.inputs))}, B of {_shape((pair.outputs, pair.rank))}"
+    return pair.keys[0], expected, f"A of {_shape(pair.a)}, B of {_shape(pair.b)}"
+
+
+def _turned(pair: _Pair) -> Place | None:
+    """Tell a factor that is stored as (in, r) or (r, out)."""
+    wanted = ((pair.rank, pair.inputs), (pair.outputs, pair.rank))
+    for key, found, expected in zip(pair.keys, (pair.a, pair.b), wanted, strict=True):
+        if not _fits(found, expected) and _fits(found[::-1], expected):
+            return key, f"{_shape(expected)}", f"{_shape(found)}, the transpose"
+    return None
+
+
+def _cut_by_ends(pair: _Pair) -> Place | None:
+    """Tell a module of tensor parallelism: a whole share of B's outputs, or else of A's inputs."""
+    if pair.inputs is None or pair.outputs is None or not pair.a[1] or not pair.b[0]:
+        return None
+    ranks = (pair.a[0], pair.b[1]) == (pair.rank, pair.rank)
+    cut_in, cut_out = pair.inputs / pair.a[1], pair.outputs / pair.b[0]
+    is_share = max(cut_in, cut_out) >= 2 and (cut_in * cut_out).is_integer()
+    if not ranks or not is_share or 1 not in (cut_in, cut_out):
+        return None
+    key, expected, found = (
+        (pair.keys[0], (pair.rank, pair.inputs), pair.a)
+        if cut_out == 1
+        else (pair.keys[1], (pair.outputs, pair.rank), pair.b)
+    )
+    return key, _shape(expected), f"{_shape(found)}, a whole share"
 
 
 def _check_tokens(case: _Case) -> list[Finding]:
@@ -312,7 +406,7 @@ def _judge_plain(path: str, module: str, key: str, case: _Case) -> Place | None:
     if any(is_under(path, head) for head in _HEADS) and not _loads_heads(case.config):
         task = case.config.class_name or f"task_type {case.config.task_type}"
         return "head-dropped", "a task that loads a head", task
-    tied = ("lm_head", "embed_tokens") if case.ties_weights else ()
+    tied = ("lm_head", "embed_tokens") if case.config.ensures_tying else ()
     saved = (*saved_modules(case.config), *tied)
     if any(_is_saved_under(path, name) for name in saved):
         return None
@@ -364,6 +458,95 @@ def _shape(sizes: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("any" if size is None else str(size) for size in sizes) + ")"
 
 
+def _check_tied(case: _Case) -> list[Finding]:
+    """Warn where one of two tied modules is trained apart; LoRA on it is only mentioned."""
+    if case.config.ensures_tying:
+        return []
+    saved = [name for name in case.base.modules if _is_listed(name, case) and case.base.tied(name)]
+    place = "no copy of a tied module, or ensure_weight_tying", "modules_to_save without it"
+    if saved:
+        return grouped("tied-weights-split", [(name, *place) for name in saved])
+    held = [name for name in case.contents.lora if case.base.tied(name)]
+    found = "LoRA on one of the two; a merge changes both, or unties them"
+    return grouped("tied-weights-split", [(n, place[0], found) for n in held], severity="info")
+
+
+def _is_listed(path: str, case: _Case) -> bool:
+    is_held = any(is_under(name, path) for name in case.contents.plain)
+    return is_held and any(is_under(path, name) for name in case.config.modules_to_save)
+
+
+# Weights of a head, and all that trainers save beside the adapter because PEFT does not.
+_HEAD_FILE = re.compile(
+    r"\w*(head|classifier|score|qa_outputs)\w*\.(bin|pt|pth|safetensors|npz)", re.IGNORECASE
+)
+_SIDE_FILE = re.compile(
+    r"(non_lora\w*|\w*(projector|connector|resampler|merger|embeddings?|embeds)\w*"
+    r"|trainable_params|vit|vision_tower\w*)\.(bin|pt|pth|safetensors|npz)",
+    re.IGNORECASE,
+)
+
+
+def _check_head(case: _Case) -> list[Finding]:
+    """Find a head that training had and no file of the adapter does, and weights in side files."""
+    heads = [name for name in case.beside if _HEAD_FILE.fullmatch(name)]
+    others = [name for name in case.beside if _SIDE_FILE.fullmatch(name) and name not in heads]
+    places = _lost_heads(case)
+    findings = []
+    if places:
+        where, expected, found = places[0]
+        found += f"; {heads[0]} beside it, which PEFT does not load" if heads else ""
+        severity = "" if case.is_known or heads or case.config.task_type else "warning"
+        remedy = (
+            f"Load {heads[0]} into the model's head after PeftModel.from_pretrained."
+            if heads
+            else "A head in no file is lost: train again with the task_type of the model's class "
+            "(SEQ_CLS, TOKEN_CLS, QUESTION_ANS), or with the head in modules_to_save."
+        )
+        places = [(where, expected, found), *places[1:]]
+        findings = grouped("head-dropped", places, severity, remedy=remedy)
+        heads = []
+    beside = [
+        (n, "weights in the adapter's own file", "a file of their own") for n in heads + others
+    ]
+    return findings + grouped("side-file", beside)
+
+
+def _lost_heads(case: _Case) -> list[Place]:
+    """Say where the adapter shows a head of which the file has no weight."""
+    config = case.config
+    saved = (*case.contents.plain, *config.modules_to_save)
+    if any(is_under(path, head) for path in saved for head in _HEADS):
+        return []
+    expected = "the weights of the head"
+    tasks = (config.task_type or "", config.class_name or "")
+    kinds = {kind_of_task(tasks[0]), kind_of_class(tasks[1])}
+    under = [p for p in case.contents.lora if any(is_under(p, head) for head in _HEADS)]
+    # LoRA on a head needs the weights below it; a base of the same class has them.
+    has_own = case.base.declared_kind in _HEAD_KINDS and case.is_known
+    if under and not has_own and not kinds & {kind_of_task(t) for t in _HEADS_OF_TASK}:
+        found = f"LoRA on a head, under task_type {config.task_type}"
+        return [(path, expected, found) for path in under]
+    is_classifier = kind_of_class(tasks[1]) in _HEAD_KINDS
+    if is_classifier and not has_own and tasks[0] not in _HEADS_OF_TASK:
+        return [("auto_mapping", expected, f"{tasks[1]}, and a head in no file")]
+    return []
+
+
+def _check_unmatched(case: _Case) -> list[Finding]:
+    """Name the entries of target_modules that no module of the base ends with."""
+    wanted = case.config.target_modules
+    if not case.is_known or case.base.open_paths or not isinstance(wanted, tuple):
+        return []
+    ends = {end for name in case.base.modules for end in _ends(name)}
+    held = {end for path in case.contents.lora for end in _ends(path)}
+    names = [name for name in wanted if name not in ends | held]
+    listed = ", ".join(names[:8]) + (" and others" if len(names) > 8 else "")
+    # Where none matches, that is the finding.
+    places = [("target_modules", f"modules of {case.base.name}", listed)] * bool(ends & {*wanted})
+    return grouped("target-unmatched", places if names else [])
+
+
 def _check_class(case: _Case) -> list[Finding]:
     """Warn when the adapter was made on the bare class of a base that names a class with a head."""
     declared, class_name = case.base.declared_kind, case.config.class_name
@@ -393,9 +576,10 @@ def _check_modules(case: _Case, plain: Mapping[str, list[Place]]) -> list[Findin
         places.pop("vocab-mismatch", None)
         places.pop("layer-out-of-range", None)
     findings = [*_findings(places), *grouped("unexpected-tensors", twice, severity="warning")]
+    findings += _check_unmatched(case)
     if is_other_model or case.is_shifted or "target-not-in-base" in places:
         return findings
-    return findings + _missing(case.config, held, case.targets)
+    return findings + _missing(case, held)
 
 
 def _misplaced(case: _Case, held: Iterable[str]) -> Iterator[tuple[str, Place]]:
@@ -408,7 +592,7 @@ def _misplaced(case: _Case, held: Iterable[str]) -> Iterator[tuple[str, Place]]:
         elif layer_zero(path) in base.modules and path not in base.modules:
             depth = f"layers 0 to {base.layers - 1}"
             yield "layer-out-of-range", (path, depth, f"layer {layer_of(path)}")
-        elif path not in base.modules:
+        elif path not in base.modules and not any(is_under(path, head) for head in _HEADS):
             yield "target-not-in-base", (path, f"a module of {base.name}", "no such module")
 
 
@@ -448,11 +632,8 @@ def _mismatch_kind(part: str, found: tuple[int, ...], expected: tuple[int | None
     return "shape-mismatch"
 
 
-def _missing(
-    config: AdapterConfig,
-    held: Mapping[str, Mapping[str, str]],
-    targets: Mapping[str, Target],
-) -> list[Finding]:
+def _missing(case: _Case, held: Mapping[str, Mapping[str, str]]) -> list[Finding]:
+    config, targets = case.config, case.targets
     halves = [
         (path, f"{part} of shape {_shape(shape)}", _NOTHING)
         for path, target in targets.items()
@@ -461,7 +642,9 @@ def _missing(
         if part not in held[path]
     ]
     kinds = {layer_zero(path) for path in held}
-    lost = [path for path in targets if path not in held]
+    # The twin of a tied module has its weight from the other.
+    twins = {path for path in targets if config.ensures_tying and case.base.tied(path) in held}
+    lost = [path for path in targets if path not in held and path not in twins]
     # A kind of module that no layer holds was listed and never trained: PEFT leaves it at zero.
     untrained = [(p, "lora_A and lora_B", _NOTHING) for p in lost if layer_zero(p) not in kinds]
     partial = [(p, "lora_A and lora_B", _NOTHING) for p in lost if layer_zero(p) in kinds]

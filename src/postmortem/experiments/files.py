@@ -277,7 +277,7 @@ def _record_role(session: Session, role: str, *, adapter: Adapter, found: Inspec
     for name, value in zip(MEASURES, numbers, strict=True):
         unit = "MB" if name == "megabytes" else ""
         session.measure(f"{key}.{name}", value, unit=unit, reason="there is no file of weights")
-    words = {"fits": True, "suspect": None, "broken": False}
+    words = {"fits": True, "suspect": None, "unchecked": None, "broken": False}
     listed = ", ".join(dict.fromkeys(finding.id for finding in findings))
     because = f"found: {listed}" if listed else "nothing was found against it"
     session.verdict(f"{key}.fit", words[found.report.verdict], because)
