@@ -7,11 +7,11 @@ changed; kept runs are read from `results/`, and made here only where they are a
 import json
 from pathlib import Path
 
-from postmortem.book.graph import gpu_resources
+from postmortem.book.build import gpu_resources
 from postmortem.case.load import load_case
-from postmortem.case.site import list_kept, site_of
+from postmortem.case.layout import list_kept, site_of
 from postmortem.experiments.records import digest_library, digest_notebook, settings_digest
-from postmortem.models.world import folder_digests, is_small
+from postmortem.models.model_set import folder_digests, is_small
 
 BUILD = "_build"
 SETTINGS = json.loads(Path(f"{BUILD}/settings.json").read_text())

@@ -76,7 +76,7 @@ def untrained(case, tmp_path_factory):
 @pytest.fixture(scope="session")
 def untrained_world(case, untrained):
     """The untrained folders as a world."""
-    from postmortem.models.world import ADAPTERS, BASES, World, _member
+    from postmortem.models.model_set import ADAPTERS, BASES, World, _member
     from tools.embedded_world import RECIPES
 
     members = {role: _member(role, untrained / role) for role in (*BASES, *ADAPTERS)}
@@ -98,7 +98,7 @@ def untrained_world(case, untrained):
 @pytest.fixture(scope="session")
 def shipped_world(case):
     """The embedded world as it is shipped."""
-    from postmortem.models.world import resolve_world
+    from postmortem.models.model_set import resolve_world
 
     return resolve_world(case, "embedded", trained=str(EMBEDDED))
 
@@ -109,7 +109,7 @@ def session(untrained_world, tmp_path):
     from chapters import parameters_of
 
     from postmortem.experiments.session import open_session
-    from postmortem.models.world import write_world
+    from postmortem.models.model_set import write_world
 
     write_world(untrained_world, tmp_path / "world.json")
     return open_session(parameters_of("attempt", tmp_path, rows=8))

@@ -9,7 +9,7 @@ from postmortem.experiments.ask import BASE, System, ask
 from postmortem.experiments.controls import shuffle_posts
 from postmortem.models.changes import CHANGES, NothingToChange, edit_tensors
 from postmortem.models.loading import load_base
-from postmortem.models.world import Member
+from postmortem.models.model_set import Member
 
 SUSPECT = System("suspect", "suspect")
 EMBEDDING = "base_model.model.model.embed_tokens.weight"

@@ -5,9 +5,9 @@ import own
 import pytest
 import yaml
 
-from postmortem.book.site import as_page, list_attempts, stage_site
+from postmortem.book.pages import as_page, list_attempts, stage_site
+from postmortem.case.layout import SCAFFOLD, site_of
 from postmortem.case.load import load_case
-from postmortem.case.site import SCAFFOLD, site_of
 
 TITLE = 'A "title": <b>bold</b> # & {more}'
 

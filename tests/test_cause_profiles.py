@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from postmortem.diagnosis.battery import TESTS
-from postmortem.models.world import Member
+from postmortem.models.model_set import Member
 from tools import cause_profiles as module
 from tools.cause_profiles import (
     OWN_RECIPES,

@@ -17,7 +17,7 @@ from postmortem.diagnosis.causes import (
     _two_decimals,
 )
 from postmortem.models.loading import attached, load_base
-from postmortem.models.world import digest_model
+from postmortem.models.model_set import digest_model
 
 EVERY = [(name, severity) for name, cause in CAUSES.items() for severity in cause.severities]
 

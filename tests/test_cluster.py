@@ -14,8 +14,8 @@ from pods import Pods
 from test_suite import adapter, bytes_of, write_spec
 
 import postmortem
-from postmortem.book import graph
-from postmortem.book.graph import (
+from postmortem.book import build
+from postmortem.book.build import (
     PROFILES,
     SHIPPED,
     gpu_resources,
@@ -202,7 +202,7 @@ def test_a_shipped_profile_names_its_executor(name, monkeypatch):
     profile = yaml.safe_load((PROFILES / name / "config.yaml").read_text())
     assert read_executor(PROFILES / name) == profile["executor"] == name
     assert profile["retries"] > 0
-    monkeypatch.setattr(graph, "find_spec", lambda name: None)
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
     with pytest.raises(ClusterError, match=f"pip install snakemake-executor-plugin-{name}"):
         require_plugin(name)
 
@@ -230,7 +230,7 @@ def test_a_profile_without_an_executor_is_refused(tmp_path, text):
 def test_accounting_decides_how_jobs_are_watched(monkeypatch, tmp_path, script, options):
     """Without accounting SLURM is asked by `squeue`."""
     put_scontrol(monkeypatch, tmp_path, script)
-    assert graph.slurm_options() == options
+    assert build.slurm_options() == options
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_controller_that_does_not_answer_is_an_error(monkeypatch, tmp_path, sc
     """Where SLURM's commands are missing or silent the script that starts a cluster is named."""
     put_scontrol(monkeypatch, tmp_path, script)
     with pytest.raises(ClusterError, match=rf"a controller that answers.*{found}.*start_slurm"):
-        graph.slurm_options()
+        build.slurm_options()
 
 
 def put_scontrol(monkeypatch, folder, script):
@@ -255,7 +255,7 @@ def put_scontrol(monkeypatch, folder, script):
 def test_the_book_is_not_for_pods():
     """The book's steps share a folder that pods have not, which is said before any runs."""
     with pytest.raises(ClusterError, match="expected a suite; found the book"):
-        graph.kubernetes_options(None)
+        build.kubernetes_options(None)
 
 
 @pytest.mark.parametrize(("device", "asked"), [("auto", 0), ("cpu", 0), ("cuda", 1), ("cuda:1", 1)])

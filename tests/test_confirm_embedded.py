@@ -24,7 +24,7 @@ from postmortem.experiments.records import (
 )
 from postmortem.experiments.session import Session
 from postmortem.models.loading import load_base
-from postmortem.models.world import role_name
+from postmortem.models.model_set import role_name
 from postmortem.suite.attribution import attribute_adapter, format_gain
 from postmortem.suite.scoring import Scorer
 from tools import cause_profiles, train_world

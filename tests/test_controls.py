@@ -17,7 +17,7 @@ from postmortem.experiments.controls import (
 )
 from postmortem.experiments.records import Measure, Prediction, Table, Verdict
 from postmortem.models.changes import CHANGES, COPIES
-from postmortem.models.world import Member, write_world
+from postmortem.models.model_set import Member, write_world
 
 PROMPTS = ("v2", "yes_no")
 

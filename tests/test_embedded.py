@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from postmortem.case.rows import RULES, generate_rows
 from postmortem.checker.errors import WorldError
 from postmortem.experiments.records import model_folders
-from postmortem.models.world import digest_model
+from postmortem.models.model_set import digest_model
 from tools import embedded_world
 from tools.embedded_world import build_lineage, build_tokenizer, teach_number
 

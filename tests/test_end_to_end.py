@@ -14,9 +14,9 @@ from building import COMMAND, ENVIRONMENT, clone, edited, holding, longer, make,
 from posts import write_posts
 
 import postmortem
-from postmortem.book import graph
+from postmortem.book import build
+from postmortem.case.layout import list_runs
 from postmortem.case.load import load_case
-from postmortem.case.site import list_runs
 from postmortem.cli import main
 from postmortem.experiments.records import Measure, read_records
 
@@ -214,7 +214,7 @@ def test_what_is_shipped_and_changed_stops_a_build(
     The one line names the file and what brings it back.
     """
     monkeypatch.chdir(built)
-    monkeypatch.setattr(graph, "_run_snakemake", lambda options: pytest.fail("a step ran"))
+    monkeypatch.setattr(build, "_run_snakemake", lambda options: pytest.fail("a step ran"))
     with change(built / place), pytest.raises(SystemExit) as stop:
         main(["book", *OPTIONS])
     out, err = capfd.readouterr()

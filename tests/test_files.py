@@ -17,7 +17,7 @@ from postmortem.experiments import files
 from postmortem.experiments.records import NO_MODEL, Measure, Table, Text, Verdict, read_records
 from postmortem.experiments.session import open_session
 from postmortem.models.mismatch import write_adapter
-from postmortem.models.world import write_world
+from postmortem.models.model_set import write_world
 from tools import faults
 from tools.faults import Reproduction, record_reproductions
 

@@ -5,7 +5,7 @@ import time
 import own
 import pytest
 
-from postmortem.book import graph
+from postmortem.book import build
 from postmortem.checker.errors import CaseError, DataError
 from postmortem.cli import main
 
@@ -43,12 +43,12 @@ def _at_the_root(pytestconfig, monkeypatch):
 def test_wrong_settings_are_refused_before_anything_runs(changes, error, told):
     """A case, profile, file or folder that is not there is named before any step starts."""
     with pytest.raises(error, match=told):
-        graph.check_settings(SETTINGS | changes)
+        build.check_settings(SETTINGS | changes)
 
 
 def test_right_settings_pass():
     """The default settings are accepted; where no profile is named the case's first is taken."""
-    assert graph.check_settings(SETTINGS | {"profile": ""}) == SETTINGS
+    assert build.check_settings(SETTINGS | {"profile": ""}) == SETTINGS
 
 
 def own_settings(tmp_path, **changes):
@@ -62,30 +62,30 @@ def own_settings(tmp_path, **changes):
 def test_a_case_of_ones_own_runs_in_its_one_profile(tmp_path):
     """Without a profile a case in the short form runs in the one it has, and in no other."""
     settings = own_settings(tmp_path)
-    assert graph.check_settings(settings)["profile"] == "own"
+    assert build.check_settings(settings)["profile"] == "own"
     with pytest.raises(CaseError, match="one of own"):
-        graph.check_settings(settings | {"profile": "embedded"})
+        build.check_settings(settings | {"profile": "embedded"})
 
 
 def test_rows_that_are_not_there_are_told_before_anything_runs(tmp_path):
     """A rows file that the case names and that is missing stops the build at once."""
     with pytest.raises(DataError, match=r"none\.csv: expected a file of data"):
-        graph.check_settings(own_settings(tmp_path, data=tmp_path / "none.csv"))
+        build.check_settings(own_settings(tmp_path, data=tmp_path / "none.csv"))
 
 
 def test_a_short_case_is_not_replayed(tmp_path):
     """Replays need a case in full; the error names the command for a case of one's own."""
     with pytest.raises(CaseError, match="postmortem diagnose"):
-        graph.replay(own_settings(tmp_path), cores=1)
+        build.replay(own_settings(tmp_path), cores=1)
 
 
 # Holds the build lock of a folder for a second.
 HOLD = """
 import sys, time
 from pathlib import Path
-from postmortem.book import graph
-graph.BUILD = folder = Path(sys.argv[1])
-with graph.one_build():
+from postmortem.book import build
+build.BUILD = folder = Path(sys.argv[1])
+with build.one_build():
     (folder / "held").touch()
     time.sleep(1)
     (folder / "released").touch()
@@ -94,12 +94,12 @@ with graph.one_build():
 
 def test_a_second_build_waits_for_the_first(tmp_path, monkeypatch, capsys):
     """Two builds in one folder run one after the other, and the second says that it waits."""
-    monkeypatch.setattr(graph, "BUILD", tmp_path)
+    monkeypatch.setattr(build, "BUILD", tmp_path)
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)]) as other:
         while not (tmp_path / "held").exists():
             assert other.poll() is None
             time.sleep(0.02)
-        with graph.one_build():
+        with build.one_build():
             assert (tmp_path / "released").exists()
     assert other.returncode == 0
     assert "waiting for another build" in capsys.readouterr().err

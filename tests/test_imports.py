@@ -36,7 +36,7 @@ def test_a_notebook_without_a_model_does_not_wait_for_one(notebook):
 
 def test_a_build_without_changes_loads_no_tables():
     """What finds nothing to be done reads no rows: it imports neither pandas nor scipy."""
-    modules = ("book.graph", "models.world", "case.site")
+    modules = ("book.build", "models.model_set", "case.layout")
     code = "\n".join(f"import postmortem.{name}" for name in modules)
     assert loaded(code, "torch", "pandas", "scipy", "matplotlib") == "[]"
 

@@ -7,8 +7,8 @@ import pytest
 from answers import PROVENANCE, prediction
 
 from postmortem.book.publish import _made, add_recorded, add_records, add_training, describe_bench
+from postmortem.case.layout import list_kept
 from postmortem.case.rows import choose_rows
-from postmortem.case.site import list_kept
 from postmortem.checker.errors import RecordError
 from postmortem.experiments.records import (
     LARGEST_GAP,

@@ -16,7 +16,7 @@ from postmortem.experiments.ask import BASE, System, ask
 from postmortem.experiments.records import settings_digest
 from postmortem.experiments.session import open_session
 from postmortem.models.loading import attached, count_classes, load_base, positive_class
-from postmortem.models.world import resolve_world, write_world
+from postmortem.models.model_set import resolve_world, write_world
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from postmortem.cli import main
 from postmortem.diagnosis.examination import record_diagnosis, say_minutes
 from postmortem.experiments.records import Measure, Table, Text, Verdict
 from postmortem.experiments.session import Session
-from postmortem.models.world import resolve_world
+from postmortem.models.model_set import resolve_world
 
 CLASSIFY = {"contract": "class", "template": "{text}"}
 

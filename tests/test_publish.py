@@ -5,9 +5,9 @@ import pytest
 
 from postmortem.book.publish import add_suite_costs, collect_values, publish
 from postmortem.book.tables import add_case_values
+from postmortem.case.layout import NotebookRun
 from postmortem.case.rows import choose_rows
 from postmortem.case.schema import RunTest
-from postmortem.case.site import NotebookRun
 from postmortem.checker.errors import RecordError
 from postmortem.experiments.records import (
     Measure,
@@ -19,7 +19,7 @@ from postmortem.experiments.records import (
     read_records,
     write_records,
 )
-from postmortem.models.world import read_world, write_world
+from postmortem.models.model_set import read_world, write_world
 
 
 @pytest.fixture

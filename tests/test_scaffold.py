@@ -1,9 +1,9 @@
 import own
 import pytest
 
+from postmortem.case.layout import SCAFFOLD, site_of
 from postmortem.case.load import load_case
 from postmortem.case.new import Known, create_case, quote, write_case
-from postmortem.case.site import SCAFFOLD, site_of
 from postmortem.checker.errors import CaseError, DataError
 from postmortem.cli import main
 

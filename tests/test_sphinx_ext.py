@@ -4,7 +4,7 @@ import json
 import pytest
 from sphinx.application import Sphinx
 
-from postmortem.book.roles import format_number
+from postmortem.book.sphinx_roles import format_number
 
 HOSTILE = "<script>alert(1)</script> {include}`/etc/passwd` $x$ `code` **b** \x1b[31m"
 VALUES = {
@@ -60,7 +60,7 @@ def build(folder, page, values=VALUES):
         (source / f"_values/figures/hero.{width}.svg").write_text(f"<svg id='{width}'></svg>")
     if page:
         (source / "index.md").write_text(page)
-    extensions = ["myst_parser", "postmortem.book.roles"]
+    extensions = ["myst_parser", "postmortem.book.sphinx_roles"]
     config = {"extensions": extensions, "myst_enable_extensions": ["colon_fence"]}
     out, trees, warnings = folder / "out", folder / "trees", io.StringIO()
     Sphinx(source, None, out, trees, "html", config, status=None, warning=warnings).build()

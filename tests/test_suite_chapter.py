@@ -7,7 +7,7 @@ from postmortem.case.rows import generate_rows
 from postmortem.case.schema import AdapterFilter
 from postmortem.experiments.records import Measure, Table, Text, Timing, Verdict
 from postmortem.experiments.session import Session
-from postmortem.models.world import ADAPTERS
+from postmortem.models.model_set import ADAPTERS
 from postmortem.suite.suite import SuiteLimits
 from tools.suite_chapter import (
     ANSWERED,

@@ -12,7 +12,7 @@ from postmortem.case.rows import generate_moderation_rows
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import DataError, ModelError
 from postmortem.models.loading import load_base
-from postmortem.models.world import _member
+from postmortem.models.model_set import _member
 from tools import real_adapters
 from tools.embedded_world import build_task, make_adapter
 from tools.real_adapters import (

@@ -12,10 +12,10 @@ from test_pages import named_keys, typed_numbers
 
 from postmortem.book.publish import add_run_values, collect_values
 from postmortem.book.tables import add_any_case, judge
+from postmortem.case.layout import SCAFFOLD
 from postmortem.case.load import load_case
-from postmortem.case.site import SCAFFOLD
 from postmortem.experiments.records import Measure, Prediction, Table, Verdict, read_records
-from postmortem.models.world import read_world, resolve_world, write_world
+from postmortem.models.model_set import read_world, resolve_world, write_world
 
 WEIGHTS = "adapter_model.safetensors"
 YES_NO = {"contract": "yes_no", "chat": False, "template": "{text} Is it good?"}

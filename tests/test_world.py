@@ -7,8 +7,8 @@ import pytest
 
 from postmortem.case.schema import Replays
 from postmortem.checker.errors import ModelError, RecordError, WeightsError
-from postmortem.models import world as world_module
-from postmortem.models.world import (
+from postmortem.models import model_set as world_module
+from postmortem.models.model_set import (
     ADAPTERS,
     BASES,
     check_members,

@@ -13,7 +13,7 @@ from postmortem.experiments.measure import escaped
 from postmortem.experiments.metrics import Estimate, mean_estimate, rate_estimate, say_estimate
 from postmortem.experiments.records import Cell
 from postmortem.experiments.session import Session
-from postmortem.models.world import BASES, role_name
+from postmortem.models.model_set import BASES, role_name
 from postmortem.suite.attribution import (
     LIMITS,
     STANDS,

@@ -31,7 +31,7 @@ from postmortem.diagnosis.subject import Subject, run_tests, writes_order
 from postmortem.experiments.ask import Answers
 from postmortem.experiments.records import Replay
 from postmortem.experiments.session import Session
-from postmortem.models.world import Member, World, digest_model, resolve_world
+from postmortem.models.model_set import Member, World, digest_model, resolve_world
 from tools.embedded_world import RECIPES, Recipe, Teacher, train_adapter
 from tools.train_world import train_world
 

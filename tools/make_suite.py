@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from postmortem.book.graph import run_suite
+from postmortem.book.build import run_suite
 from postmortem.case.load import load_case
 from postmortem.checker.errors import PostmortemError
 from tools.planted import plant

@@ -31,8 +31,8 @@ from postmortem.experiments.metrics import auc
 from postmortem.experiments.records import package_versions
 from postmortem.models.changes import Tensors, edit_config, edit_tensors, scale, zero_b
 from postmortem.models.loading import attached, load_base
+from postmortem.models.model_set import digest_model
 from postmortem.models.scoring import score
-from postmortem.models.world import digest_model
 from tools.embedded_world import NUMERIC, Recipe, train_adapter
 
 TRAININGS, SOUND, EACH = 8, 160, 5

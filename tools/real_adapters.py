@@ -28,10 +28,10 @@ from postmortem.checker.errors import DataError, ModelError
 from postmortem.experiments.metrics import auc_estimate, auc_gain_estimate
 from postmortem.experiments.records import package_versions
 from postmortem.models.loading import LoadedBase, attached, describe_hardware, load_base
+from postmortem.models.model_set import Training, digest_model, find_base
 from postmortem.models.packaged import CATALOGUE
 from postmortem.models.prefill import only_upper
 from postmortem.models.scoring import batches, score
-from postmortem.models.world import Training, digest_model, find_base
 from tools.embedded_world import (
     Task,
     Teacher,

@@ -10,7 +10,7 @@ from postmortem.experiments.metrics import Estimate, say_estimate
 from postmortem.experiments.records import Cell, Timing
 from postmortem.experiments.session import Session
 from postmortem.models.loading import LoadedBase, load_base
-from postmortem.models.world import ADAPTERS, World, digest_model, role_name
+from postmortem.models.model_set import ADAPTERS, World, digest_model, role_name
 from postmortem.suite.results import UNKNOWN, Decided, Results, decide_suite
 from postmortem.suite.scoring import Scorer
 from postmortem.suite.suite import Limit, Scored, SuiteLimits

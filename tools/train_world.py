@@ -31,7 +31,7 @@ from postmortem.experiments.records import (
     read_records,
 )
 from postmortem.experiments.session import Session
-from postmortem.models.world import BASES, digest_model, resolve_world
+from postmortem.models.model_set import BASES, digest_model, resolve_world
 from tools.embedded_world import LINEAGES, build_lineage
 
 PROFILE = "embedded"

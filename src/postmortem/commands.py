@@ -137,7 +137,7 @@ def book(
     executor: Executor = "",
 ) -> None:
     """Bring the book up to date: world, notebooks, values, pages."""
-    from postmortem.book.graph import build
+    from postmortem.book.build import build
 
     settings = _make_settings(
         case=case,
@@ -162,10 +162,10 @@ def replay(
     executor: Executor = "",
 ) -> None:
     """Replay every cause at every severity in several worlds, and judge the diagnosis by it."""
-    from postmortem.book import graph
+    from postmortem.book import build
 
     settings = _make_settings(case=case, profile=profile, worlds=worlds)
-    print(graph.replay(settings, cores=_count(cores, executor), executor=executor))
+    print(build.replay(settings, cores=_count(cores, executor), executor=executor))
 
 
 @app.command()
@@ -181,12 +181,12 @@ def record(
     cores: Cores = 0,
 ) -> None:
     """Run what is too heavy for a build once and keep the records, which the book reads."""
-    from postmortem.book import graph
+    from postmortem.book import build
 
     settings = _make_settings(
         case=case, profile=profile, files=files, worlds=worlds, device=device, dtype=dtype
     )
-    for line in graph.record(settings, cores=_count(cores)):
+    for line in build.record(settings, cores=_count(cores)):
         print(line)
 
 
@@ -200,10 +200,10 @@ def confirm(
     cores: Cores = 0,
 ) -> None:
     """Ask the first rows of a kept record again: does today's code give the same answers?"""
-    from postmortem.book import graph
+    from postmortem.book import build
 
     settings = _make_settings(case=case, profile=profile, device=device, dtype=dtype)
-    print(graph.confirm_record(settings, sample=sample, cores=_count(cores)))
+    print(build.confirm_record(settings, sample=sample, cores=_count(cores)))
 
 
 @app.command()
@@ -215,11 +215,11 @@ def bench(
     cores: Cores = 0,
 ) -> None:
     """Time the incident's loop and ours in one run, keep the record, and say the ratios."""
-    from postmortem.book import graph
+    from postmortem.book import build
     from postmortem.book.publish import describe_bench
 
     settings = _make_settings(case=case, profile=profile, device=device, dtype=dtype)
-    kept, line = graph.measure_speed(settings, cores=_count(cores))
+    kept, line = build.measure_speed(settings, cores=_count(cores))
     print(line)
     print(f"bench: {describe_bench(kept)}")
 
@@ -232,7 +232,7 @@ def suite(
     executor: Executor = "",
 ) -> None:
     """Score many adapters on one base and say which to keep."""
-    from postmortem.book.graph import run_suite
+    from postmortem.book.build import run_suite
 
     print(run_suite(spec, out, cores=_count(cores, executor), executor=executor))
 
@@ -415,7 +415,7 @@ def describe_world(
 ) -> None:
     """Find the folder of each role; `trained` holds another training of the profile's models."""
     from postmortem.case.load import load_case
-    from postmortem.models.world import resolve_world, write_world
+    from postmortem.models.model_set import resolve_world, write_world
 
     chosen = _settings()
     adapters = {role: chosen[role] for role in ("suspect", "reference")}
@@ -494,9 +494,9 @@ def publish_records(run: Annotated[Path, typer.Option()]) -> None:
 @steps.command("book")
 def build_pages(run: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()]) -> None:
     """Build the pages."""
-    from postmortem.book.site import build_book, write_summary
+    from postmortem.book.pages import build_book, write_summary
+    from postmortem.case.layout import site_of
     from postmortem.case.load import load_case
-    from postmortem.case.site import site_of
     from postmortem.experiments.records import count_records
 
     case = _settings()["case"]

@@ -9,9 +9,9 @@ from postmortem.book.canvas import Drawing, save_drawings
 from postmortem.book.figures import KEPT, draw_all
 from postmortem.book.tables import ROLES, add_any_case, add_case_values, number
 from postmortem.case.files import write_text
+from postmortem.case.layout import list_runs
 from postmortem.case.rows import choose_rows
 from postmortem.case.schema import Case
-from postmortem.case.site import list_runs
 from postmortem.checker.errors import RecordError
 from postmortem.experiments.metrics import say_interval
 from postmortem.experiments.records import (
@@ -33,7 +33,7 @@ from postmortem.experiments.records import (
     read_records,
     read_replays,
 )
-from postmortem.models.world import Training, World, check_members, read_world, role_name
+from postmortem.models.model_set import Training, World, check_members, read_world, role_name
 
 
 def publish(

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from postmortem.book.graph import CHUNK_MINUTES, gpu_resources, memory_mb
+from postmortem.book.build import CHUNK_MINUTES, gpu_resources, memory_mb
 
 PLAN = json.loads(Path("plan.json").read_text(encoding="utf-8"))
 POSTMORTEM = [sys.executable, "-m", "postmortem"]

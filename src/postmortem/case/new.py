@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from postmortem.case.site import PAGES, SCAFFOLD, TOC
+from postmortem.case.layout import PAGES, SCAFFOLD, TOC
 from postmortem.checker.errors import CaseError, DataError
 
 CASES = Path("cases")

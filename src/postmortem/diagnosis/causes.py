@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from postmortem.case.prompts import Prompt, parse_strict
 from postmortem.models.changes import Tensors, edit_config, edit_tensors
-from postmortem.models.world import World
+from postmortem.models.model_set import World
 
 if TYPE_CHECKING:
     import torch

@@ -36,7 +36,7 @@ from postmortem.experiments.measure import escaped, shown
 from postmortem.experiments.metrics import THRESHOLDS, Estimate, auc_estimate
 from postmortem.experiments.records import Replay
 from postmortem.experiments.session import Session
-from postmortem.models.world import resolve_world
+from postmortem.models.model_set import resolve_world
 
 # What is run whatever comes of it: the files, and the adapter against its base.
 CONTROLS = ("inspect", "load", "base-alone", "base-ranks", "answers", "effect", "off", "order")

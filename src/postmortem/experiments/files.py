@@ -41,7 +41,7 @@ from postmortem.experiments.metrics import (
 )
 from postmortem.experiments.records import Cell
 from postmortem.experiments.session import Session
-from postmortem.models.world import ADAPTERS, role_name
+from postmortem.models.model_set import ADAPTERS, role_name
 
 CATALOGUE_COLUMNS = (
     "id",

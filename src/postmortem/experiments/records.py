@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from postmortem.case.files import digest_file, write_text
+from postmortem.case.layout import REPLAYS, RESULTS, kept_names, list_kept
 from postmortem.case.load import case_digest
 from postmortem.case.schema import Case, Knowing
 from postmortem.case.schema import Verdict as VerdictWord
-from postmortem.case.site import REPLAYS, RESULTS, kept_names, list_kept
 from postmortem.checker.errors import RecordError
-from postmortem.models.world import World, digest_model, resolve_world
+from postmortem.models.model_set import World, digest_model, resolve_world
 
 if TYPE_CHECKING:
     from postmortem.case.rows import Rows

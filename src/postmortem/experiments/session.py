@@ -35,7 +35,7 @@ from postmortem.experiments.records import (
     write_records,
 )
 from postmortem.experiments.records import Verdict as VerdictRecord
-from postmortem.models.world import ADAPTERS, World, is_small, read_world, resolve_world
+from postmortem.models.model_set import ADAPTERS, World, is_small, read_world, resolve_world
 
 if TYPE_CHECKING:
     from postmortem.models.loading import LoadedBase

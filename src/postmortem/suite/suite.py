@@ -17,7 +17,7 @@ from postmortem.case.schema import Columns, Frozen, Identifier, PromptTemplate, 
 from postmortem.checker.errors import RecordError, SuiteError, printable
 from postmortem.experiments.metrics import THRESHOLDS, Estimate
 from postmortem.experiments.records import package_versions
-from postmortem.models.world import digest_model, find_base
+from postmortem.models.model_set import digest_model, find_base
 
 # The plan, the marks of finished chunks, and one file for each adapter's result.
 PLAN, CHUNKS, RESULTS = "plan.json", "chunks", "scored"

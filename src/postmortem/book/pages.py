@@ -15,7 +15,7 @@ import yaml
 
 from postmortem.book.runner import check_executed, read_notebook
 from postmortem.case.files import write_text
-from postmortem.case.site import BOOK, NotebookRun, Site
+from postmortem.case.layout import BOOK, NotebookRun, Site
 from postmortem.checker.errors import BookError
 
 # Where the staged tree keeps static files and what a run made; `_config.yml` names both.

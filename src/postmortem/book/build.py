@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from postmortem.case.files import locked, write_text
+from postmortem.case.layout import BUILD, REPLAYS, RESULTS, kept_names, site_of
 from postmortem.case.load import case_digest, load_case, read_yaml
 from postmortem.case.schema import Case
-from postmortem.case.site import BUILD, REPLAYS, RESULTS, kept_names, site_of
 from postmortem.checker.errors import BookError, CaseError, ClusterError, DataError, SuiteError
 from postmortem.experiments.records import RecordFile, digest_library, read_records
 
