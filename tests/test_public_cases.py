@@ -609,3 +609,123 @@ def test_targets_that_match_nothing_are_named(targets, unmatched, tmp_path, caps
     assert found_in(report) == ({"target-unmatched": "info"} if unmatched else {})
     assert report["verdict"] == "fits"
     assert all(name in report["findings"][0]["evidence"] for name in unmatched)
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def mixture(folder, name, class_name, **options):
+    """Write a tiny mixture of experts and an adapter of its fused experts."""
+    model, base = based(folder, name, class_name)
+    given = {"target_modules": ["q_proj"], "target_parameters": EXPERTS, **options}
+    assert sound.save(model, folder / "a", given)
+    return folder / "a", base
+
+
+MIXTURES = [
+    ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    ("qwen2_moe", "Qwen2MoeForCausalLM"),
+    ("mixtral", "MixtralForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("name", "class_name"), MIXTURES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_parameters": EXPERTS[:1]},
+        {"target_parameters": ["down_proj"]},
+        {"target_parameters": ["experts.down_proj", "experts.gate_up_proj"]},
+        {"rank_pattern": {"gate_up_proj": 2}},
+        {"target_modules": []},
+        {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]},
+    ],
+)
+def test_sound_experts_are_compared(name, class_name, options, tmp_path, capsys):
+    """Fused experts that PEFT wrote fit their base: compared, and without a finding."""
+    folder, base = mixture(tmp_path, name, class_name, **options)
+    report = run(capsys, folder, "--base", base)[1]
+    assert (report["verdict"], report["findings"], report["notes"]) == ("fits", [], [])
+
+
+def exchanged(tensors):
+    """The experts' factors in the layout that takes in for out."""
+    kept = {k: v for k, v in tensors.items() if ".experts" not in k}
+    keys = [k for k in tensors if ".experts" in k and "lora_A" in k]
+    other = {k: k.replace("lora_A", "lora_B") for k in keys}
+    a = {k: tensors[other[k]].T for k in keys}
+    return kept | a | {other[k]: tensors[k].T for k in keys}
+
+
+@pytest.mark.parametrize(("name", "class_name"), MIXTURES)
+@pytest.mark.parametrize(
+    ("settings", "change", "expected"),
+    [
+        ({}, exchanged, {"factors-transposed": "error"}),
+        ({"target_parameters": None}, None, {"unexpected-tensors": "error"}),
+        ({"target_parameters": EXPERTS[:1]}, None, {"unexpected-tensors": "error"}),
+        ({"r": 8, "rank_pattern": {"q_proj": 4}}, None, {"rank-mismatch": "error"}),
+        (
+            {},
+            lambda t: {k.replace("mlp.experts", "mlp.moe.experts"): v for k, v in t.items()},
+            MISPLACED,
+        ),
+        (
+            {},
+            lambda t: {
+                k.replace("model.layers", "model.language_model.layers"): v for k, v in t.items()
+            },
+            MISPLACED,
+        ),
+        (
+            {},
+            lambda t: {k: v for k, v in t.items() if ".experts.base" not in k},
+            {"missing-tensors": "error"},
+        ),
+        (
+            {},
+            lambda t: {k: v for k, v in t.items() if ".experts" not in k},
+            {"missing-tensors": "error"},
+        ),
+        (
+            {},
+            lambda t: {
+                k: torch.cat([v, v], 1) if "experts.lora_A" in k else v for k, v in t.items()
+            },
+            {"shape-mismatch": "error"},
+        ),
+    ],
+)
+def test_experts_that_do_not_fit(name, class_name, settings, change, expected, tmp_path, capsys):
+    """Experts of another layout, path or shape, or that the config lost, are one finding."""
+    folder, base = mixture(tmp_path, name, class_name)
+    edit_config(folder, **settings)
+    if change:
+        edit_tensors(folder, change)
+    assert found_in(run(capsys, folder, "--base", base)[1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["0.gate_proj", "3.down_proj"], {}),
+        (["4.gate_proj"], {"target-not-in-base": "error"}),
+        (["0.w9"], {"target-not-in-base": "error"}),
+    ],
+)
+def test_experts_one_by_one(names, expected, tmp_path, capsys):
+    """One module for each expert, as releases before the fusion wrote it, is judged as well."""
+    folder, base = mixture(tmp_path, *MIXTURES[0], target_parameters=None)
+
+    def add(tensors):
+        for name in names:
+            ends = (16, 32) if "down" in name else (32, 16)
+            path = f"base_model.model.model.layers.0.mlp.experts.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.ones(4, ends[0])
+            tensors[f"{path}.lora_B.weight"] = torch.ones(ends[1], 4)
+        return tensors
+
+    edit_tensors(folder, add)
+    edit_config(folder, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    assert found_in(run(capsys, folder, "--base", base)[1]) == expected

@@ -447,8 +447,9 @@ def _find_shift(contents: Contents, base: BaseModel) -> tuple[str, str, int] | N
     first_layers = [path for path in base.modules if layer_zero(path) == path]
     ends = {end: path for path in first_layers for end in _ends(path)}
     shifts = Counter(shift for path in lost if (shift := _shift(layer_zero(path), ends)))
+    judged = [path for path in contents.lora if not base.is_open(path)]
     for shift, count in shifts.most_common(1):
-        return (*shift, count) if 2 * count >= len(contents.lora) else None
+        return (*shift, count) if 2 * count >= len(judged) else None
     return None
 
 
