@@ -12,7 +12,9 @@ import torch
 import transformers as tf
 from handmade import QWEN, header, size_of, write
 from peft import PeftModel
+from safetensors.torch import save_file
 
+from postmortem.checker import adapter as adapter_module
 from postmortem.checker.bases import find_base
 from postmortem.cli import main
 from postmortem.models.changes import edit_config, edit_tensors
@@ -651,11 +653,22 @@ def test_sound_experts_are_compared(name, class_name, options, tmp_path, capsys)
 
 def exchanged(tensors):
     """The experts' factors in the layout that takes in for out."""
-    kept = {k: v for k, v in tensors.items() if ".experts" not in k}
     keys = [k for k in tensors if ".experts" in k and "lora_A" in k]
     other = {k: k.replace("lora_A", "lora_B") for k in keys}
-    a = {k: tensors[other[k]].T for k in keys}
-    return kept | a | {other[k]: tensors[k].T for k in keys}
+    turned = {k: tensors[other[k]].T for k in keys} | {other[k]: tensors[k].T for k in keys}
+    return tensors | turned
+
+
+def test_the_exchange_of_factors_keeps_the_update():
+    """What the remedy computes of the older layout gives the same update in PEFT's of today."""
+    experts, r, wide, narrow = 3, 2, 5, 4
+    a, b = torch.randn(experts * r, wide), torch.randn(narrow, r * experts)
+    old = (b.reshape(narrow, r, experts), a.reshape(experts, r, wide))
+    new_a = b.reshape(len(b), r, experts).permute(2, 1, 0).reshape(experts * r, len(b))
+    new_b = a.reshape(experts, r, a.shape[1]).permute(2, 1, 0).reshape(a.shape[1], r * experts)
+    new = (new_b.reshape(wide, r, experts), new_a.reshape(experts, r, narrow))
+    expected = torch.einsum("ore,eri->eio", *old)
+    torch.testing.assert_close(torch.einsum("ore,eri->eoi", *new), expected)
 
 
 @pytest.mark.parametrize(("name", "class_name"), MIXTURES)
@@ -729,3 +742,17 @@ def test_experts_one_by_one(names, expected, tmp_path, capsys):
     edit_tensors(folder, add)
     edit_config(folder, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
     assert found_in(run(capsys, folder, "--base", base)[1]) == expected
+
+
+@pytest.mark.parametrize(("width", "kept"), [(1, []), (1, range(0, 3000, 2)), (3, [2999])])
+def test_zero_rows_are_counted_across_the_pieces_of_a_file(width, kept, tmp_path, monkeypatch):
+    """Rows are joined over what is read at a time, and of too many runs none is told."""
+    monkeypatch.setattr(adapter_module, "CHUNK", 1000)
+    tensor = torch.zeros(3000, width)
+    tensor[list(kept)] = 1
+    save_file({"x": tensor}, tmp_path / "adapter_model.safetensors")
+    folder = adapter_module.Folder(tmp_path)
+    (stats,) = adapter_module.scan(folder, adapter_module.read_weights(folder)[0]).values()
+    expected = {0: ((0, 3000),), 1: ((0, 2999),)}.get(len(kept), ())
+    assert stats.zero_rows == expected
+    assert stats.zero_columns == (() if kept else ((0, width),))

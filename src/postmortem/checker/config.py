@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from postmortem.checker.bases import BaseModel
 from postmortem.checker.catalogue import Finding, finding
+from postmortem.checker.errors import printable
 
 CONFIG_FILE = "adapter_config.json"
 _METHODS = """
@@ -371,8 +372,7 @@ def place(contents: Contents, base: BaseModel | None) -> tuple[list[Finding], Co
         # transformers moved the text tower in 4.52, so which path is right depends on its version.
         severity = "warning" if "language_model." in old and "language_model." in new else ""
         if not contents.wrapped:
-            expected = f"{new}… for {old or '(nothing)'}…"
-            findings = [_prefix_finding(first, expected, count, severity)]
+            findings = [_shift_finding(first, old, new, count=count, severity=severity)]
         contents = contents.rename(lambda p: new + p.removeprefix(old) if p.startswith(old) else p)
     return findings, contents.rename(lambda path: path.removeprefix(PREFIX))
 
@@ -409,6 +409,23 @@ def _unwrap(contents: Contents, base: BaseModel) -> Contents:
 def _prefix_finding(where: str, expected: str, count: int, severity: str = "") -> Finding:
     return finding(
         "key-prefix", evidence=where, expected=expected, found=where, count=count, severity=severity
+    )
+
+
+def _shift_finding(path: str, old: str, new: str, *, count: int, severity: str) -> Finding:
+    change = f"{new!r} + k.removeprefix({old!r})"
+    return finding(
+        "key-prefix",
+        evidence=path,
+        expected=f"{new}… for {old or '(nothing)'}…",
+        found=path,
+        count=count,
+        severity=severity,
+        remedy=printable(
+            f"Rename the keys, {{{change}: v for k, v in tensors.items()}}, and save the file "
+            "again; or load with the model class that was used in training.",
+            600,
+        ),
     )
 
 

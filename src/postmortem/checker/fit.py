@@ -208,10 +208,19 @@ def check_fit(
     return findings + (_findings(plain) if config.unmodelled else _check_modules(case, plain))
 
 
+# PEFT up to 0.18 took a parameter of (experts, out, in) for one of (experts, in, out).
+_EXCHANGED = (
+    "Load it with the PEFT that wrote it (up to 0.18), or exchange the factors, with E experts: "
+    "A = B.reshape(len(B), r, E).permute(2, 1, 0).reshape(E * r, len(B)), and "
+    "B = A.reshape(E, r, A.shape[1]).permute(2, 1, 0).reshape(A.shape[1], r * E)."
+)
+
+
 def _findings(places: Mapping[str, list[Place]]) -> list[Finding]:
     usual = grouped("base-weights-in-adapter", places.get("usual", []), severity="info")
-    kinds = (kind for kind in places if kind != "usual")
-    return [*(f for kind in kinds for f in grouped(kind, places[kind])), *usual]
+    exchanged = grouped("factors-transposed", places.get("exchanged", []), remedy=_EXCHANGED)
+    kinds = (kind for kind in places if kind not in ("usual", "exchanged"))
+    return [*(f for kind in kinds for f in grouped(kind, places[kind])), *exchanged, *usual]
 
 
 def _own_modules(contents: Contents, tensors: Mapping[str, Tensor]) -> BaseModel:
@@ -678,10 +687,10 @@ def _judge_fused(
 
 
 def _expert_kind(a: Shape, b: Shape, wanted: Sequence[tuple[Shape, Shape]]) -> str:
-    """Tell exchanged in and out sizes and a wrong rank from other sizes."""
+    """Tell exchanged in and out sizes, and a wrong rank, from other sizes."""
     ends = [(p[1], q[0]) for p, q in wanted]
     if (b[0], a[-1]) in ends and a[0] in [p[0] for p, _ in wanted]:
-        return "factors-transposed"
+        return "exchanged"
     return "rank-mismatch" if (a[-1], b[0]) in ends else "shape-mismatch"
 
 
