@@ -549,6 +549,8 @@ def test_lora_on_a_head_under_the_task_of_a_generator(side, tmp_path, capsys):
     (found,) = run(capsys, folder, "--base", base)[1]["findings"]
     assert (found["id"], found["severity"]) == ("head-dropped", "error")
     assert side is None or side in found["evidence"]
+    sound.rewrite(base / "config.json", architectures=["Qwen2ForSequenceClassification"])
+    assert found_in(run(capsys, folder, "--base", base)[1]) == LOST_HEAD
     assert found_in(run(capsys, folder, "--base", unknown_base(tmp_path))[1]) == LOST_HEAD
 
 

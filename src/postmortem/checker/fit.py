@@ -533,18 +533,21 @@ def _lost_heads(case: _Case) -> list[Place]:
     saved = (*case.contents.plain, *config.modules_to_save)
     if any(is_under(path, head) for path in saved for head in _HEADS):
         return []
-    expected = "the weights of the head"
-    tasks = (config.task_type or "", config.class_name or "")
-    kinds = {kind_of_task(tasks[0]), kind_of_class(tasks[1])}
-    under = [p for p in case.contents.lora if any(is_under(p, head) for head in _HEADS)]
+    expected, task, name = (
+        "the weights of the head",
+        config.task_type or "",
+        config.class_name or "",
+    )
+    has_task = task in _HEADS_OF_TASK or kind_of_class(name) in _HEAD_KINDS
     # LoRA on a head needs the weights below it; a base of the same class has them.
     has_own = case.base.declared_kind in _HEAD_KINDS and case.is_known
-    if under and not has_own and not kinds & {kind_of_task(t) for t in _HEADS_OF_TASK}:
+    under = [p for p in case.contents.lora if any(is_under(p, head) for head in _HEADS)]
+    is_placed = all(path in case.base.modules for path in under)
+    if under and not ((has_own or has_task) and is_placed):
         found = f"LoRA on a head, under task_type {config.task_type}"
         return [(path, expected, found) for path in under]
-    is_classifier = kind_of_class(tasks[1]) in _HEAD_KINDS
-    if is_classifier and not has_own and tasks[0] not in _HEADS_OF_TASK:
-        return [("auto_mapping", expected, f"{tasks[1]}, and a head in no file")]
+    if kind_of_class(name) in _HEAD_KINDS and not has_own and task not in _HEADS_OF_TASK:
+        return [("auto_mapping", expected, f"{name}, and a head in no file")]
     return []
 
 
