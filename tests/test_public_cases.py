@@ -12,7 +12,9 @@ import torch
 import transformers as tf
 from handmade import QWEN, header, size_of, write
 from peft import PeftModel
+from safetensors.torch import save_file
 
+from postmortem.checker import adapter as adapter_module
 from postmortem.checker.bases import find_base
 from postmortem.cli import main
 from postmortem.models.changes import edit_config, edit_tensors
@@ -547,6 +549,8 @@ def test_lora_on_a_head_under_the_task_of_a_generator(side, tmp_path, capsys):
     (found,) = run(capsys, folder, "--base", base)[1]["findings"]
     assert (found["id"], found["severity"]) == ("head-dropped", "error")
     assert side is None or side in found["evidence"]
+    sound.rewrite(base / "config.json", architectures=["Qwen2ForSequenceClassification"])
+    assert found_in(run(capsys, folder, "--base", base)[1]) == LOST_HEAD
     assert found_in(run(capsys, folder, "--base", unknown_base(tmp_path))[1]) == LOST_HEAD
 
 
@@ -609,3 +613,148 @@ def test_targets_that_match_nothing_are_named(targets, unmatched, tmp_path, caps
     assert found_in(report) == ({"target-unmatched": "info"} if unmatched else {})
     assert report["verdict"] == "fits"
     assert all(name in report["findings"][0]["evidence"] for name in unmatched)
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def mixture(folder, name, class_name, **options):
+    """Write a tiny mixture of experts and an adapter of its fused experts."""
+    model, base = based(folder, name, class_name)
+    given = {"target_modules": ["q_proj"], "target_parameters": EXPERTS, **options}
+    assert sound.save(model, folder / "a", given)
+    return folder / "a", base
+
+
+MIXTURES = [
+    ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    ("qwen2_moe", "Qwen2MoeForCausalLM"),
+    ("mixtral", "MixtralForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("name", "class_name"), MIXTURES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_parameters": EXPERTS[:1]},
+        {"target_parameters": ["down_proj"]},
+        {"target_parameters": ["experts.down_proj", "experts.gate_up_proj"]},
+        {"rank_pattern": {"gate_up_proj": 2}},
+        {"target_modules": []},
+        {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]},
+    ],
+)
+def test_sound_experts_are_compared(name, class_name, options, tmp_path, capsys):
+    """Fused experts that PEFT wrote fit their base: compared, and without a finding."""
+    folder, base = mixture(tmp_path, name, class_name, **options)
+    report = run(capsys, folder, "--base", base)[1]
+    assert (report["verdict"], report["findings"], report["notes"]) == ("fits", [], [])
+
+
+def exchanged(tensors):
+    """The experts' factors in the layout that takes in for out."""
+    keys = [k for k in tensors if ".experts" in k and "lora_A" in k]
+    other = {k: k.replace("lora_A", "lora_B") for k in keys}
+    turned = {k: tensors[other[k]].T for k in keys} | {other[k]: tensors[k].T for k in keys}
+    return tensors | turned
+
+
+def test_the_exchange_of_factors_keeps_the_update():
+    """What the remedy computes of the older layout gives the same update in PEFT's of today."""
+    experts, r, wide, narrow = 3, 2, 5, 4
+    a, b = torch.randn(experts * r, wide), torch.randn(narrow, r * experts)
+    old = (b.reshape(narrow, r, experts), a.reshape(experts, r, wide))
+    new_a = b.reshape(len(b), r, experts).permute(2, 1, 0).reshape(experts * r, len(b))
+    new_b = a.reshape(experts, r, a.shape[1]).permute(2, 1, 0).reshape(a.shape[1], r * experts)
+    new = (new_b.reshape(wide, r, experts), new_a.reshape(experts, r, narrow))
+    expected = torch.einsum("ore,eri->eio", *old)
+    torch.testing.assert_close(torch.einsum("ore,eri->eoi", *new), expected)
+
+
+@pytest.mark.parametrize(("name", "class_name"), MIXTURES)
+@pytest.mark.parametrize(
+    ("settings", "change", "expected"),
+    [
+        ({}, exchanged, {"factors-transposed": "error"}),
+        ({"target_parameters": None}, None, {"unexpected-tensors": "error"}),
+        ({"target_parameters": EXPERTS[:1]}, None, {"unexpected-tensors": "error"}),
+        ({"r": 8, "rank_pattern": {"q_proj": 4}}, None, {"rank-mismatch": "error"}),
+        (
+            {},
+            lambda t: {k.replace("mlp.experts", "mlp.moe.experts"): v for k, v in t.items()},
+            MISPLACED,
+        ),
+        (
+            {},
+            lambda t: {
+                k.replace("model.layers", "model.language_model.layers"): v for k, v in t.items()
+            },
+            MISPLACED,
+        ),
+        (
+            {},
+            lambda t: {k: v for k, v in t.items() if ".experts.base" not in k},
+            {"missing-tensors": "error"},
+        ),
+        (
+            {},
+            lambda t: {k: v for k, v in t.items() if ".experts" not in k},
+            {"missing-tensors": "error"},
+        ),
+        (
+            {},
+            lambda t: {
+                k: torch.cat([v, v], 1) if "experts.lora_A" in k else v for k, v in t.items()
+            },
+            {"shape-mismatch": "error"},
+        ),
+    ],
+)
+def test_experts_that_do_not_fit(name, class_name, settings, change, expected, tmp_path, capsys):
+    """Experts of another layout, path or shape, or that the config lost, are one finding."""
+    folder, base = mixture(tmp_path, name, class_name)
+    edit_config(folder, **settings)
+    if change:
+        edit_tensors(folder, change)
+    assert found_in(run(capsys, folder, "--base", base)[1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["0.gate_proj", "3.down_proj"], {}),
+        (["4.gate_proj"], {"target-not-in-base": "error"}),
+        (["0.w9"], {"target-not-in-base": "error"}),
+    ],
+)
+def test_experts_one_by_one(names, expected, tmp_path, capsys):
+    """One module for each expert, as releases before the fusion wrote it, is judged as well."""
+    folder, base = mixture(tmp_path, *MIXTURES[0], target_parameters=None)
+
+    def add(tensors):
+        for name in names:
+            ends = (16, 32) if "down" in name else (32, 16)
+            path = f"base_model.model.model.layers.0.mlp.experts.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.ones(4, ends[0])
+            tensors[f"{path}.lora_B.weight"] = torch.ones(ends[1], 4)
+        return tensors
+
+    edit_tensors(folder, add)
+    edit_config(folder, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    assert found_in(run(capsys, folder, "--base", base)[1]) == expected
+
+
+@pytest.mark.parametrize(("width", "kept"), [(1, []), (1, range(0, 3000, 2)), (3, [2999])])
+def test_zero_rows_are_counted_across_the_pieces_of_a_file(width, kept, tmp_path, monkeypatch):
+    """Rows are joined over what is read at a time, and of too many runs none is told."""
+    monkeypatch.setattr(adapter_module, "CHUNK", 1000)
+    tensor = torch.zeros(3000, width)
+    tensor[list(kept)] = 1
+    save_file({"x": tensor}, tmp_path / "adapter_model.safetensors")
+    folder = adapter_module.Folder(tmp_path)
+    (stats,) = adapter_module.scan(folder, adapter_module.read_weights(folder)[0]).values()
+    expected = {0: ((0, 3000),), 1: ((0, 2999),)}.get(len(kept), ())
+    assert stats.zero_rows == expected
+    assert stats.zero_columns == (() if kept else ((0, width),))

@@ -167,7 +167,7 @@ class HubRepository:
     def _unreachable(self, error: Exception) -> ModelError:
         return ModelError(
             self.name,
-            expected="an adapter folder or a reachable hub repository",
+            expected="a folder or a reachable hub repository",
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
         )
 
@@ -425,7 +425,7 @@ class _ZeroLines:
 
     def __init__(self) -> None:
         self._height = 0
-        self._rows: list[int] = []
+        self._rows: list[tuple[int, int]] = []
         self._columns: Array | None = None
 
     def add(self, block: "Array") -> None:
@@ -434,26 +434,42 @@ class _ZeroLines:
 
         # Only a line that starts with a zero can be one of zeros, and few do.
         starts = np.flatnonzero(block[:, 0] == 0)
-        self._rows += (self._height + starts[~block[starts].any(axis=1)]).tolist()
+        rows = self._height + starts[~block[starts].any(axis=1)]
+        # A hostile file could have any number of them: one run more than the most tells enough.
+        self._rows = _join([*self._rows, *_runs(rows)])[: MAX_RUNS + 1]
         known = self._columns
         starts = np.flatnonzero(block[0] == 0) if known is None else known
         self._columns = starts[~block[:, starts].any(axis=0)]
         self._height += len(block)
 
     def runs(self) -> tuple[Runs, Runs]:
-        """Return the runs of zero rows and of zero columns."""
-        columns = [] if self._columns is None else self._columns.tolist()
-        return _runs(self._rows), _runs(columns)
+        """Return the runs of zero rows and of zero columns; of too many, none."""
+        columns = [] if self._columns is None else _runs(self._columns)
+        rows, across = (
+            tuple(found) if len(found) <= MAX_RUNS else () for found in (self._rows, columns)
+        )
+        return rows, across
 
 
-def _runs(places: list[int]) -> Runs:
-    found: list[tuple[int, int]] = []
-    for place in places:
-        if found and found[-1][1] == place:
-            found[-1] = (found[-1][0], place + 1)
+def _runs(places: "Array") -> list[tuple[int, int]]:
+    """Return the first runs of consecutive numbers of a sorted array, as (start, end)."""
+    import numpy as np
+
+    breaks = np.flatnonzero(np.diff(places) != 1)[: MAX_RUNS + 1]
+    starts = [0, *(breaks + 1).tolist()] if len(places) else []
+    ends = [*breaks.tolist(), len(places) - 1]
+    pairs = zip(starts, ends, strict=False)
+    return [(int(places[start]), int(places[end]) + 1) for start, end in pairs]
+
+
+def _join(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, end in runs:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
         else:
-            found.append((place, place + 1))
-    return tuple(found) if len(found) <= MAX_RUNS else ()
+            joined.append((start, end))
+    return joined
 
 
 def _decode_bf16(data: bytes) -> "Array":

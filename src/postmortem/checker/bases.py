@@ -123,6 +123,23 @@ class Module:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of a mixture: how many, the width of the model and that within an expert."""
+
+    count: int
+    width: int
+    inner: int
+
+    def shape(self, name: str) -> tuple[int, int] | None:
+        """Return (in, out) of a projection, fused or of one expert; None for another name."""
+        if name in ("down_proj", "w2"):
+            return self.inner, self.width
+        if name in ("gate_proj", "up_proj", "w1", "w3"):
+            return self.width, self.inner
+        return (self.width, 2 * self.inner) if name == "gate_up_proj" else None
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModel:
     """The modules of one base under one model class.
 
@@ -144,6 +161,16 @@ class BaseModel:
     declared_kind: str | None
     quantization: str | None
     ties_weights: bool
+    experts: Experts | None
+
+    def expert_paths(self) -> list[str]:
+        """Return the path of each layer's experts."""
+        layers = (p.partition(".self_attn.")[0] for p in self.modules if ".self_attn." in p)
+        return [f"{layer}.mlp.experts" for layer in dict.fromkeys(layers) if self.experts]
+
+    def is_expert(self, path: str) -> bool:
+        """Tell whether a path is of experts whose shapes are known."""
+        return self.experts is not None and ".experts" in path
 
     def tied(self, path: str) -> str | None:
         """Return the module that shares this one's weight, if one does."""
@@ -326,7 +353,16 @@ def describe(config: Mapping[str, object], *, name: str, kind: str | None) -> Ba
         declared_kind=_declared_kind(config),
         quantization=_quantization(config),
         ties_weights=_is_tied(config, full),
+        experts=_read_experts(full, name) if "dense" not in flags else None,
     )
+
+
+def _read_experts(config: Mapping[str, object], subject: str) -> Experts:
+    def read(names: str) -> int:
+        return _number(config, names, None, subject)
+
+    inner = read("moe_intermediate_size intermediate_size")
+    return Experts(read("num_experts num_local_experts"), read("hidden_size"), inner)
 
 
 def _open_paths(is_vision: bool, flags: frozenset[str]) -> re.Pattern[str] | None:

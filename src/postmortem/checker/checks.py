@@ -150,7 +150,7 @@ def _uncompared(adapter: Adapter, base: BaseModel | None, unknown: str) -> tuple
             "described here; load the adapter with PEFT and read its warnings",
         )
     paths = [path.removeprefix(PREFIX) for path in adapter.contents.lora]
-    hidden = [path for path in paths if base.is_open(path)]
+    hidden = [path for path in paths if base.is_open(path) and not base.is_expert(path)]
     if not hidden:
         return ()
     return (

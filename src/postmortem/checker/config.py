@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from postmortem.checker.bases import BaseModel
-from postmortem.checker.errors import Finding, finding
+from postmortem.checker.errors import Finding, finding, printable
 
 CONFIG_FILE = "adapter_config.json"
 _METHODS = """
@@ -371,8 +371,7 @@ def place(contents: Contents, base: BaseModel | None) -> tuple[list[Finding], Co
         # transformers moved the text tower in 4.52, so which path is right depends on its version.
         severity = "warning" if "language_model." in old and "language_model." in new else ""
         if not contents.wrapped:
-            expected = f"{new}… for {old or '(nothing)'}…"
-            findings = [_prefix_finding(first, expected, count, severity)]
+            findings = [_shift_finding(first, old, new, count=count, severity=severity)]
         contents = contents.rename(lambda p: new + p.removeprefix(old) if p.startswith(old) else p)
     return findings, contents.rename(lambda path: path.removeprefix(PREFIX))
 
@@ -412,6 +411,23 @@ def _prefix_finding(where: str, expected: str, count: int, severity: str = "") -
     )
 
 
+def _shift_finding(path: str, old: str, new: str, *, count: int, severity: str) -> Finding:
+    change = f"{new!r} + k.removeprefix({old!r})"
+    return finding(
+        "key-prefix",
+        evidence=path,
+        expected=f"{new}… for {old or '(nothing)'}…",
+        found=path,
+        count=count,
+        severity=severity,
+        remedy=printable(
+            f"Rename the keys, {{{change}: v for k, v in tensors.items()}}, and save the file "
+            "again; or load with the model class that was used in training.",
+            600,
+        ),
+    )
+
+
 def _leftover_name(contents: Contents) -> list[Finding]:
     if contents.adapter_name is None:
         return []
@@ -447,8 +463,9 @@ def _find_shift(contents: Contents, base: BaseModel) -> tuple[str, str, int] | N
     first_layers = [path for path in base.modules if layer_zero(path) == path]
     ends = {end: path for path in first_layers for end in _ends(path)}
     shifts = Counter(shift for path in lost if (shift := _shift(layer_zero(path), ends)))
+    judged = [path for path in contents.lora if not base.is_open(path)]
     for shift, count in shifts.most_common(1):
-        return (*shift, count) if 2 * count >= len(contents.lora) else None
+        return (*shift, count) if 2 * count >= len(judged) else None
     return None
 
 

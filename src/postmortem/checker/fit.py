@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -67,6 +67,10 @@ def find_targets(config: AdapterConfig, base: BaseModel) -> dict[str, Target]:
     saved = saved_modules(config)
     excluded |= {n for n in names if any(is_under(n, m) for m in saved)}
     chosen = [n for n in _select(config, base, names) if n not in excluded]
+    # A weight can be targeted as a parameter: of two dimensions it is what its module is.
+    named = {f".{name}" for name in config.target_parameters}
+    weights = [n for n in names if any(f".{n}.weight".endswith(name) for name in named)]
+    chosen += [n for n in weights if n not in chosen]
     if config.ensures_tying:
         chosen += [n for t in chosen if (n := base.tied(t)) and n not in chosen]
     ranks = _pattern_values(config.rank_pattern, chosen)
@@ -203,10 +207,19 @@ def check_fit(
     return findings + (_findings(plain) if config.unmodelled else _check_modules(case, plain))
 
 
+# PEFT up to 0.18 took a parameter of (experts, out, in) for one of (experts, in, out).
+_EXCHANGED = (
+    "Load it with the PEFT that wrote it (up to 0.18), or exchange the factors, with E experts: "
+    "A = B.reshape(len(B), r, E).permute(2, 1, 0).reshape(E * r, len(B)), and "
+    "B = A.reshape(E, r, A.shape[1]).permute(2, 1, 0).reshape(A.shape[1], r * E)."
+)
+
+
 def _findings(places: Mapping[str, list[Place]]) -> list[Finding]:
     usual = grouped("base-weights-in-adapter", places.get("usual", []), severity="info")
-    kinds = (kind for kind in places if kind != "usual")
-    return [*(f for kind in kinds for f in grouped(kind, places[kind])), *usual]
+    exchanged = grouped("factors-transposed", places.get("exchanged", []), remedy=_EXCHANGED)
+    kinds = (kind for kind in places if kind not in ("usual", "exchanged"))
+    return [*(f for kind in kinds for f in grouped(kind, places[kind])), *exchanged, *usual]
 
 
 def _own_modules(contents: Contents, tensors: Mapping[str, Tensor]) -> BaseModel:
@@ -232,6 +245,7 @@ def _own_modules(contents: Contents, tensors: Mapping[str, Tensor]) -> BaseModel
         declared_kind=None,
         quantization=None,
         ties_weights=False,
+        experts=None,
     )
 
 
@@ -518,18 +532,21 @@ def _lost_heads(case: _Case) -> list[Place]:
     saved = (*case.contents.plain, *config.modules_to_save)
     if any(is_under(path, head) for path in saved for head in _HEADS):
         return []
-    expected = "the weights of the head"
-    tasks = (config.task_type or "", config.class_name or "")
-    kinds = {kind_of_task(tasks[0]), kind_of_class(tasks[1])}
-    under = [p for p in case.contents.lora if any(is_under(p, head) for head in _HEADS)]
+    expected, task, name = (
+        "the weights of the head",
+        config.task_type or "",
+        config.class_name or "",
+    )
+    has_task = task in _HEADS_OF_TASK or kind_of_class(name) in _HEAD_KINDS
     # LoRA on a head needs the weights below it; a base of the same class has them.
     has_own = case.base.declared_kind in _HEAD_KINDS and case.is_known
-    if under and not has_own and not kinds & {kind_of_task(t) for t in _HEADS_OF_TASK}:
+    under = [p for p in case.contents.lora if any(is_under(p, head) for head in _HEADS)]
+    is_placed = all(path in case.base.modules for path in under)
+    if under and not ((has_own or has_task) and is_placed):
         found = f"LoRA on a head, under task_type {config.task_type}"
         return [(path, expected, found) for path in under]
-    is_classifier = kind_of_class(tasks[1]) in _HEAD_KINDS
-    if is_classifier and not has_own and tasks[0] not in _HEADS_OF_TASK:
-        return [("auto_mapping", expected, f"{tasks[1]}, and a head in no file")]
+    if kind_of_class(name) in _HEAD_KINDS and not has_own and task not in _HEADS_OF_TASK:
+        return [("auto_mapping", expected, f"{name}, and a head in no file")]
     return []
 
 
@@ -559,15 +576,17 @@ def _check_class(case: _Case) -> list[Finding]:
 
 
 def _check_modules(case: _Case, plain: Mapping[str, list[Place]]) -> list[Finding]:
+    places = {kind: list(found) for kind, found in plain.items()}
+    for kind, place in _judge_experts(case):
+        places.setdefault(kind, []).append(place)
     if not case.targets:
-        return [*_findings(plain), *_no_targets(case)]
+        return [*_findings(places), *_no_targets(case)]
     held = {p: parts for p, parts in case.contents.lora.items() if not case.base.is_open(p)}
     # Early releases put LoRA on heads that are saved whole; current ones load only the head.
     saved = saved_modules(case.config)
     doubled = {path for path in held if any(is_under(path, name) for name in saved)}
     twice = [(path, "the module saved whole", "LoRA tensors as well") for path in sorted(doubled)]
     held = {path: parts for path, parts in held.items() if path not in doubled}
-    places = {kind: list(found) for kind, found in plain.items()}
     for kind, place in (*_mismatches(case, held), *_misplaced(case, held)):
         places.setdefault(kind, []).append(place)
     # Another model's sizes explain another depth and vocabulary as well: one cause, one finding.
@@ -580,6 +599,109 @@ def _check_modules(case: _Case, plain: Mapping[str, list[Place]]) -> list[Findin
     if is_other_model or case.is_shifted or "target-not-in-base" in places:
         return findings
     return findings + _missing(case, held)
+
+
+_ONE_EXPERT = re.compile(r"\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)$")
+_FUSED = ("down_proj", "gate_up_proj")
+
+
+def _judge_experts(case: _Case) -> Iterator[tuple[str, Place]]:
+    """Judge the tensors of experts, one module each or fused into parameters, by name and shape."""
+    experts = case.base.experts
+    if experts is None or not case.is_known:
+        return
+    single = {path: one for path in case.contents.lora if (one := _ONE_EXPERT.search(path))}
+    for path, one in single.items():
+        yield from _judge_expert(case, path, int(one[1][:9]), experts.shape(one[2]))
+    fused: dict[str, list[str]] = {}
+    for path in case.contents.lora:
+        if ".experts" in path and path not in single:
+            fused.setdefault(path.replace(".base_layer", ""), []).append(path)
+    targeted = {path: _targeted(case.config, path) for path in case.base.expert_paths()}
+    for path, levels in fused.items():
+        yield from _judge_layer(case, path, levels, targeted)
+    for path, names in targeted.items():
+        if names and not fused and not single:
+            yield "missing-tensors", (path, f"LoRA on {' and '.join(names)}", _NOTHING)
+
+
+def _judge_layer(
+    case: _Case, path: str, levels: Sequence[str], targeted: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, Place]]:
+    key = _first_key(case, levels[0])
+    if path not in targeted:
+        yield "key-prefix", (key, f"{next(iter(targeted), 'experts')}, as in the base", path)
+    elif not targeted[path]:
+        yield "unexpected-tensors", (key, "target_parameters that name experts", "none")
+    else:
+        yield from _judge_fused(case, path, levels, targeted[path])
+
+
+def _first_key(case: _Case, path: str) -> str:
+    return next(iter(case.contents.lora[path].values()))
+
+
+def _targeted(config: AdapterConfig, path: str) -> list[str]:
+    """Return the fused parameters of one layer's experts that the configuration names."""
+    wanted = tuple(f".{name}" for name in config.target_parameters)
+    return [name for name in _FUSED if f".{path}.{name}".endswith(wanted)]
+
+
+def _judge_expert(
+    case: _Case, path: str, number: int, ends: tuple[int, int] | None
+) -> Iterator[tuple[str, Place]]:
+    key, experts = _first_key(case, path), case.base.experts
+    if experts is None or ends is None or number >= experts.count:
+        last = (experts.count if experts else 0) - 1
+        yield "target-not-in-base", (key, f"a projection of the experts 0 to {last}", path)
+        return
+    for part, axis, wanted in (("lora_A", 1, ends[0]), ("lora_B", 0, ends[1])):
+        found = case.tensors[case.contents.lora[path].get(part, key)].shape
+        if part in case.contents.lora[path] and found[axis : axis + 1] != (wanted,):
+            expected = _shape((None, wanted) if axis else (wanted, None))
+            yield "shape-mismatch", (case.contents.lora[path][part], expected, _shape(found))
+
+
+def _judge_fused(
+    case: _Case, path: str, levels: Sequence[str], names: Sequence[str]
+) -> Iterator[tuple[str, Place]]:
+    """Hold the nested pairs of one layer's experts against the parameters that are targeted."""
+    if len(levels) != len(names):
+        kind = "missing-tensors" if len(levels) < len(names) else "unexpected-tensors"
+        expected = f"one pair for each of {', '.join(names)}"
+        yield kind, (_first_key(case, levels[0]), expected, f"{len(levels)}")
+        return
+    wanted = [_fused_shapes(case, f"{path}.{name}", name) for name in names]
+    for level in levels:
+        parts = case.contents.lora[level]
+        if not {"lora_A", "lora_B"} <= parts.keys():
+            yield "missing-tensors", (_first_key(case, level), "lora_A and lora_B", "one of them")
+            continue
+        a, b = (case.tensors[parts[part]].shape for part in ("lora_A", "lora_B"))
+        # Which pair wraps which parameter is PEFT's choice: any that is left will do.
+        match = next((pair for pair in wanted if pair == (a, b)), None)
+        if match is not None:
+            wanted.remove(match)
+            continue
+        expected = " or ".join(f"A {_shape(p)}, B {_shape(q)}" for p, q in wanted)
+        place = (parts["lora_A"], expected, f"A {_shape(a)}, B {_shape(b)}")
+        yield _expert_kind(a, b, wanted), place
+
+
+def _expert_kind(a: Shape, b: Shape, wanted: Sequence[tuple[Shape, Shape]]) -> str:
+    """Tell exchanged in and out sizes, and a wrong rank, from other sizes."""
+    ends = [(p[1], q[0]) for p, q in wanted]
+    if (b[0], a[-1]) in ends and a[0] in [p[0] for p, _ in wanted]:
+        return "exchanged"
+    return "rank-mismatch" if (a[-1], b[0]) in ends else "shape-mismatch"
+
+
+def _fused_shapes(case: _Case, path: str, name: str) -> tuple[Shape, Shape]:
+    experts = case.base.experts
+    ends = (experts and experts.shape(name)) or (0, 0)
+    rank = int(_pattern_values(case.config.rank_pattern, [path]).get(path, case.config.r))
+    width = rank * (experts.count if experts else 0)
+    return (width, ends[0]), (ends[1], width)
 
 
 def _misplaced(case: _Case, held: Iterable[str]) -> Iterator[tuple[str, Place]]:
