@@ -4,10 +4,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from postmortem.checker.bases import BaseModel
 from postmortem.checker.errors import Finding, finding, printable
+
+if TYPE_CHECKING:
+    from postmortem.checker.bases import BaseModel
 
 CONFIG_FILE = "adapter_config.json"
 _METHODS = """
@@ -347,7 +349,7 @@ def sort_keys(keys: Iterable[str]) -> Contents:
     return Contents(lora, tokens, plain, adapter_name, wrapped)
 
 
-def place(contents: Contents, base: BaseModel | None) -> tuple[list[Finding], Contents]:
+def place(contents: Contents, base: "BaseModel | None") -> tuple[list[Finding], Contents]:
     """Bring the paths onto the base's module names, without PEFT's prefix.
 
     When the keys are shifted as one, that is the single finding, and the shift is undone so that
@@ -394,7 +396,7 @@ def _wrapper_finding(keys: Sequence[str]) -> Finding:
     )
 
 
-def _unwrap(contents: Contents, base: BaseModel) -> Contents:
+def _unwrap(contents: Contents, base: "BaseModel") -> Contents:
     """Take out names that are those of a wrapper where the paths have a place only without them."""
     lost = [path for path in contents.lora if not _is_placed(path, base)]
     cleaned = {path: _ENCLOSING.sub("", path) for path in lost}
@@ -449,13 +451,13 @@ def layer_of(path: str) -> int | None:
     return int(match[1][:9]) if match else None
 
 
-def _is_placed(path: str, base: BaseModel) -> bool:
+def _is_placed(path: str, base: "BaseModel") -> bool:
     inside = path.removeprefix(PREFIX)
     is_known = layer_zero(inside) in base.modules or inside in base.modules or base.is_open(inside)
     return path.startswith(PREFIX) and is_known
 
 
-def _find_shift(contents: Contents, base: BaseModel) -> tuple[str, str, int] | None:
+def _find_shift(contents: Contents, base: "BaseModel") -> tuple[str, str, int] | None:
     """Find the prefix that most paths carry and the one they should: (carried, right, count)."""
     lost = [path for path in contents.lora if not _is_placed(path, base)]
     if not lost:

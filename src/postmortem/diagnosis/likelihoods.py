@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -33,7 +33,9 @@ from postmortem.experiments.records import (
     read_replays,
     write_records,
 )
-from postmortem.experiments.session import Session
+
+if TYPE_CHECKING:
+    from postmortem.experiments.session import Session
 
 # The weight of the prior on each row of the table, in replays. It is spread as the outcomes of all
 # causes are on that kind of base: what most causes do is the best guess for one that was replayed
@@ -342,7 +344,7 @@ def _check_unique(subject: str, names: list[str]) -> None:
         raise DiagnosisError(f"the {subject}", expected="different names", found=f"{name!r} twice")
 
 
-def open_replays(session: Session) -> list[Replay]:
+def open_replays(session: "Session") -> list[Replay]:
     """The kept replays of every training of the world, which the session then names as an input.
 
     A key begins with the training's seed. Raises `RecordError` as `read_replays` does.
