@@ -247,7 +247,7 @@ def test_a_wrong_key_on_a_page_fails_the_build(built):
     """A number that no record has fails the build with one line that says its key and page."""
     (told,) = (line for line in fail_by_key(built).splitlines() if "no.such.key" in line)
     assert "book/timeline.md" in told
-    assert "no recorded measures 'no.such.key'" in told
+    assert "'no.such.key': not recorded among measures" in told
 
 
 def test_a_failing_notebook_never_reaches_the_book(built):
@@ -268,7 +268,7 @@ def test_a_failing_notebook_never_reaches_the_book(built):
 def test_a_wrong_key_fails_the_build_twice_and_mended_no_more(built):
     """The next try fails by the same key, though its page was built; mended it fails no more."""
     for _ in range(2):
-        assert "no recorded measures 'no.such.key'" in fail_by_key(built)
+        assert "'no.such.key': not recorded among measures" in fail_by_key(built)
     assert make(built, *OPTIONS).returncode == 0
 
 
