@@ -154,7 +154,11 @@ EMBEDDING = {
 
 
 # PEFT warns of LoRA on a tied embedding, and takes its own biases for misshapen matrices.
-@pytest.mark.filterwarnings("ignore:Model has .tie_word", "ignore:Adapter 'default'")
+@pytest.mark.filterwarnings(
+    "ignore:Model has .tie_word",
+    "ignore:Setting .save_embedding_layers",
+    "ignore:Adapter 'default'",
+)
 @pytest.mark.parametrize(
     ("runtime", "key", "options"),
     [
@@ -281,6 +285,25 @@ def test_what_cannot_be_mended_is_left_with_its_remedy(base, save, tmp_path, cap
     assert "non-finite" in left
 
 
+def test_a_pickle_that_takes_too_long_is_refused(base, save, tmp_path, capsys, monkeypatch):
+    """The process that reads a pickle is ended after its time."""
+    monkeypatch.setattr("postmortem.models.repair.PICKLE_SECONDS", 0.01)
+    adapter = save()
+    as_pickle(adapter, load_file(adapter / WEIGHTS))
+    assert run(adapter, "--base", base, "--fix", tmp_path / "out") == 2
+    assert "not read in 0.01 seconds" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_wrapper_is_taken_away_without_a_base(base, save, tmp_path):
+    """A wrapper's name is one whatever the base, so that no base is needed to mend it."""
+    adapter, out = save(), tmp_path / "out"
+    sound = load_file(adapter / WEIGHTS)
+    renaming(lambda key: f"_orig_mod.{key}")(adapter)
+    assert run(adapter, "--fix", out) == 0
+    assert load_file(out / WEIGHTS).keys() == sound.keys()
+
+
 def test_keys_that_would_fall_together_are_left(base, save, tmp_path):
     """Where taking a wrapper's name away would lose a tensor, no key is renamed."""
     adapter, out = save(), tmp_path / "out"
@@ -323,3 +346,12 @@ def test_a_request_that_cannot_be_met_is_refused(name, save, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     assert files_of(adapter) == before
     assert not any(Path(tmp_path).glob("out/*"))
+
+
+def test_a_folder_that_the_system_does_not_take_is_refused(save, tmp_path, capsys):
+    """A name that no file system takes is one clear line, and leaves nothing behind."""
+    adapter = save()
+    renaming(lambda key: f"_orig_mod.{key}")(adapter)
+    assert run(adapter, "--fix", tmp_path / ("a" * 300)) == 2
+    assert "File name too long" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

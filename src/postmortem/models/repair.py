@@ -5,6 +5,7 @@ and nothing else; all that is written comes from what the checker itself parsed.
 """
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -104,10 +105,10 @@ def request(adapters: Sequence[str], out: str, *, form: str, base: str | None) -
         remedy = f"Fetch it first: hf download {printable(adapters[0])} --local-dir adapter"
         raise ModelError("--fix", expected="a folder", found="a hub id", remedy=remedy)
     where = printable(out, 400)
-    if folder.is_symlink() or folder.exists():
+    if os.path.lexists(folder):
         remedy = "Name another: nothing is overwritten."
         raise ModelError(where, expected="a new folder", found="one that exists", remedy=remedy)
-    if not folder.parent.is_dir():
+    if "\0" in out or not folder.parent.is_dir():
         raise ModelError(where, expected="a folder that holds it", found="no such folder")
     if folder.resolve().is_relative_to(source.path.resolve()):
         raise ModelError(where, expected="a folder outside the adapter", found="one inside it")
@@ -119,7 +120,16 @@ def repair(given: Request, *, serving: Serving) -> Repair:
 
     Raises ModelError for a pickle that holds more than tensors, and for files torch cannot read.
     """
-    with tempfile.TemporaryDirectory(dir=given.out.parent, prefix=f".{given.out.name}-") as beside:
+    try:
+        return _write(given, serving)
+    except OSError as error:
+        # A full disk, a folder that may not be written, a name that the system does not take.
+        found = f"{error.strerror or error}"
+        raise ModelError(printable(given.out, 400), expected="a new folder", found=found) from None
+
+
+def _write(given: Request, serving: Serving) -> Repair:
+    with tempfile.TemporaryDirectory(dir=given.out.parent, prefix=".fix-") as beside:
         stage = Path(beside, given.out.name)
         stage.mkdir()
         fixes = [*_copy(given.source, stage), *_mend(stage, given.base, serving)]
@@ -129,18 +139,10 @@ def repair(given: Request, *, serving: Serving) -> Repair:
         checked = replace(checked, adapter=str(given.out))
         done, left = [fix.line for fix in fixes], _left(checked, given.source)
         (stage / RECORD_FILE).write_text(_record(done, left), encoding="utf-8")
-        # An empty folder made in the meantime would be replaced; a full one is an error.
-        _move(stage, given.out)
+        # A full folder that was made in the meantime is an error, and stays.
+        stage.rename(given.out)
     lines = [f"written: {printable(given.out, 400)}", *(f"  fixed  {line}" for line in done)]
     return Repair("\n".join([*lines, "", as_text(checked)]), checked)
-
-
-def _move(stage: Path, out: Path) -> None:
-    try:
-        stage.rename(out)
-    except OSError as error:
-        found = f"it could not be written: {error.strerror}"
-        raise ModelError(printable(out, 400), expected="a new folder", found=found) from None
 
 
 def _left(checked: Inspection, source: Folder) -> list[str]:
@@ -229,7 +231,7 @@ def convert_pickle(pickle: Path, out: Path) -> None:
     command = [sys.executable, "-P", "-c", _CONVERTER, *paths]
     try:
         done = subprocess.run(command, capture_output=True, timeout=PICKLE_SECONDS, check=False)
-        found = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        found = done.stderr[-4000:].decode("utf-8", "replace").strip().rpartition("\n")[2]
         is_done = done.returncode == 0
     except subprocess.TimeoutExpired:
         found, is_done = f"one that was not read in {PICKLE_SECONDS:g} seconds", False
@@ -347,8 +349,8 @@ def _fold_scale(subject: _Subject) -> Fix | None:
         return None
     rank = max(t.rank for _, t in targets) if config.rank_pattern else config.r
     alpha = own * rank
-    whole = round(alpha)
-    new = {"r": rank, "lora_alpha": whole if math.isclose(alpha, whole) else alpha}
+    written = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
+    new: dict[str, object] = {"r": rank, "lora_alpha": written}
     new |= {"use_rslora": False, "alpha_pattern": {}, "rank_pattern": {}}
     line = f"serving-rescales: {', '.join(unread)} folded into r {rank}, lora_alpha {alpha:.10g}"
     scaled = [(parts, target) for parts, target in targets if target.scale != own]
