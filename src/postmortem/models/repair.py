@@ -343,8 +343,9 @@ def _fold_scale(subject: _Subject) -> Fix | None:
     held = held_targets(subject.adapter, config, subject.base)
     targets = [(parts, target) for parts, target in held if target is not None]
     own = scale_of(config.alpha, config.r, use_rslora=config.use_rslora)
-    # A scale of zero divides nothing, and such an initialisation changes the base by the scale.
-    is_open = own == 0 or subject.has("init-rewrites-base") or len(targets) < len(held)
+    # Zero is no scale to fold, and such an initialisation changes the base by the scale.
+    is_zero = own == 0 or any(target.scale == 0 for _, target in targets)
+    is_open = is_zero or subject.has("init-rewrites-base") or len(targets) < len(held)
     if is_open or not targets or any(f.id in _UNSURE for f in subject.findings):
         return None
     rank = max(t.rank for _, t in targets) if config.rank_pattern else config.r
