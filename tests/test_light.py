@@ -76,6 +76,7 @@ def test_the_checker_runs_without_any_extra(untrained_world):
     [
         (("diagnose", "cases/qwen-lora.yml"), "models"),
         (("weights",), "models"),
+        (("check", "a", "--fix", "b"), "models"),
         (("book",), "book"),
         (("suite", "a.yml", "--out", "b"), "book"),
         (("identify", "a", "--candidates", "b", "c", "--text", "README.md"), "models"),

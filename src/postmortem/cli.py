@@ -55,6 +55,7 @@ def _describe_check() -> ArgumentParser:
     add("--stated-mb", type=float, help="The size in MB at which the adapter was published.")
     add("--strict", action="store_true", help="Exit 2 where shapes were compared with no base.")
     add("--explain", metavar="ID", help="Explain a finding by its id.")
+    add("--fix", metavar="OUT", help="Write a new folder with what is mechanical mended.")
     _add_serving(parser)
     return parser
 
@@ -76,24 +77,35 @@ def _check(options: Namespace) -> int:
     if options.explain is not None:
         print(report.explain(find_entry(options.explain)))
         return 0
+    serving = Serving(
+        tuple(options.runtimes),
+        max_lora_rank=options.max_lora_rank,
+        target_modules=tuple(options.lora_target_modules),
+        tensor_parallel=options.tensor_parallel,
+        tower_lora=options.tower_lora,
+    )
+    fixed = None
+    if options.fix is not None:
+        # What mends an adapter needs torch, and a check does not.
+        from postmortem.models.repair import repair, request
+
+        fixed = request(options.adapters, options.fix, form=options.format, base=options.base)
     inspections = report.inspect_all(
         options.adapters,
         options.base,
         header_only=options.header_only,
         stated_bytes=None if options.stated_mb is None else int(options.stated_mb * 1e6),
-        serving=Serving(
-            tuple(options.runtimes),
-            max_lora_rank=options.max_lora_rank,
-            target_modules=tuple(options.lora_target_modules),
-            tensor_parallel=options.tensor_parallel,
-            tower_lora=options.tower_lora,
-        ),
+        serving=serving,
     )
     written = report.write(inspections, options.format, is_coloured=sys.stdout.isatty())
     if written:
         print(written)
     for error in (i.error for i in inspections if i.error is not None):
         raise error
+    if fixed is not None:
+        repaired = repair(fixed, serving=serving)
+        print(f"\n{repaired.text}")
+        inspections = [repaired.inspection or inspections[0]]
     if any(inspection.report.verdict == "broken" for inspection in inspections):
         return 1
     is_open = options.strict and not all(i.report.is_compared for i in inspections)

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from postmortem.checker.errors import Finding, finding, printable
@@ -370,12 +371,49 @@ def place(contents: Contents, base: "BaseModel | None") -> tuple[list[Finding], 
     if shift:
         old, new, count = shift
         first = next(path for path in contents.lora if path.startswith(old))
-        # transformers moved the text tower in 4.52, so which path is right depends on its version.
-        severity = "warning" if "language_model." in old and "language_model." in new else ""
+        severity = "warning" if _depends_on_version(shift) else ""
         if not contents.wrapped:
             findings = [_shift_finding(first, old, new, count=count, severity=severity)]
         contents = contents.rename(lambda p: new + p.removeprefix(old) if p.startswith(old) else p)
     return findings, contents.rename(lambda path: path.removeprefix(PREFIX))
+
+
+def right_keys(contents: Contents, base: "BaseModel | None") -> dict[str, str]:
+    """Map every key to the one that PEFT would have written, where `place` finds it to be another.
+
+    A key of another's place is missing here. Paths that depend on the release are left.
+    """
+    shift = None
+    if base is not None:
+        contents = _unwrap(contents, base)
+        shift = _find_shift(contents, base)
+    if base is not None and shift and not _depends_on_version(shift):
+        old, new, _ = shift
+        right = partial(_put_right, old=old, new=new, base=base)
+        contents = contents.rename(right)
+    return {
+        **{key: path for path, key in contents.plain.items()},
+        **{
+            key: f"{path}.token_adapter.{key.split('.token_adapter.')[1]}"
+            for path, key in contents.tokens.items()
+        },
+        **{
+            key: f"{path}.{part}" + (".weight" if key.endswith(".weight") else "")
+            for path, parts in contents.lora.items()
+            for part, key in parts.items()
+        },
+    }
+
+
+def _put_right(path: str, *, old: str, new: str, base: "BaseModel") -> str:
+    # Of whole weights the last part is no module's.
+    is_right = _is_placed(path, base) or _is_placed(path.rpartition(".")[0], base)
+    return path if is_right or not path.startswith(old) else new + path.removeprefix(old)
+
+
+def _depends_on_version(shift: tuple[str, str, int]) -> bool:
+    # transformers moved the text tower in 4.52, so which path is right depends on its version.
+    return all("language_model." in prefix for prefix in shift[:2])
 
 
 def _is_usual(path: str) -> bool:

@@ -187,9 +187,24 @@ def check_fit(
         nothing = [("adapter_model.safetensors", "LoRA tensors", "no tensor at all")]
         is_explained = any(f.id in _UNREADABLE for f in adapter.findings)
         return [] if is_explained else grouped("missing-tensors", nothing)
+    findings, case = _build_case(adapter, config, base, targets)
+    if layout := _check_layout(case):
+        return findings + layout
+    findings += [*_check_flags(case), *_check_tokens(case), *_check_saved(case)]
+    findings += [*_check_class(case), *_check_tied(case), *_check_head(case)]
+    plain = _judge_plain_weights(case)
+    return findings + (_findings(plain) if config.unmodelled else _check_modules(case, plain))
+
+
+def _build_case(
+    adapter: Adapter,
+    config: AdapterConfig,
+    base: BaseModel | None,
+    targets: Mapping[str, Target] | None,
+) -> tuple[list[Finding], _Case]:
     findings, contents = place_keys(adapter.contents, base)
     described = base or _own_modules(contents, adapter.tensors)
-    case = _Case(
+    return findings, _Case(
         config=config,
         tensors=adapter.tensors,
         contents=contents,
@@ -199,12 +214,32 @@ def check_fit(
         is_shifted=any(f.severity != "info" for f in findings),
         beside=adapter.beside,
     )
-    if layout := _check_layout(case):
-        return findings + layout
-    findings += [*_check_flags(case), *_check_tokens(case), *_check_saved(case)]
-    findings += [*_check_class(case), *_check_tied(case), *_check_head(case)]
-    plain = _judge_plain_weights(case)
-    return findings + (_findings(plain) if config.unmodelled else _check_modules(case, plain))
+
+
+def held_targets(
+    adapter: Adapter, config: AdapterConfig, base: BaseModel | None
+) -> list[tuple[Mapping[str, str], Target | None]]:
+    """Return the keys of each adapted module by part, and its target where one is described.
+
+    Raises UntrustedError for a pattern that is invalid or too slow.
+    """
+    _, case = _build_case(adapter, config, base, None)
+    return [(parts, case.targets.get(path)) for path, parts in case.contents.lora.items()]
+
+
+def turned_keys(adapter: Adapter, config: AdapterConfig, base: BaseModel | None) -> frozenset[str]:
+    """Return the keys of factors that are transposed; none where a square one leaves it open.
+
+    Raises UntrustedError for a pattern that is invalid or too slow.
+    """
+    _, case = _build_case(adapter, config, base, None)
+    pairs = [pair for pair in _pairs(case) if len(pair.a) == len(pair.b) == 2]
+    turned = {key for pair in pairs for key, *_ in _turned_factors(pair)}
+    for side in (0, 1):
+        keys = {pair.keys[side] for pair in pairs if len({*(pair.a, pair.b)[side]}) == 1}
+        if keys and any(pair.keys[side] in turned for pair in pairs):
+            return frozenset()
+    return frozenset(turned)
 
 
 # PEFT up to 0.18 took a parameter of (experts, out, in) for one of (experts, in, out).
@@ -327,11 +362,16 @@ def _cut_by_rows(pair: _Pair) -> Place | None:
 
 def _turned(pair: _Pair) -> Place | None:
     """Tell a factor that is stored as (in, r) or (r, out)."""
+    for key, found, expected in _turned_factors(pair):
+        return key, _shape(expected), f"{_shape(found)}, the transpose"
+    return None
+
+
+def _turned_factors(pair: _Pair) -> Iterator[tuple[str, Shape, tuple[int | None, ...]]]:
     wanted = ((pair.rank, pair.inputs), (pair.outputs, pair.rank))
     for key, found, expected in zip(pair.keys, (pair.a, pair.b), wanted, strict=True):
         if not _fits(found, expected) and _fits(found[::-1], expected):
-            return key, f"{_shape(expected)}", f"{_shape(found)}, the transpose"
-    return None
+            yield key, found, expected
 
 
 def _cut_by_ends(pair: _Pair) -> Place | None:
