@@ -1,6 +1,7 @@
 import json
 import struct
-import time
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -327,10 +328,11 @@ def test_each_effect_has_an_entry_and_a_table(effect):
 
 
 @pytest.mark.parametrize("part", ["1.", "layers.1.", "layernorm", "experts.", ".norm", "lm_head."])
-def test_long_names_take_no_long_time(part, tmp_path):
-    """A name of a million characters is searched by every rule within the time of a check."""
+def test_long_names_are_searched_in_linear_time(part, tmp_path):
+    """A name of a million characters is searched by every rule; in squared time none would end."""
     key = f"{LAYERS}0.{part * (1_000_000 // len(part))}lora_A.weight"
-    subject = read(write(tmp_path / "a", shapes={key: (16, 1)}), {}, Serving())
-    start = time.process_time()
-    assert all(isinstance(find_places(rule, subject), list) for rule in rules())
-    assert time.process_time() - start < 2
+    folder = write(tmp_path / "a", shapes={key: (16, 1)})
+    command = [sys.executable, "-m", "postmortem", "check", str(folder), "--for", "all"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith(("broken: ", "unchecked: "))

@@ -80,7 +80,7 @@ class Fix:
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
+class _CheckedCopy:
     """A checked copy: what was found, and what the findings were made from."""
 
     adapter: Adapter
@@ -278,7 +278,7 @@ def _edit(stage: Path, changes: Sequence[Change]) -> None:
         raise ModelError(WEIGHTS_FILE, expected="tensors that torch reads", found=found) from None
 
 
-def _examine(stage: Path, base: str | None, serving: Serving) -> _Subject | None:
+def _examine(stage: Path, base: str | None, serving: Serving) -> _CheckedCopy | None:
     adapter = read_adapter(Folder(stage))
     if adapter.config is None or not adapter.tensors:
         return None
@@ -287,10 +287,10 @@ def _examine(stage: Path, base: str | None, serving: Serving) -> _Subject | None
     is_name = given is not None and (base is None or given == base or is_hub_id(given))
     name = given if is_name else base and str(Path(base).absolute())
     checked = inspect_adapter(str(stage), base, serving=serving)
-    return _Subject(adapter, adapter.config, model, name, checked.report.findings, serving)
+    return _CheckedCopy(adapter, adapter.config, model, name, checked.report.findings, serving)
 
 
-def _name_base(subject: _Subject) -> Fix | None:
+def _name_base(subject: _CheckedCopy) -> Fix | None:
     if not subject.has("base-name-mismatch") or subject.base_name is None:
         return None
     old, new = (printable(name, 200) for name in (subject.config.base_name, subject.base_name))
@@ -298,7 +298,7 @@ def _name_base(subject: _Subject) -> Fix | None:
     return Fix(line, {"base_model_name_or_path": subject.base_name})
 
 
-def _drop_unknown(subject: _Subject) -> Fix | None:
+def _drop_unknown(subject: _CheckedCopy) -> Fix | None:
     raw = subject.adapter.raw
     unknown = tuple(key for key in raw if key not in known_keys())
     if not subject.has("config-unknown-key") or not unknown:
@@ -307,7 +307,7 @@ def _drop_unknown(subject: _Subject) -> Fix | None:
     return Fix(f"config-unknown-key: dropped {named}", removed=unknown)
 
 
-def _turn_factors(subject: _Subject) -> Fix | None:
+def _turn_factors(subject: _CheckedCopy) -> Fix | None:
     if not subject.has("factors-transposed"):
         return None
     keys = turned_keys(subject.adapter, subject.config, subject.base)
@@ -319,7 +319,7 @@ def _turn_factors(subject: _Subject) -> Fix | None:
     )
 
 
-def _rename_keys(subject: _Subject) -> Fix | None:
+def _rename_keys(subject: _CheckedCopy) -> Fix | None:
     if not subject.has("key-prefix"):
         return None
     names = right_keys(subject.adapter.contents, subject.base)
@@ -335,7 +335,7 @@ def _rename_keys(subject: _Subject) -> Fix | None:
     )
 
 
-def _fold_scale(subject: _Subject) -> Fix | None:
+def _fold_scale(subject: _CheckedCopy) -> Fix | None:
     """Fold what the runtimes do not read into one r, one alpha and lora_B; all scales stay."""
     unread, config = _unread(subject), subject.config
     if not unread or config.unmodelled or config.target_parameters:
@@ -367,7 +367,7 @@ _UNSURE = ("rank-mismatch", "shape-mismatch", "saved-in-shards", "missing-tensor
 _SCALES = ("use_rslora", "alpha_pattern", "rank_pattern")
 
 
-def _unread(subject: _Subject) -> list[str]:
+def _unread(subject: _CheckedCopy) -> list[str]:
     """Return the keys of the scale in use that a runtime asked for does not read."""
     served = ServedAdapter(subject.adapter, subject.config, subject.base, subject.serving)
     chosen = choose_runtimes(subject.serving.runtimes)
@@ -418,7 +418,7 @@ def _padded(tensor: torch.Tensor, rank: int, *, dim: int) -> torch.Tensor:
 
 
 # Names last: the changes before take tensors by the names that were found.
-_FIXERS: tuple[Callable[[_Subject], Fix | None], ...] = (
+_FIXERS: tuple[Callable[[_CheckedCopy], Fix | None], ...] = (
     _name_base,
     _drop_unknown,
     _turn_factors,
