@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from postmortem.checker.errors import Finding, finding, printable
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from postmortem.checker.bases import BaseModel
 
 CONFIG_FILE = "adapter_config.json"
+# No base nests its modules as deep; a hostile name may, and all of its ends take squared room.
+DEEPEST = 32
 _METHODS = """
 PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING ADALORA ADAMSS BOFT BONE BEFT LILY
 ADAPTION_PROMPT IA3 LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA XLORA HRA VBLORA
@@ -509,17 +511,21 @@ def _find_shift(contents: Contents, base: "BaseModel") -> tuple[str, str, int] |
     return None
 
 
+@cache
+def ends_of(path: str) -> tuple[str, ...]:
+    """The dotted path and every end of it, the longest first; of a deep one those of `DEEPEST`."""
+    parts = path.split(".")
+    starts = range(max(1, len(parts) - DEEPEST), len(parts))
+    return (path, *(".".join(parts[start:]) for start in starts))
+
+
 def _ends(path: str) -> list[str]:
     """Return the ends of a path that still hold its layer index, or the whole path without one."""
-    parts = path.split(".")
-    ends = [".".join(parts[start:]) for start in range(len(parts))]
-    return [end for end in ends if layer_of(f".{end}") is not None or end == path]
+    return [end for end in ends_of(path) if layer_of(f".{end}") is not None or end == path]
 
 
 def _shift(path: str, ends: Mapping[str, str]) -> tuple[str, str] | None:
-    parts = path.split(".")
-    for start in range(len(parts)):
-        end = ".".join(parts[start:])
+    for end in ends_of(path):
         if end in ends:
             right = PREFIX + ends[end]
             return path.removesuffix(end), right.removesuffix(end)

@@ -4,11 +4,10 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from postmortem.checker.adapter import Adapter, Tensor
 from postmortem.checker.bases import BaseModel, Module, kind_of_class, kind_of_task
-from postmortem.checker.config import AdapterConfig, Contents, layer_of, layer_zero
+from postmortem.checker.config import AdapterConfig, Contents, ends_of, layer_of, layer_zero
 from postmortem.checker.config import place as place_keys
 from postmortem.checker.errors import Finding, Place, grouped, is_literal, match_names
 
@@ -99,14 +98,7 @@ def _match(wanted: tuple[str, ...] | str | None, names: list[str]) -> set[str]:
     if isinstance(wanted, str):
         return set(match_names([wanted], names)[wanted])
     ends = frozenset(wanted or ())
-    return {name for name in names if not ends.isdisjoint(_ends(name))}
-
-
-@cache
-def _ends(name: str) -> tuple[str, ...]:
-    """Return the dotted name and every end of it that a list entry can match."""
-    parts = name.split(".")
-    return tuple(".".join(parts[start:]) for start in range(len(parts)))
+    return {name for name in names if not ends.isdisjoint(ends_of(name))}
 
 
 def _select(config: AdapterConfig, base: BaseModel, names: list[str]) -> Iterable[str]:
@@ -137,7 +129,7 @@ def _pattern_values(patterns: Mapping[str, float], names: list[str]) -> dict[str
     found = match_names(regexes.values(), names) if regexes else {}
     by_end: dict[str, list[str]] = {}
     for name in names:
-        for end in _ends(name):
+        for end in ends_of(name):
             by_end.setdefault(end, []).append(name)
     values: dict[str, float] = {}
     # PEFT takes the first pattern that matches, in the order of the file.
@@ -595,8 +587,8 @@ def _check_unmatched(case: _Case) -> list[Finding]:
     wanted = case.config.target_modules
     if not case.is_known or case.base.open_paths or not isinstance(wanted, tuple):
         return []
-    ends = {end for name in case.base.modules for end in _ends(name)}
-    held = {end for path in case.contents.lora for end in _ends(path)}
+    ends = {end for name in case.base.modules for end in ends_of(name)}
+    held = {end for path in case.contents.lora for end in ends_of(path)}
     names = [name for name in wanted if name not in ends | held]
     listed = ", ".join(names[:8]) + (" and others" if len(names) > 8 else "")
     # Where none matches, that is the finding.
