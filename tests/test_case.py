@@ -6,7 +6,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postmortem.case.load import case_digest, load_case, read_yaml
+from postmortem.case.load import case_digest, evidence_digest, load_case, read_yaml
 from postmortem.case.schema import FORMS
 from postmortem.checker.errors import CaseError
 
@@ -116,10 +116,9 @@ def test_columns_of_v2_in_order(case):
 
 
 def test_shipped_hypotheses(case):
-    """The record refutes two and settles none; confidences are those that the write-up gave."""
-    verdicts = {h.id: h.verdict for h in case.hypotheses}
-    assert {id_ for id_, verdict in verdicts.items() if verdict == "refuted"} == {"A1", "F"}
-    assert set(verdicts.values()) == {"refuted", "cannot tell"}
+    """Confidences are those that the write-up gave; one hypothesis alone is about the base."""
+    assert [h.id for h in case.hypotheses if h.base_alone] == ["D"]
+    assert not any(h.causes for h in case.hypotheses if h.base_alone)
     weighed = {h.id: (h.initial, h.final) for h in case.hypotheses if h.initial is not None}
     assert weighed == {"A1": (80, 85), "B": (60, 40), "P": (40, 15)}
 
@@ -372,6 +371,18 @@ def test_the_digest_follows_what_can_change_a_number(case):
         assert case_digest(case.model_copy(update=update)) != before
     reworded = case.model_copy(update={"claims": [], "practice": None, "title": "Another"})
     assert case_digest(reworded) == before
+
+
+def test_what_a_diagnosis_reads_makes_no_kept_run_stale(case):
+    """What is observed and which causes a hypothesis has count in the evidence's digest alone."""
+    moved = case.hypotheses[0].model_copy(update={"causes": []})
+    for update in ({"observed": []}, {"hypotheses": [moved, *case.hypotheses[1:]]}):
+        other = case.model_copy(update=update)
+        assert case_digest(other) == case_digest(case)
+        assert evidence_digest(other) != evidence_digest(case)
+    reworded = case.hypotheses[0].model_copy(update={"because": "Another."})
+    other = case.model_copy(update={"hypotheses": [reworded, *case.hypotheses[1:]]})
+    assert evidence_digest(other) == evidence_digest(case)
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates()

@@ -133,9 +133,6 @@ def list_findings():
         "kept.smollm2": intervals(0.6, kept),
         "diagnosis": [
             *intervals(0.4, [f"diagnosis.cause.{cause}" for cause in causes]),
-            *intervals(0.2, [f"diagnosis.after.final.{cause}" for cause in causes]),
-            table("diagnosis.first.steps", "test, bits, in all", ("look", 1.5, 1), ("v2", 0.5, 6)),
-            table("diagnosis.path.steps", "test, bits, in all", ("v1", 0.6, 3), ("names", 0.4, 9)),
         ],
     }
 
@@ -272,12 +269,10 @@ SAID = {
     "membership": ("base 1: the adapter 0.80", "base 2: the adapter −0.30"),
     "kinds": ("ignorant base, does not know: writes AUC 0.60 [0.54, 0.66], holds AUC",),
     "controls_auc": ("base alone 0.60", "suspect, off 0.60", "reference, on 0.60"),
-    "confidences": ("A1 80 to 85", "sum to 180"),
     "shapes": ("q_proj 64×48 of the adapter for Qwen3-4B", "0 of the 4 LoRA tensors"),
     "row_time": ("First row, 370 tokens: 0.9 s", "80 [72, 88] ms"),
     "replay_matrix": ("silent base: zero-b; speaking base: zero-b",),
     "beliefs": ("zero b 0.40 [0.36, 0.44]",),
-    "plan": ("v2 6 min 2.0 bits",),
 }
 
 
@@ -304,10 +299,10 @@ def test_what_a_run_lacks_is_said():
 
 
 def test_without_records_each_figure_says_what_is_missing():
-    """Without records the case's own figure alone is drawn; the others say why they are not."""
+    """Without records no figure is drawn, and each says why it is not."""
     drawn, reasons = draw_all({}, CASE)
-    assert [drawing.name for drawing in drawn] == ["confidences"]
-    assert reasons.keys() == FIGURES.keys() - {"confidences"}
+    assert not drawn
+    assert reasons.keys() == FIGURES.keys()
     assert "shape_mismatch" in reasons["shapes"]
     own = CASE.model_copy(update={"attempts": {}})
     assert draw_all({}, own)[1].keys() == FIGURES_OWN.keys()
@@ -320,14 +315,6 @@ def test_any_number_of_rows_is_drawn_to_the_same_bytes(rows):
     drawn, reasons = draw(names, source)
     assert drawn.keys() == {*names}
     assert draw(names, source) == (drawn, reasons)
-
-
-def test_sums_above_a_hundred_are_called_out(made):
-    """Only confidences that sum to more than 100 % are called no probabilities."""
-    assert "not probabilities" in words(made[0]["confidences"].wide)
-    modest = CASE.model_copy(update={"hypotheses": CASE.hypotheses[:1]})
-    drawn, _ = draw(("confidences",), FigureSource({}, modest))
-    assert "not probabilities" not in words(drawn["confidences"].wide)
 
 
 def test_saving_writes_both_widths_and_the_list(made, tmp_path):

@@ -134,7 +134,6 @@ def test_each_hypothesis_bears_one_label(likelihoods):
         by_cause(likelihoods),
         by_base(likelihoods),
         by_group(likelihoods, groups),
-        by_group(likelihoods, groups, with_base=True),
     ):
         names, members = memberships(likelihoods, labels)
         assert members.sum(axis=0).tolist() == [1] * len(likelihoods.hypotheses)
@@ -142,14 +141,10 @@ def test_each_hypothesis_bears_one_label(likelihoods):
 
 
 def test_labels_of_groups():
-    """A group is named by its causes, with the kind of base where asked."""
+    """A group is named by its causes."""
     found = measure_likelihoods(REPLAYS, [CONTROL])
     groups = [("no-op", "healthy")]
     assert set(by_group(found, groups).values()) == {"no-op or healthy"}
-    assert list(by_group(found, groups, with_base=True).values()) == [
-        "no-op or healthy (silent)",
-        "no-op or healthy (speaking)",
-    ]
 
 
 def test_label_missing():

@@ -19,7 +19,7 @@ ALLOWED = re.compile(
     \b(?:Qwen|SmolLM)[\w.-]*          # a model's name, with its version and size
     | \b\d+(?:\.\d+)?[Bb]\b           # the size in a name: 1.5B, 4b
     | \bv[12]\b                       # the attempts
-    | \b[A-H][1-4]\b                  # hypotheses
+    | \b[A-H][1-5]\b                  # hypotheses
     | (?<![\d.])[01]\.0(?![\d.]*\d)   # the symptom's text, and the other end of its scale
     | \b\d{4}-\d{2}-\d{2}\b           # a date
     | \b\d{1,2}\ [A-Z][a-z]+\ \d{4}\b # a date in words
@@ -121,7 +121,8 @@ def _patterns_of(key):
 def keys_of(case):
     """Every verdict that the case asks a run for."""
     items = [*case.hypotheses, *case.claims, *case.practice.actions]
-    return {item.test.verdict for item in items if item.test}
+    named = {item.test.verdict for item in items if item.test}
+    return named | {f"diagnosis.hypothesis.{h.id}" for h in case.hypotheses}
 
 
 def test_every_verdict_that_the_case_names_is_recorded(case):

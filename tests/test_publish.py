@@ -46,6 +46,7 @@ def verdicts_of(case):
     """A record of each verdict that the case asks for."""
     items = [*case.hypotheses, *case.claims, *(case.practice.actions if case.practice else [])]
     keys = dict.fromkeys(item.test.verdict for item in items if item.test)
+    keys |= dict.fromkeys(f"diagnosis.hypothesis.{h.id}" for h in case.hypotheses)
     return [Verdict(key=key, verdict="cannot tell", because="not run") for key in keys]
 
 
@@ -166,7 +167,7 @@ def test_a_test_is_not_answered_by_the_case_itself(case):
 
 def test_the_ledger_shows_the_run_beside_the_record(case):
     """A claim stands with its decider and this run's answer, and a page can quote its verdict."""
-    values = values_with(case, v2_constant="holds")
+    values = values_with(case, v2_constant="holds", diagnosis_hypothesis_A1="refuted")
     table = values["tables"]["case.claims"]
     rows = {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
     for claim in case.claims:

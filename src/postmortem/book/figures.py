@@ -338,7 +338,7 @@ def draw_copies(source: FigureSource, narrow: bool) -> Drawn:
 
 
 def draw_beliefs(source: FigureSource, narrow: bool) -> Drawn:
-    """Probability of each cause after the evidence, from a flat prior and the write-up's."""
+    """Probability of each cause after the evidence."""
     measures, before = source.measures(DIAGNOSIS), "diagnosis.cause."
     found = {k.removeprefix(before): m.value or 0.0 for k, m in measures.items() if before in k}
     # The first ten: the rest have next to nothing.
@@ -350,14 +350,9 @@ def draw_beliefs(source: FigureSource, narrow: bool) -> Drawn:
     names = {n: (plain[n] if narrow else titles.get(n, plain[n]), "base") for n in order}
     rows = list_rows(measures, names, f"{before}{{}}")
     figure, _ = draw_forests(narrow, {"Probability after the evidence": (rows, Scale())})
-    (axes,) = figure.axes
-    for y, name in enumerate(order):
-        if written := measures.get(f"diagnosis.after.final.{name}"):
-            axes.plot(written.value or 0.0, y, **mark("truth"))
-            axes.set_xlabel("square: from a flat prior\nring: from the write-up’s last confidences")
-    axes.set_xlim(left=0)
+    figure.axes[0].set_xlim(left=0)
     told = ", ".join(f"{plain[n]} {say_measure(measures[before + n])}" for n in order)
-    return figure, f"Probability of each cause after the evidence, flat prior: {told}."
+    return figure, f"Probability of each cause after the evidence: {told}."
 
 
 # Values
@@ -650,38 +645,6 @@ def _fill_cells(axes: Axes, ends: np.ndarray, shades: np.ndarray, role: str) -> 
     cells.set(edgecolor=COLOUR["paper"], linewidth=2)
 
 
-def draw_plan(source: FigureSource, narrow: bool) -> Drawn:
-    """Bits against minutes: the planner's first minutes and the path that was taken."""
-    source.measures(DIAGNOSIS)
-    paths = {
-        "reference": ("the first minutes", source.table(DIAGNOSIS, "diagnosis.first.steps")),
-        "suspect": ("the path taken", source.table(DIAGNOSIS, "diagnosis.path.steps")),
-    }
-    paths = {role: (name, steps) for role, (name, steps) in paths.items() if steps}
-    if not paths:
-        raise NotDrawable("no plan on record")
-    figure, (axes,) = panels(narrow, [330])
-    key(figure, {role: name for role, (name, _) in paths.items()})
-    told = []
-    for role, (name, steps) in paths.items():
-        minutes = [float(step["in all"] or 0) for step in steps]
-        bits = list(np.cumsum([float(step["bits"] or 0) for step in steps]))
-        axes.step([0, *minutes], [0, *bits], where="post", color=COLOUR[role], linewidth=2)
-        axes.plot(minutes, bits, **mark(role))
-        said = []
-        for step, x, y in zip(steps, minutes, bits, strict=True):
-            # The last one stands on the other side of its mark, where there is room.
-            look = {"shift": (-7, 6), "ha": "right"} if step is steps[-1] else {"shift": (7, -14)}
-            note(axes, str(step["test"]).replace("-", " "), (x, y), color=COLOUR["ink"], **look)
-            said.append(f"{step['test']} {x:.0f} min {y:.1f} bits")
-        told.append(f"{name}: {', '.join(said)}")
-    axes.grid(axis="y", color=COLOUR["rule"])
-    axes.set_title("Bits of information, expected")
-    axes.set_xlabel("minutes")
-    axes.set(xlim=(0, None), ylim=(0, 1.12 * axes.get_ylim()[1]))
-    return figure, f"Expected information against minutes. {'. '.join(told)}."
-
-
 def draw_row_time(source: FigureSource, narrow: bool) -> Drawn:
     """Time of each row against its prompt's tokens, up to the limit, and what reading leaves."""
     measures = source.measures(FORENSICS)
@@ -721,36 +684,6 @@ def draw_row_time(source: FigureSource, narrow: bool) -> Drawn:
         f"Seconds a row against tokens in its prompt, limit {limit:g}. First row, {warm:g} tokens: "
         f"{slow:.1f} s. Then {told}. Beside reading, {said} are left."
     )
-
-
-def draw_confidences(source: FigureSource, narrow: bool) -> Drawn:
-    """The write-up's confidences, first and last, with the sums that no chances of rivals have."""
-    held = [h for h in source.case.hypotheses if h.initial is not None or h.final is not None]
-    if not held:
-        raise NotDrawable("no hypothesis of the case has a confidence")
-    sums = [sum(h.initial or 0 for h in held), sum(h.final or 0 for h in held)]
-    names = [f"{h.id}  {clean(h.title, 56)}" for h in held]
-    figure, (axes,) = panels(narrow, [44 * (len(held) + 1)], around=70)
-    labels = [*(textwrap.fill(name, 22 if narrow else 44) for name in names), "sum"]
-    label_rows(axes, "Confidence, initial → final", labels)
-    edge = axes.get_yaxis_transform()
-    for y, h in enumerate(held):
-        axes.axhline(y, color=COLOUR["rule"], linewidth=1, zorder=0)
-        shares = [share for share in (h.initial, h.final) if share is not None]
-        axes.plot(shares, [y] * len(shares), color=COLOUR["ink"], linewidth=1.6)
-        axes.plot(shares[0], y, **mark("muted", 6))
-        axes.plot(shares[-1], y, **mark("ink", 8))
-        told = " → ".join("–" if s is None else f"{s:g}" for s in (h.initial, h.final)) + " %"
-        note(axes, told, (1, y), shift=(10, -4.5), coords=edge, **DARK)
-    total = f"{sums[0]:g} → {sums[1]:g} %"
-    note(axes, total, (1, len(held)), shift=(10, -4.5), coords=edge, weight="bold", **DARK)
-    axes.set(xlim=(0, 100), xticks=(0, 50, 100))
-    if max(sums) > 100:
-        warning = "Chances of rivals sum to at most 100 %: these are not probabilities."
-        warning = textwrap.fill(warning, 46 if narrow else 100)
-        figure.supxlabel(warning, size=BODY, x=0, ha="left")
-    said = ", ".join(f"{h.id} {h.initial or 0:g} to {h.final or 0:g}" for h in held)
-    return figure, f"Confidences in per cent: {said}. They sum to {sums[0]:g}, then to {sums[1]:g}."
 
 
 def draw_shapes(source: FigureSource, narrow: bool) -> Drawn:
@@ -812,11 +745,9 @@ FIGURES: dict[str, Make] = {
     "real_models": draw_real_models,
     "suite": draw_suite,
     "membership": draw_attribution,
-    "confidences": draw_confidences,
     "row_time": draw_row_time,
     "replay_matrix": draw_replay_matrix,
     "beliefs": draw_beliefs,
-    "plan": draw_plan,
 }
 FIGURES_OWN: dict[str, Make] = {
     "rows": draw_rows,

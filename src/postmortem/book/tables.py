@@ -57,12 +57,14 @@ def add_case_values(values: Values, case: Case) -> None:
             for key, field in texts.items():
                 values["texts"][f"case.{key}".format(**item)] = item[field]
     _add_systems(values, case)
-    _add_counts(values, case, states=Counter(a["status"] for a in sections["practice.actions"]))
+    states = Counter(item["status"] for item in sections["practice.actions"])
+    held = Counter(item["verdict"] for item in sections["hypotheses"])
+    _add_counts(values, case, states=states, held=held)
     # Added last: a test of the case must be answered by a run, not by the case itself.
-    for kind, decided in (("claim", case.claims), ("hypothesis", case.hypotheses)):
-        for one in decided:
-            said = {"verdict": one.verdict, "because": one.because}
-            values["verdicts"][f"case.{kind}.{one.id}"] = said
+    for kind, section in (("claim", "claims"), ("hypothesis", "hypotheses")):
+        for item in sections[section]:
+            said = {name: item[name] for name in ("verdict", "because")}
+            values["verdicts"][f"case.{kind}.{item['id']}"] = said
 
 
 def _columns(spec: str) -> dict[str, str]:
@@ -77,17 +79,30 @@ def _fields(
     """An item's fields; what its test asks and this run answers, and whether that closes it."""
     found: dict[str, Any] = {name: _whole(value) for name, value in item}
     found |= {"this_run_asks": "", "this_run": "", "status": "open"}
+    if isinstance(item, StatedHypothesis):
+        weighed = _word(section, item, verdicts=verdicts, key=f"diagnosis.hypothesis.{item.id}")
+        found |= {"verdict": weighed}
     if item.test is None:
         return found
-    if item.test.verdict not in verdicts:
+    word = _word(section, item, verdicts=verdicts, key=item.test.verdict)
+    found |= {"this_run_asks": item.test.asks, "this_run": word}
+    return found | ({"status": "closed"} if word == "holds" else {})
+
+
+def _word(
+    section: str,
+    item: Item | StatedHypothesis,
+    *,
+    verdicts: Mapping[str, Mapping[str, str]],
+    key: str,
+) -> str:
+    if key not in verdicts:
         raise RecordError(
-            f"verdict {item.test.verdict!r}, which `{section}` of the case names for {item.id}",
+            f"verdict {key!r}, which `{section}` of the case names for {item.id}",
             expected="a record of it",
             found="none in any notebook",
         )
-    word = verdicts[item.test.verdict]["verdict"]
-    found |= {"this_run_asks": item.test.asks, "this_run": word}
-    return found | ({"status": "closed"} if word == "holds" else {})
+    return verdicts[key]["verdict"]
 
 
 def _whole(value: Any) -> Any:
@@ -95,9 +110,10 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _add_counts(values: Values, case: Case, *, states: Mapping[str, int]) -> None:
+def _add_counts(
+    values: Values, case: Case, *, states: Mapping[str, int], held: Mapping[str, int]
+) -> None:
     said = Counter(claim.verdict for claim in case.claims)
-    held = Counter(hypothesis.verdict for hypothesis in case.hypotheses)
     initial = [h.initial for h in case.hypotheses if h.initial is not None]
     final = [h.final for h in case.hypotheses if h.final is not None]
     limits = case.adapter_filter

@@ -2,7 +2,7 @@
 
 import hashlib
 import reprlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -197,12 +197,12 @@ def load_case(path: str | Path) -> Case:
 
 
 def case_digest(case: Case, profile: str | None = None) -> str:
-    """Digest of what can change a number; prose and notes do not count.
+    """Digest of what can change an answer; prose, notes and what a diagnosis reads do not count.
 
     With a `profile` the other profiles do not count either.
     """
     names = {"name", "true_size", "loading_warning", "forensics", "adapter_filter", "columns"}
-    names |= {"prompts", "variations", "attempts", "compared", "observed", "path"}
+    names |= {"prompts", "variations", "attempts", "compared"}
     runs = {
         "base",
         "bases",
@@ -215,17 +215,19 @@ def case_digest(case: Case, profile: str | None = None) -> str:
         "recorded",
     }
     profiles = dict.fromkeys(case.profiles if profile is None else [profile], runs)
-    beliefs = {"__all__": {"id", "initial", "final", "causes"}}
     declared = {"name", "config", "declared_megabytes"}
     systems = dict.fromkeys(Systems.model_fields, declared)
-    parts = case.model_dump_json(
-        include={
-            **dict.fromkeys(names, True),
-            "systems": systems,
-            "hypotheses": beliefs,
-            "profiles": profiles,
-        }
-    )
+    return _digest(case, {**dict.fromkeys(names, True), "systems": systems, "profiles": profiles})
+
+
+def evidence_digest(case: Case) -> str:
+    """Digest of what a diagnosis reads of a case, beside the replays."""
+    fields = {"id", "final", "causes", "base_alone"}
+    return _digest(case, {"observed": True, "hypotheses": {"__all__": fields}})
+
+
+def _digest(case: Case, include: Mapping[str, Any]) -> str:
+    parts = case.model_dump_json(include=dict(include))
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 

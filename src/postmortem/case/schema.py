@@ -305,9 +305,9 @@ class Observed(Frozen):
 class StatedHypothesis(Frozen):
     """An explanation of the symptom.
 
-    `causes` are those of the replays that it comes down to. `initial` and `final` are the
-    write-up's confidences in per cent (absent where it never considered the hypothesis). `verdict`
-    is what the surviving artefacts alone decide.
+    `causes` are those of the replays that it comes down to; `base_alone` is set where it says that
+    the base needs no adapter for it. `initial` and `final` are the write-up's confidences in per
+    cent (absent where it never considered the hypothesis). The verdict is the diagnosis's.
     """
 
     id: Annotated[str, StringConstraints(pattern=r"^[A-Z][0-9]?$")]
@@ -315,11 +315,11 @@ class StatedHypothesis(Frozen):
     statement: str
     initial: float | None = Field(default=None, ge=0, le=100)
     final: float | None = Field(default=None, ge=0, le=100)
-    verdict: Verdict
     because: str
     grade: Grade
     decided_by: str
     causes: list[Identifier] = []
+    base_alone: bool = False
     test: RunTest | None = None
 
 
@@ -486,7 +486,6 @@ class Case(Frozen):
     observations: list[Item] = []
     evidence: list[Item] = []
     observed: list[Observed] = []
-    path: list[Identifier] = []
     hypotheses: list[StatedHypothesis] = []
     claims: list[Item] = []
     lessons: list[Item] = []

@@ -1,6 +1,6 @@
 """From evidence to beliefs: prior, likelihoods, posterior, and what each outcome did."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -21,9 +21,18 @@ from postmortem.diagnosis.likelihoods import (
 )
 from postmortem.experiments.metrics import Estimate, kl_divergence
 
-# An outcome less probable than this is inconsistent with a hypothesis. With one replay's worth of
-# prior that is an outcome which none of five replays showed; one seen once in ten is consistent.
-INCONSISTENT_BELOW = 0.1
+# How far the report of an outcome may be trusted to say what happened, by its grade, and why.
+RELIABILITY = {
+    "artefact": (0.99, "a file on record, which may be another copy than the one in use"),
+    "measured": (0.99, "found by us, and open to anyone to find again"),
+    "log": (0.97, "written by the run itself, of files whose checksums were not kept"),
+    "recollection": (0.6, "written down afterwards, and nothing kept to hold it against"),
+}
+# Other values that one may hold; a verdict stands only where it is the same under all of them.
+SENSITIVITY = {"recollection": (0.3, 0.6, 0.9), "log": (0.9, 0.97, 0.99)}
+# A twentieth of what it had before is left of a hypothesis that is refuted. One holds only with
+# nearly everything, since a cause that nobody has replayed has no share here at all.
+REFUTED_BELOW, HOLDS_ABOVE = 0.05, 0.99
 # Half a power of ten: Jeffreys calls a Bayes factor up to it barely worth mentioning.
 SMALL_LOG10_FACTOR = 0.5
 DRAWS = 2000
@@ -103,27 +112,21 @@ class Evidence:
     weights: dict[str, float | None]
 
 
-@dataclass(frozen=True)
-class Standing:
-    """How a cause stands against the evidence on the kind of base where it stands best."""
-
-    cause: str
-    base: str
-    inconsistent: tuple[str, ...]
-    log10_likelihood: float
-
-
 @dataclass(frozen=True, eq=False)
 class Ledger:
     """A prior, the likelihoods, and the outcomes observed, in order (experiment to outcome).
 
-    Raises `DiagnosisError` for a cause or base kind that no replay has, and an outcome that no
-    experiment has. A cause whose prior is 0 keeps the posterior 0 whatever is observed.
+    `reliability` is the chance that the report of an outcome says what happened, 1 where none is
+    given. One that does not says what reports in general say: so a report of reliability r leaves
+    each hypothesis at least 1 - r of what it had. Raises `DiagnosisError` for a cause or base kind
+    that no replay has, and an outcome that no experiment has. A cause whose prior is 0 keeps the
+    posterior 0 whatever is observed.
     """
 
     likelihoods: Likelihoods
     observed: Mapping[str, str] = field(default_factory=dict)
     prior: Prior = Prior()
+    reliability: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = {"cause": self.likelihoods.causes, "base kind": self.likelihoods.bases}
@@ -174,8 +177,16 @@ class Ledger:
 
     @cached_property
     def log_evidence(self) -> np.ndarray:
-        """Log likelihood of each observed outcome: (observed, hypotheses)."""
-        return np.log(self.likelihoods.probabilities[:, self.columns]).T
+        """Log likelihood of each observed report: (observed, hypotheses)."""
+        likelihood = self.likelihoods.probabilities[:, self.columns].T
+        return np.log([self._report(*pair) for pair in zip(self.observed, likelihood, strict=True)])
+
+    def _report(self, experiment: str, likelihood: np.ndarray) -> np.ndarray:
+        """Probability that an outcome is reported, from that of the outcome: (…, hypotheses)."""
+        column = self.likelihoods.column(experiment, self.observed[experiment])
+        usual = self.likelihoods.probabilities[:, column] @ np.exp(self.log_prior)
+        trust = self.reliability.get(experiment, 1.0)
+        return trust * likelihood + (1 - trust) * usual
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -209,21 +220,6 @@ class Ledger:
             before = after
         return tuple(steps)
 
-    def least_disconfirmed(self) -> tuple[Standing, ...]:
-        """Causes by the fewest observed outcomes inconsistent with them, then by likelihood.
-
-        The analysis of competing hypotheses (Heuer): priors do not enter, and evidence that fits
-        everything decides nothing. A cause is judged on the kind of base where it stands best.
-        """
-        standings: dict[str, Standing] = {}
-        for hypothesis, logs in zip(self.likelihoods.hypotheses, self.log_evidence.T, strict=True):
-            odd = np.exp(logs) < INCONSISTENT_BELOW
-            names = tuple(name for name, out in zip(self.observed, odd, strict=True) if out)
-            found = Standing(*hypothesis, names, float(logs.sum() / np.log(10)))
-            best = standings.get(hypothesis.cause, found)
-            standings[hypothesis.cause] = min(best, found, key=_disconfirmation)
-        return tuple(sorted(standings.values(), key=_disconfirmation))
-
     def not_told_apart(self, *, draws: int = DRAWS, seed: int = 0) -> tuple[Group, ...]:
         """Causes that the observed evidence does not tell apart, most likely first.
 
@@ -249,8 +245,13 @@ class Ledger:
         logs = np.zeros((draws, len(self.likelihoods.hypotheses)))
         for pair in self.observed.items():
             drawn = self.likelihoods.draw(*pair, draws=draws, seed=seed)
-            logs += np.log(np.maximum(drawn, _TINY))
+            logs += np.log(np.maximum(self._report(pair[0], drawn), _TINY))
         return logs
+
+
+def is_refuted(before: float, after: Estimate) -> bool:
+    """Whether evidence has left a hypothesis next to nothing of the share that it had."""
+    return (after.high or 0.0) < REFUTED_BELOW * before
 
 
 def normalise(logs: np.ndarray) -> np.ndarray:
@@ -272,10 +273,6 @@ def _log_odds(logs: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 def _log(weights: np.ndarray) -> np.ndarray:
     return np.log(weights, out=np.full(weights.shape, -np.inf), where=weights > 0)
-
-
-def _disconfirmation(standing: Standing) -> tuple[int, float]:
-    return len(standing.inconsistent), -standing.log10_likelihood
 
 
 # Bits. A hundred experiments that gain no more would together settle one yes-or-no question.
@@ -384,11 +381,11 @@ def plan(
 ) -> Plan:
     """Choose, step by step, the experiment with the most expected bits a minute.
 
-    `labels` says which answer each hypothesis is: the cause, its group, the kind of base, or any
-    other. Candidates are the experiments not observed yet, or those of them that are named; one
-    that does not fit in the `minutes` left is skipped. The plan ends where nothing gains more than
-    `SMALL_GAIN`. It is greedy: two experiments that say something only together are not found. With
-    a new outcome, plan again.
+    `labels` says which answer each hypothesis is to the question asked: the cause, its group, the
+    kind of base, or any other. Candidates are the experiments not observed yet, or those of them
+    that are named; one that does not fit in the `minutes` left is skipped. The plan ends where
+    nothing gains more than `SMALL_GAIN`. It is greedy: two experiments that say something only
+    together are not found. With a new outcome, plan again.
     """
     table, future = ledger.likelihoods, _Future(ledger, labels)
     named = set(table.blocks if candidates is None else candidates)
@@ -406,22 +403,11 @@ def plan(
         left.remove(best)
 
 
-def price(ledger: Ledger, path: Sequence[str], *, labels: Labels) -> Plan:
-    """A given order of experiments in the currency of `plan`: bits about the answer, and minutes.
-
-    Raises `DiagnosisError` for an experiment that is unknown, named twice, or observed already.
-    """
+def expected_bits(ledger: Ledger, labels: Labels) -> dict[str, float]:
+    """What each experiment that was not observed is expected to say about the answer, by itself."""
     future = _Future(ledger, labels)
-    for place, name in enumerate(path):
-        experiment = ledger.likelihoods.experiment(name)
-        if name in ledger.observed or name in path[:place]:
-            raise DiagnosisError(
-                f"experiment {name!r}",
-                expected="not run before",
-                found="it was observed or planned",
-            )
-        future.run(experiment)
-    return future.plan
+    left = [e for e in ledger.likelihoods.experiments if e.name not in ledger.observed]
+    return {experiment.name: future.gain(experiment) for experiment in left}
 
 
 def _preference(bits: float, minutes: float) -> tuple[float, float, float]:

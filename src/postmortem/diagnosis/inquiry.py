@@ -1,26 +1,38 @@
 """A case's evidence met with the replays: what to believe, and what to run next."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 
-from postmortem.case.schema import Case
+from postmortem.case.schema import Case, Verdict
 from postmortem.checker.errors import DiagnosisError
 from postmortem.diagnosis.battery import OF_INCIDENT, TESTS, list_experiments, price_tests
-from postmortem.diagnosis.beliefs import Evidence, Ledger, Plan, Prior, plan, price
+from postmortem.diagnosis.beliefs import (
+    HOLDS_ABOVE,
+    RELIABILITY,
+    SENSITIVITY,
+    Evidence,
+    Ledger,
+    Plan,
+    Posterior,
+    Prior,
+    expected_bits,
+    is_refuted,
+    plan,
+)
 from postmortem.diagnosis.causes import CAUSES
 from postmortem.diagnosis.likelihoods import (
+    ALONE,
     HEALTHY,
     NO_SEVERITY,
     Experiment,
     Group,
-    Hypothesis,
+    Labels,
     Likelihoods,
-    by_cause,
     by_group,
     group_name,
     measure_likelihoods,
@@ -162,22 +174,39 @@ def _diagnose(
     )
 
 
-FLAT = "flat"
+FLAT, WRITE_UP = "flat", "write-up"
 # What the write-up leaves to explanations that it does not list; it leaves none, and then a cause
 # that it did not think of could never win.
 ROOM = 0.1
 # The rest of the causes, in a table of hypotheses.
 UNLISTED = "none of these"
-# What the first minutes should have been spent on.
-TIME_BOX = 10
 # What a diagnosis is to reach on replays that it has not seen.
 ACCURACY, FALSE_ALARMS = 0.90, 0.02
+# The questions in the order in which they are asked, each with the reason for its place.
+NEEDED, CAUSE, WORTH = QUESTIONS = (
+    "Is an adapter needed to explain this?",
+    "Which cause is it?",
+    "Is it worth mending?",
+)
+WHY = {
+    NEEDED: "What the base does by itself no adapter has to explain, and what is seen with the "
+    "adapter can be read only beside it.",
+    CAUSE: "The files take a minute and no model, and part more causes than any other test.",
+    WORTH: "A repair pays only where the mended adapter ranks better than the base. How a fault "
+    "looks does not tell that, so the replays put no price on it.",
+}
+# The test that answers the last question, of the mended adapter.
+WORTH_TEST = "order"
+# What the base alone comes to where it gives the symptom by itself.
+CONSTANT = "one value"
+
+# The share of what no replay is an example of.
+NOTHING = Estimate(0.0, 0.0, 0.0, n=0)
+# What a test is worth for the first two questions, from nothing and with the record.
+PRICED = ("needed? from nothing", "needed? now", "cause? from nothing", "cause? now")
 
 TRUST_MEASURES = ("top1", "false_alarms", "brier", "symptom_top1", "fewest_groups")
-TRUST_TABLES = {
-    "misses": ("cause", "taken for", "times"),
-    "reliability": ("said", "mean", "right", "replays"),
-}
+TRUST_TABLES = {"reliability": ("said", "mean", "right", "replays")}
 
 
 @dataclass(frozen=True)
@@ -218,9 +247,21 @@ class Inquiry:
         return separable_groups(self.table)
 
     @cached_property
-    def answers(self) -> dict[Hypothesis, str]:
-        """What one wants to know: the group of the cause, and the kind of base."""
-        return by_group(self.table, self.groups, with_base=True)
+    def needed(self) -> Labels:
+        """Whether an adapter is needed: "no" where the base alone gives one value."""
+        constant = self.table.probabilities[:, self.table.column(ALONE, CONSTANT)] > 0.5
+        return dict(zip(self.table.hypotheses, np.where(constant, "no", "yes"), strict=True))
+
+    @cached_property
+    def questions(self) -> dict[str, Labels]:
+        """The answer of each hypothesis to each question that the replays can answer."""
+        return {NEEDED: self.needed, CAUSE: by_group(self.table, self.groups)}
+
+    @cached_property
+    def hypotheses(self) -> Labels:
+        """The case's own hypothesis that each cause comes under."""
+        names = {cause: h.id for h in self.case.hypotheses for cause in h.causes}
+        return {h: names.get(h.cause, UNLISTED) for h in self.table.hypotheses}
 
     @cached_property
     def observed(self) -> dict[str, str]:
@@ -229,27 +270,17 @@ class Inquiry:
 
     @cached_property
     def priors(self) -> dict[str, Prior]:
-        """The priors by name: flat, and the write-up's confidences made to sum to one."""
-        found = {FLAT: Prior()}
-        for name in ("initial", "final"):
-            weights = self._write_up(name)
-            if weights:
-                found[f"write-up, {name}"] = Prior(weights)
-        return found
-
-    def _write_up(self, name: str) -> dict[str, float]:
-        """A cause's share of its hypothesis' confidence; the causes without one share `ROOM`."""
+        """The priors by name: flat, and the write-up's last confidences made to sum to one."""
         weights: dict[str, float] = {}
         for hypothesis in self.case.hypotheses:
-            confidence = getattr(hypothesis, name)
             known = [cause for cause in hypothesis.causes if cause in self.table.causes]
-            if confidence and known:
-                weights |= dict.fromkeys(known, confidence / len(known))
+            if hypothesis.final and known:
+                weights |= dict.fromkeys(known, hypothesis.final / len(known))
         others = [cause for cause in self.table.causes if cause not in weights]
         total = sum(weights.values())
         if weights and others:
             weights |= dict.fromkeys(others, total * ROOM / (1 - ROOM) / len(others))
-        return weights
+        return {FLAT: Prior()} | ({WRITE_UP: Prior(weights)} if weights else {})
 
     def parse_outcomes(self, pairs: Sequence[str]) -> dict[str, str]:
         """Outcomes given as TEST=OUTCOME; `DiagnosisError` for one that is not."""
@@ -264,30 +295,83 @@ class Inquiry:
             found[name.strip()] = outcome.strip()
         return found
 
-    def ledger(self, prior: str = FLAT, extra: Mapping[str, str] | None = None) -> Ledger:
-        """Beliefs after the evidence on record, and `extra` outcomes beside it."""
-        name = prior if prior in self.priors else f"write-up, {prior}"
-        if name not in self.priors:
+    def ledger(
+        self,
+        prior: str = FLAT,
+        extra: Mapping[str, str] | None = None,
+        trust: Mapping[str, float] | None = None,
+    ) -> Ledger:
+        """Beliefs after the evidence on record, and `extra` outcomes, seen now, beside it.
+
+        Each report on record is trusted by its grade, with the stated values or those of `trust`.
+        """
+        if prior not in self.priors:
             raise DiagnosisError("the prior", expected=" or ".join(self.priors), found=repr(prior))
-        return Ledger(self.table, {**self.observed, **(extra or {})}, self.priors[name])
+        shares = {grade: share for grade, (share, _) in RELIABILITY.items()} | dict(trust or {})
+        seen_now = dict(extra or {})
+        reliability = {
+            seen.test: shares[seen.grade]
+            for seen in self.case.observed
+            if seen.test not in seen_now
+        }
+        observed = self.observed | seen_now
+        return Ledger(self.table, observed, self.priors[prior], reliability)
 
     @cached_property
-    def hypotheses(self) -> dict[Hypothesis, str]:
-        """The case's own hypothesis that each cause comes under."""
-        names = {cause: h.id for h in self.case.hypotheses for cause in h.causes}
-        return {h: names.get(h.cause, UNLISTED) for h in self.table.hypotheses}
+    def posteriors(self) -> dict[tuple[float, ...], Posterior]:
+        """Beliefs after the evidence on record, by how far reports of each grade are trusted."""
+        ways = product(*SENSITIVITY.values())
+        return {
+            way: self.ledger(trust=dict(zip(SENSITIVITY, way, strict=True))).posterior()
+            for way in ways
+        }
 
-    def next_steps(self, ledger: Ledger, *, minutes: float | None = None) -> Plan:
-        """What to run next, among the tests not observed yet."""
-        return plan(ledger, self.answers, minutes=minutes)
+    def weigh(self, labels: Labels, name: str) -> "Weighing":
+        """What the evidence on record makes of all that bears one label."""
+        posteriors = [self.ledger().posterior(), *self.posteriors.values()]
+        after, *each = (found.marginal(labels).get(name, NOTHING) for found in posteriors)
+        return Weighing(Ledger(self.table).marginal(labels).get(name, 0.0), after, tuple(each))
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """A share of the belief before and after the evidence, and for each trust in its reports.
+
+    The verdict follows from the shares, so that the two cannot contradict each other.
+    """
+
+    before: float
+    after: Estimate
+    each: tuple[Estimate, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Refuted, or held, however the reports are trusted; otherwise it cannot be told."""
+        if all(is_refuted(self.before, share) for share in self.each):
+            return "refuted"
+        held = min(share.low or 0.0 for share in self.each) > HOLDS_ABOVE
+        return "holds" if held else "cannot tell"
+
+    @property
+    def span(self) -> str:
+        """The smallest and the largest share, as reports are trusted more or less."""
+        shares = [share.value or 0.0 for share in self.each]
+        return f"{min(shares):.1%} to {max(shares):.1%}"
+
+    @property
+    def because(self) -> str:
+        """The shares in words."""
+        return (
+            f"it has {self.before:.1%} of the belief before the evidence and "
+            f"{say_estimate(self.after, '.1%')} after it; {self.span} where reports are trusted "
+            "less or more"
+        )
 
 
 def open_inquiry(case: Case, replays: Sequence[Replay]) -> Inquiry:
     """An inquiry; `DiagnosisError` where the case names a test or cause that no replay has."""
-    known_tests, known_causes = set(OF_INCIDENT), set(CAUSES)
-    named = [(seen.test, known_tests) for seen in case.observed]
-    named += [(name, known_tests) for name in case.path]
-    named += [(cause, known_causes) for h in case.hypotheses for cause in h.causes]
+    named = [(seen.test, set(OF_INCIDENT)) for seen in case.observed]
+    named += [(cause, set(CAUSES)) for h in case.hypotheses for cause in h.causes]
     for name, known in named:
         if name not in known:
             raise DiagnosisError(
@@ -327,12 +411,6 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
         "diagnosis.alarms_few",
         None if many is None else not many,
         f"{_count_alarms(alarms)} healthy runs were taken for faulty" if alarms.n else unsound,
-    )
-    misses = Counter((miss.replay.cause, group_name(miss.predicted)) for miss in whole.misses)
-    session.table(
-        "diagnosis.misses",
-        TRUST_TABLES["misses"],
-        [(cause, wrong, times) for (cause, wrong), times in misses.most_common()],
     )
     session.table(
         "diagnosis.reliability",
@@ -374,46 +452,31 @@ def evaluate_replays(case: Case, replays: Sequence[Replay]) -> Evaluation:
 def record_beliefs(session: Session, inquiry: Inquiry) -> None:
     """Record what the evidence on record makes of each cause, and what it cannot tell apart."""
     ledger = inquiry.ledger()
-    posterior = ledger.posterior()
-    causes = posterior.causes
-    labels = by_cause(inquiry.table)
-    others = {
-        name: inquiry.ledger(name).marginal(labels) for name in inquiry.priors if name != FLAT
-    }
+    causes = ledger.posterior().causes
     owner = {h.cause: name for h, name in inquiry.hypotheses.items()}
     session.table(
         "diagnosis.causes",
-        ("cause", "comes under", *(f"after, {name}" for name in inquiry.priors)),
+        ("cause", "comes under", "after the evidence"),
         [
-            (
-                CAUSES[cause].title,
-                owner[cause],
-                say_estimate(causes[cause]),
-                *(round(shares[cause], 3) for shares in others.values()),
-            )
+            (CAUSES[cause].title, owner[cause], say_estimate(causes[cause]))
             for cause in sorted(causes, key=lambda name: -(causes[name].value or 0.0))
         ],
     )
     for cause, probability in causes.items():
         session.measure(f"diagnosis.cause.{cause}", probability)
-        for name, shares in others.items():
-            key = name.removeprefix("write-up, ")
-            session.measure(f"diagnosis.after.{key}.{cause}", shares[cause])
-    session.table(
-        "diagnosis.hypotheses",
-        ("hypothesis", "after, flat"),
-        [
-            (name, say_estimate(probability))
-            for name, probability in posterior.marginal(inquiry.hypotheses).items()
-        ],
-    )
     _record_account(session, inquiry, ledger)
-    _record_standing(session, inquiry, ledger)
-    _judge_beliefs(session, inquiry, ledger)
+    _record_groups(session, inquiry, ledger)
 
 
 def _record_account(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
     grades = {seen.test: seen.grade for seen in inquiry.case.observed}
+    for grade, (share, _) in RELIABILITY.items():
+        session.measure(f"diagnosis.grade.{grade}", share)
+    session.table(
+        "diagnosis.grades",
+        ("grade", "trusted", "since it is"),
+        [(grade, share, why) for grade, (share, why) in RELIABILITY.items()],
+    )
     steps = ledger.account()
     bits = {step.experiment: step.bits for step in steps}
     for name in OF_INCIDENT:
@@ -453,21 +516,7 @@ def _rounded(weight: float) -> float:
     return round(weight, 2) + 0.0
 
 
-def _record_standing(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
-    session.table(
-        "diagnosis.standing",
-        ("cause", "best on", "inconsistent", "with", "log10 likelihood"),
-        [
-            (
-                s.cause,
-                s.base,
-                len(s.inconsistent),
-                ", ".join(s.inconsistent) or "nothing",
-                round(s.log10_likelihood, 2),
-            )
-            for s in ledger.least_disconfirmed()
-        ],
-    )
+def _record_groups(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
     apart = ledger.not_told_apart()
     session.table(
         "diagnosis.apart", ("not told apart by the record",), [(group_name(g),) for g in apart]
@@ -481,58 +530,113 @@ def _record_standing(session: Session, inquiry: Inquiry, ledger: Ledger) -> None
     session.measure("diagnosis.apart", len(apart), unit="groups")
 
 
-def _judge_beliefs(session: Session, inquiry: Inquiry, ledger: Ledger) -> None:
-    marginal = ledger.posterior().marginal(by_group(inquiry.table, inquiry.groups))
-    best, told = max(marginal.items(), key=lambda item: item[1].value or 0.0)
-    session.verdict(
-        "diagnosis.settled",
-        True if (told.low or 0.0) > ACCURACY else None,
-        f"the leading group ({best}) has {told.value:.0%} [{told.low:.0%}, {told.high:.0%}]",
-    )
-    silent = ledger.posterior().bases.get("silent")
-    if silent is None:
-        session.verdict("diagnosis.base_answers", "not available", "no silent base was replayed")
-    else:
-        held = True if (silent.low or 0.0) > 0.5 else False if (silent.high or 0.0) < 0.5 else None
-        session.verdict(
-            "diagnosis.base_answers",
-            held,
-            f"a base that writes the value by itself has {silent.value:.0%} "
-            f"[{silent.low:.0%}, {silent.high:.0%}] after the evidence, from 50% before",
-        )
-
-
-def record_next_steps(session: Session, inquiry: Inquiry) -> None:
-    """Record what to run next, what the author's path was worth, and what ten minutes could be."""
-    fresh = Ledger(inquiry.table)
-    _record_plan(session, "next", inquiry.next_steps(inquiry.ledger()))
-    _record_plan(session, "first", inquiry.next_steps(fresh, minutes=TIME_BOX))
-    path = [name for name in inquiry.case.path if name in inquiry.table.blocks]
-    _record_plan(session, "path", price(fresh, path, labels=inquiry.answers))
-    session.measure("diagnosis.time_box", TIME_BOX, unit="min")
-
-
-def _record_plan(session: Session, name: str, found: Plan) -> None:
-    key = f"diagnosis.{name}"
-    session.measure(f"{key}.bits", found.bits, unit="bits")
-    session.measure(f"{key}.minutes", found.minutes, unit="min")
-    first = found.steps[0].experiment if found.steps else ""
-    session.text(f"{key}.test", TESTS[first].title if first else "nothing: no test left says more")
+def record_hypotheses(session: Session, inquiry: Inquiry) -> None:
+    """Record what each of the case's hypotheses has of the belief, and the verdict that follows."""
+    rows, kept = [], inquiry.ledger(trust={"recollection": 0.0})
+    for hypothesis in inquiry.case.hypotheses:
+        key = f"diagnosis.hypothesis.{hypothesis.id}"
+        if not (hypothesis.causes or hypothesis.base_alone):
+            session.verdict(key, None, "no replay injects it, so the record cannot weigh it")
+            continue
+        labels, name = inquiry.hypotheses, hypothesis.id
+        if hypothesis.base_alone:
+            labels, name = inquiry.needed, "no"
+        found = inquiry.weigh(labels, name)
+        session.verdict(key, found.verdict, found.because)
+        session.measure(f"{key}.share", found.after)
+        # What is left where nothing is believed that was written down afterwards.
+        session.measure(f"{key}.without_recollection", kept.marginal(labels).get(name, 0.0))
+        rows.append((hypothesis.id, hypothesis.title, *_shares(found)))
+    rest = inquiry.weigh(inquiry.hypotheses, UNLISTED)
     session.table(
-        f"{key}.steps",
-        ("test", "what is done", "bits", "minutes", "in all", "leading answer right"),
+        "diagnosis.hypotheses",
+        ("id", "hypothesis", "before", "after", "as reports are trusted", "so the record"),
+        [*rows, ("", UNLISTED, *_shares(rest))],
+    )
+    _record_answers(session, inquiry)
+    _record_sensitivity(session, inquiry)
+
+
+def _shares(found: Weighing) -> tuple[str, str, str, str]:
+    after = say_estimate(found.after, ".1%")
+    return f"{found.before:.1%}", after, found.span, found.verdict
+
+
+def _record_answers(session: Session, inquiry: Inquiry) -> None:
+    """What the record answers to the questions: whether an adapter is needed, and which cause."""
+    alone = inquiry.weigh(inquiry.needed, "no")
+    session.verdict("diagnosis.base_answers", alone.verdict, alone.because)
+    causes, groups = inquiry.ledger().posterior(draws=1).causes, inquiry.questions[CAUSE]
+    share = {cause: found.value or 0.0 for cause, found in causes.items()}
+    best = max(inquiry.groups, key=lambda group: sum(share[cause] for cause in group))
+    likeliest, *others = sorted(best, key=lambda cause: -share[cause])
+    named = CAUSES[likeliest].title + (f", and {len(others)} like it" if others else "")
+    found = inquiry.weigh(groups, group_name(best))
+    session.verdict(
+        "diagnosis.settled", found.verdict, f"of the leading group ({named}), {found.because}"
+    )
+
+
+def _record_sensitivity(session: Session, inquiry: Inquiry) -> None:
+    """What would be said were reports trusted less or more."""
+    before, rows = Ledger(inquiry.table).marginal(inquiry.hypotheses), []
+    for way, posterior in inquiry.posteriors.items():
+        shares = posterior.marginal(inquiry.hypotheses)
+        best = max(shares, key=lambda name: shares[name].value or 0.0)
+        gone = [name for name, share in shares.items() if is_refuted(before[name], share)]
+        alone = posterior.marginal(inquiry.needed).get("no", NOTHING)
+        rows.append((*way, best, say_estimate(shares[best]), say_estimate(alone), ", ".join(gone)))
+    columns = ("leads", "its share", "the base alone", "refuted")
+    session.table("diagnosis.sensitivity", (*SENSITIVITY, *columns), rows)
+
+
+def record_first_steps(session: Session, inquiry: Inquiry) -> None:
+    """Record what each test is worth for each question, and the first step for each in order."""
+    nothing, now = Ledger(inquiry.table), inquiry.ledger()
+    worth = {
+        question: (expected_bits(nothing, labels), expected_bits(now, labels))
+        for question, labels in inquiry.questions.items()
+    }
+    session.table(
+        "diagnosis.prices",
+        ("test", "what is done", "minutes", *PRICED),
         [
             (
-                step.experiment,
-                TESTS[step.experiment].title,
-                round(step.bits, 3),
-                round(step.minutes, 1),
-                round(step.total_minutes, 1),
-                round(step.leading, 3),
+                test.name,
+                test.title,
+                round(test.minutes, 1),
+                *(_bits(found, test.name) for both in worth.values() for found in both),
             )
-            for step in found.steps
+            for test in inquiry.experiments
         ],
     )
+    first = {
+        question: plan(now, labels).steps[:1] for question, labels in inquiry.questions.items()
+    }
+    tests = {question: step.experiment for question, steps in first.items() for step in steps}
+    tests[WORTH] = WORTH_TEST
+    session.table(
+        "diagnosis.steps",
+        ("question", "first step", "minutes", "bits from nothing", "bits with the record", "why"),
+        [
+            (
+                question,
+                TESTS[name].title,
+                round(inquiry.table.experiment(name).minutes, 1),
+                *(_bits(found, name) for found in worth.get(question, ({}, {}))),
+                WHY[question],
+            )
+            for question, name in tests.items()
+        ],
+    )
+    following = inquiry.table.experiment(next(iter(tests.values())))
+    session.text("diagnosis.next.test", following.title)
+    session.measure("diagnosis.next.minutes", following.minutes, unit="min")
+
+
+def _bits(found: Mapping[str, float], test: str) -> float | None:
+    """Bits of a test; None where it was observed, or has no price."""
+    return round(found[test], 3) if test in found else None
 
 
 # Causes listed one by one, and the weight of evidence (log10) from which it is named: two to one.
@@ -542,26 +646,30 @@ SHOWN_CAUSES, WORTH_SAYING = 8, 0.3
 def as_diagnosis(
     inquiry: Inquiry, *, prior: str, extra: Sequence[str], minutes: float | None
 ) -> str:
-    """Causes by their probability with what speaks for and against, and what to run next."""
+    """The questions with what is believed, what speaks for and against, and what to run next."""
     ledger = inquiry.ledger(prior, inquiry.parse_outcomes(extra))
     posterior, steps = ledger.posterior(), ledger.account()
     observed = ", ".join(f"{name}: {word}" for name, word in ledger.observed.items())
-    lines = [f"evidence  {observed or 'none'}", ""]
+    alone = posterior.marginal(inquiry.needed).get("no", NOTHING)
+    lines = [f"evidence  {observed or 'none'}", "", NEEDED]
+    lines += [f"{_percent(alone)}  no: the base alone gives the symptom"]
+    lines += [*_next_lines(plan(ledger, inquiry.needed, minutes=minutes)), "", CAUSE]
     told = sorted(posterior.causes.items(), key=lambda item: -(item[1].value or 0.0))
     for cause, found in told[:SHOWN_CAUSES]:
-        lines.append(
-            f"{found.value:6.1%} [{found.low:.0%}, {found.high:.0%}]  {cause}: "
-            f"{CAUSES[cause].title}"
-        )
+        lines.append(f"{_percent(found)}  {cause}: {CAUSES[cause].title}")
         lines += _speaking(cause, steps)
     rest = sum(found.value or 0.0 for _, found in told[SHOWN_CAUSES:])
-    lines += [f"{rest:6.1%}  {len(told[SHOWN_CAUSES:])} other causes", ""]
-    for kind, found in posterior.bases.items():
-        lines.append(f"{found.value:6.1%} [{found.low:.0%}, {found.high:.0%}]  {kind} base")
+    lines.append(f"{rest:6.1%}  {len(told[SHOWN_CAUSES:])} other causes")
     apart = ledger.not_told_apart()[0]
     if len(apart) > 1:
-        lines += ["", f"cannot be told apart by this evidence: {', '.join(apart)}"]
-    return "\n".join([*lines, "", *_next_lines(inquiry.next_steps(ledger, minutes=minutes))])
+        lines.append(f"cannot be told apart by this evidence: {', '.join(apart)}")
+    return "\n".join(
+        [*lines, *_next_lines(plan(ledger, inquiry.questions[CAUSE], minutes=minutes))]
+    )
+
+
+def _percent(found: Estimate) -> str:
+    return f"{found.value:6.1%} [{found.low:.0%}, {found.high:.0%}]"
 
 
 def _speaking(cause: str, steps: Sequence[Evidence]) -> Iterator[str]:

@@ -41,11 +41,17 @@ if TYPE_CHECKING:
 # causes are on that kind of base: what most causes do is the best guess for one that was replayed
 # too little to tell, and an outcome that none of its replays showed stays possible.
 PSEUDO_COUNT = 1.0
+# The same where what a test finds follows from the hypothesis: from files, prompts or settings, or
+# from what the base does by itself, by which its kind is told. Every replay came out alike then, so
+# a few say nearly all, and what none of them showed is left the chance of a form not replayed.
+CERTAIN_PSEUDO_COUNT = 0.02
 # Two causes are told apart by the battery where it is expected to give the true one this much.
 SEPARATION = 0.9
 # Enough that the expectation above is good to about 0.01.
 SIMULATIONS = 1000
 
+# The test that shows what the base does by itself.
+ALONE = "base-alone"
 # The cause of a replay in which nothing was injected.
 HEALTHY = "healthy"
 # The severity of a replay whose cause has no degrees.
@@ -138,7 +144,9 @@ class Likelihoods:
         usual += PSEUDO_COUNT / np.repeat(sizes, sizes)
         blocks = [usual[:, block] for block in self.blocks.values()]
         shares = np.hstack([block / block.sum(axis=1, keepdims=True) for block in blocks])
-        return counts + PSEUDO_COUNT * shares
+        names = np.repeat([experiment.name for experiment in self.experiments], sizes)
+        certain = pooled | (names == ALONE)
+        return counts + np.where(certain, CERTAIN_PSEUDO_COUNT, PSEUDO_COUNT) * shares
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -232,21 +240,13 @@ def by_base(likelihoods: Likelihoods) -> dict[Hypothesis, str]:
     return {hypothesis: hypothesis.base for hypothesis in likelihoods.hypotheses}
 
 
-def by_group(
-    likelihoods: Likelihoods, groups: Iterable[Group], *, with_base: bool = False
-) -> dict[Hypothesis, str]:
-    """Label each hypothesis with its group of causes, and its kind of base where asked.
-
-    A cause in no group raises `DiagnosisError`.
-    """
+def by_group(likelihoods: Likelihoods, groups: Iterable[Group]) -> dict[Hypothesis, str]:
+    """Label each hypothesis with its group of causes; `DiagnosisError` for a cause in none."""
     names = {cause: group_name(group) for group in groups for cause in group}
     missing = [cause for cause in likelihoods.causes if cause not in names]
     if missing:
         raise DiagnosisError("the groups", expected=f"{missing[0]!r} in one", found="it in none")
-    return {
-        h: f"{names[h.cause]} ({h.base})" if with_base else names[h.cause]
-        for h in likelihoods.hypotheses
-    }
+    return {hypothesis: names[hypothesis.cause] for hypothesis in likelihoods.hypotheses}
 
 
 def group_name(group: Group) -> str:
@@ -372,7 +372,7 @@ def list_replays(files: Sequence[RecordFile]) -> list[Replay]:
 SHIPPED = Path(__file__).with_name("cause_profiles.jsonl")
 REMEDY = "Restore the file, or run `make cause-profiles` to make it again."
 # What these find follows from the base and the rows, whatever the cause.
-ALONE_TESTS = ("base-alone", "base-ranks")
+ALONE_TESTS = (ALONE, "base-ranks")
 # Kinds of fault, whose causes call for a look at the same thing.
 FAMILIES = {
     "sound": "no fault in the adapter, its base or the prompt",

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from postmortem.case.files import digest_file, write_text
 from postmortem.case.layout import REPLAYS, RESULTS, kept_names, list_kept
-from postmortem.case.load import case_digest
+from postmortem.case.load import case_digest, evidence_digest
 from postmortem.case.schema import Case, Knowing
 from postmortem.case.schema import Verdict as VerdictWord
 from postmortem.checker.errors import RecordError
@@ -365,7 +365,8 @@ def settings_digest(case: Case, settings: Mapping[str, str | int]) -> str:
     named = [str(settings[key]) or getattr(profile, key) for key in ("data", "labels")]
     files = [digest_file(path) if path and Path(path).is_file() else path for path in named]
     chosen = [settings[name] for name in ("profile", "rows", "device", "dtype")]
-    parts = [case_digest(case, str(settings["profile"])), files, chosen, package_versions()]
+    read = [case_digest(case, str(settings["profile"])), evidence_digest(case), files]
+    parts = [*read, chosen, package_versions()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -412,7 +413,7 @@ def input_digests(
         "data": rows.digest,
         "notebook": digest_notebook(notebook),
     }
-    return found | ({"replays": replays} if replays else {})
+    return found | ({"replays": replays, "evidence": evidence_digest(case)} if replays else {})
 
 
 # The record that training leaves beside the models of a profile.
