@@ -5,7 +5,6 @@ from postmortem.checker.errors import RecordError, catalogue
 from postmortem.diagnosis import likelihoods
 from postmortem.diagnosis.battery import OF_ADAPTER, TESTS, list_experiments
 from postmortem.diagnosis.causes import CAUSES
-from postmortem.diagnosis.examination import judge_others
 from postmortem.diagnosis.likelihoods import (
     FAMILIES,
     HEALTHY,
@@ -16,6 +15,7 @@ from postmortem.diagnosis.likelihoods import (
     read_profiles,
     write_profiles,
 )
+from postmortem.diagnosis.timed import judge_others
 from postmortem.experiments.records import Replay, read_records
 from tools.cause_profiles import PLANTED, STAGES
 

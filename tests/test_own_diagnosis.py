@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from postmortem.case.load import load_case
 from postmortem.cli import main
-from postmortem.diagnosis.examination import record_diagnosis, say_minutes
+from postmortem.diagnosis.timed import record_diagnosis, say_minutes
 from postmortem.experiments.records import Measure, Table, Text, Verdict
 from postmortem.experiments.session import Session
 from postmortem.models.model_set import resolve_world

@@ -377,8 +377,8 @@ ALONE_TESTS = ("base-alone", "base-ranks")
 FAMILIES = {
     "sound": "no fault in the adapter, its base or the prompt",
     "inert": "the adapter changes nothing as it is saved",
-    "foreign": "its weights do not belong on this base, or not in this place",
-    "incomplete": "the file holds more than the configuration uses, or weights of a base",
+    "foreign": "its weights have nothing to do with this base, or stand in the wrong place",
+    "incomplete": "part of the adapter is missing, or the file brings weights of a base along",
     "strong": "its update is too large",
     "weak": "its update is too small",
     "training": "it was trained for something else",
@@ -389,13 +389,16 @@ SERVING = {
     "disabled": "it is loaded and does not answer",
     "parser": "the parser makes the values",
     "prompt-cut": "the prompt is cut on its way to the model",
-    "other-template": "the prompt comes in another markup than the model's own",
+    "other-template": "the prompt comes in another markup than here",
 }
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What is said of a cause: its family, what it means, what settles it and what to do."""
+    """What is said of a cause: its family, what it means, what settles it and what to do.
+
+    `reported` public threads had this cause, of those that were read; `threads` names them.
+    """
 
     cause: str
     family: str
@@ -403,6 +406,8 @@ class Meaning:
     means: str
     settles: str
     remedy: str
+    reported: int
+    threads: str
 
 
 class CauseProfiles(Likelihoods):
@@ -421,7 +426,8 @@ class CauseProfiles(Likelihoods):
 def meanings() -> Mapping[str, Meaning]:
     """What each cause means and what to do, by its name; from cause_profiles.csv."""
     with Path(__file__).with_name("cause_profiles.csv").open(encoding="utf-8", newline="") as file:
-        return {row["cause"]: Meaning(**row) for row in csv.DictReader(file)}
+        rows = [row | {"reported": int(row["reported"])} for row in csv.DictReader(file)]
+        return {str(row["cause"]): Meaning(**row) for row in rows}
 
 
 def write_profiles(

@@ -4,27 +4,27 @@ import pytest
 from replays import replay
 
 from postmortem.checker.errors import DiagnosisError, finding
-from postmortem.diagnosis import examination as module
+from postmortem.diagnosis import timed as module
 from postmortem.diagnosis.battery import OF_ADAPTER
-from postmortem.diagnosis.examination import Examination, describe_judgements, parse_told, stand
 from postmortem.diagnosis.subject import Outcome
+from postmortem.diagnosis.timed import TimedDiagnosis, describe_judgements, parse_observed, stand
 
 SEEN = {
-    "healthy": {"inspect": "nothing", "answers": "varies", "effect": "clear", "home": "at home"},
+    "healthy": {"inspect": "nothing", "answers": "varies", "effect": "clear", "place": "here"},
     "zero-b": {"inspect": "untrained", "answers": "one value", "effect": "none"},
     "scale-up": {
         "inspect": "nothing",
         "answers": "many texts",
         "effect": "clear",
-        "home": "not at home",
-        "scale": "better at 1/8",
+        "place": "here",
+        "mend": "smaller",
     },
     "sibling-base": {
         "inspect": "nothing",
         "answers": "many texts",
         "effect": "clear",
-        "home": "not at home",
-        "scale": "no better",
+        "place": "nowhere",
+        "mend": "no adapter",
     },
 }
 REPLAYS = [
@@ -38,22 +38,29 @@ REPLAYS = [
 
 
 class Stub(SimpleNamespace):
-    """A subject whose experiments come out as told, at a second a row."""
+    """A subject whose tests come out as told, at a pace in seconds a row."""
 
     def __init__(self, findings=(), *, labelled=True, pace=0.0):
-        rows, asked = SimpleNamespace(labels=None), SimpleNamespace(contract="choice")
+        asked = SimpleNamespace(contract="choice")
         super().__init__(
             findings=findings,
             labelled=labelled,
             reference=None,
-            has_asked=lambda state: False,
-            ask=lambda state: None,
+            has_markups=False,
+            run=SimpleNamespace(adapter="adapter"),
+            asked={},
+            missing_rows=lambda state, count: count,
+            settle=lambda: None,
             prompt="ask",
             session=SimpleNamespace(case=SimpleNamespace(prompt=lambda name: asked)),
-            pace=pace,
-            overhead=0.0,
-            rows=[rows] * 64,
+            paces={"base": pace} if pace else {},
+            rows=[None] * 64,
+            count=0,
         )
+
+    @property
+    def in_use(self):
+        return self.rows[: self.count]
 
 
 @pytest.fixture
@@ -66,12 +73,11 @@ def examine(monkeypatch):
         monkeypatch.setattr(module, "CONTROLS", [n for n in module.CONTROLS if n in seen])
         monkeypatch.setattr(module, "OF_ADAPTER", tests)
         monkeypatch.setattr(module, "run_test", lambda name, subject: Outcome(seen[name]))
-        monkeypatch.setattr(module, "spread", lambda rows, count: rows[:count])
         lines = []
-        examination = Examination(
+        diagnosis = TimedDiagnosis(
             Stub(**changes), REPLAYS, minutes, told or {}, report=lines.append
         )
-        return examination, examination.run(), lines
+        return diagnosis, diagnosis.run(), lines
 
     return run
 
@@ -92,24 +98,24 @@ def test_what_replays_show_is_named(examine, cause, word):
 def test_an_error_that_no_replay_shows_names_the_cause_by_itself(examine):
     """Nothing more is run, and the beliefs are left out of it."""
     odd = finding("head-dropped", evidence="score", expected="a", found="b")
-    examination, found, _ = examine("healthy", findings=(odd,))
+    diagnosis, found, _ = examine("healthy", findings=(odd,))
     assert (found.word, found.finding, found.ranking) == ("named", odd, ())
-    assert list(examination.outcomes) == ["inspect"]
+    assert list(diagnosis.outcomes) == ["inspect"]
 
 
 def test_a_warning_that_no_replay_shows_decides_nothing(examine):
     """It stands beside the verdict, and the checker counts as having found nothing."""
     odd = finding("base-name-mismatch", evidence="a", expected="a", found="b")
-    examination, found, _ = examine("healthy", findings=(odd,))
+    diagnosis, found, _ = examine("healthy", findings=(odd,))
     assert found.warnings == (odd,)
-    assert examination.outcomes["inspect"] == "nothing"
+    assert diagnosis.outcomes["inspect"] == "nothing"
     assert found.word == "works here"
 
 
 def test_what_does_not_fit_into_the_time_is_not_begun(examine):
     """With rows that take minutes only the files are read, and the next experiment is named."""
-    examination, found, _ = examine("sibling-base", minutes=0.1, pace=60.0)
-    assert list(examination.outcomes) == ["inspect"]
+    diagnosis, found, _ = examine("sibling-base", minutes=0.1, pace=60.0)
+    assert list(diagnosis.outcomes) == ["inspect"]
     assert found.word == "cannot tell"
     assert "fit" in found.ahead[0].why
     assert found.ahead[0].minutes > 1
@@ -117,24 +123,24 @@ def test_what_does_not_fit_into_the_time_is_not_begun(examine):
 
 def test_without_labels_what_takes_them_is_asked_for(examine):
     """An experiment that takes labels is no dead end: the verdict says to give them."""
-    examination, found, _ = examine("sibling-base", labelled=False)
-    assert not {"home", "scale"} & set(examination.outcomes)
+    diagnosis, found, _ = examine("sibling-base", labelled=False)
+    assert not {"mend"} & set(diagnosis.outcomes)
     assert any("labels" in step.why for step in found.ahead)
 
 
 def test_what_was_told_is_not_run(examine):
     """A told outcome counts as evidence and costs nothing."""
-    examination, found, _ = examine("sibling-base", told={"scale": "better at 1/8"})
-    assert [step.told for step in examination.steps if step.exam == "scale"] == [True]
+    diagnosis, found, _ = examine("sibling-base", told={"mend": "smaller"})
+    assert [step.told for step in diagnosis.steps if step.test == "mend"] == [True]
     assert found.causes[0][0] == "scale-up"
 
 
-@pytest.mark.parametrize("pair", ["scale", "x-ray=seen", "scale=worse", ""])
+@pytest.mark.parametrize("pair", ["mend", "x-ray=seen", "mend=worse", ""])
 def test_an_outcome_that_cannot_be_is_refused(pair):
     """What is told must be an experiment and one of its outcomes."""
     with pytest.raises(DiagnosisError):
-        parse_told([pair])
-    assert parse_told([" scale = better at 8 "]) == {"scale": "better at 8"}
+        parse_observed([pair])
+    assert parse_observed([" mend = larger "]) == {"mend": "larger"}
 
 
 def test_worlds_are_judged_from_the_others():

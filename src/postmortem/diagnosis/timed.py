@@ -1,5 +1,6 @@
 """The diagnosis of a case of one's own, in the time there is, and how it is told."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -7,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -17,14 +18,14 @@ import numpy as np
 from postmortem.case.rows import choose_rows
 from postmortem.case.schema import Case
 from postmortem.checker.errors import CaseError, DiagnosisError, Finding, find_entry
-from postmortem.diagnosis.battery import FIRST, OF_ADAPTER, SAVED, TESTS, list_experiments
-from postmortem.diagnosis.beliefs import DRAWS, Ledger, plan
+from postmortem.diagnosis.battery import OF_ADAPTER, SAVED, TESTS, list_experiments
+from postmortem.diagnosis.beliefs import DRAWS, Ledger, Prior, plan
 from postmortem.diagnosis.causes import Run
 from postmortem.diagnosis.likelihoods import (
     FAMILIES,
-    HEALTHY,
     SERVING,
     Hypothesis,
+    Likelihoods,
     by_cause,
     meanings,
     measure_profiles,
@@ -39,22 +40,43 @@ from postmortem.experiments.session import Session
 from postmortem.models.model_set import resolve_world
 
 # What is run whatever comes of it: the files, and the adapter against its base.
-CONTROLS = ("inspect", "load", "base-alone", "base-ranks", "answers", "effect", "off", "order")
-# Rows beyond these make no coarse word truer; on fewer no order is seen.
-MOST_ROWS, LEAST_ROWS = 64, 16
-# The share of the time left that all experiments together may plan for.
-PLANNED = 0.8
-# An estimate of time is exceeded by less than this factor nearly always.
-MARGIN = 1.3
-# What a family of causes must have to be named, and a cause for nothing more to be run.
-NAMED, SETTLED = 0.9, 0.99
+CONTROLS = (
+    "inspect",
+    "load",
+    "weights",
+    "base-alone",
+    "base-ranks",
+    "answers",
+    "effect",
+    "form",
+    "off",
+    "order",
+)
+# Rows of the first round, and rows beyond which none are asked; each round asks twice as many.
+FIRST_ROWS, MOST_ROWS = 16, 256
+# Rows of the replays: on fewer, what is not seen may still be there.
+LEARNT_ROWS = 48
+NOT_SEEN = {
+    "base-ranks": "does not rank",
+    "form": "as the base",
+    "order": "as the base",
+    "mend": "nothing",
+    "markup": "no better",
+}
+# A round is worth having where it asks so many times as many rows.
+WORTH_ASKING = 1.25
+# Memory, caches and other programs make a step longer than the last one by up to this factor.
+MARGIN = 1.15
+# What a family of causes must have to be named, and for no more rows to be asked; what a cause
+# must have for nothing more to be run.
+NAMED, CLEAR, SETTLED = 0.9, 0.97, 0.99
 # Half a power of ten, as in `diagnosis`: less is barely worth mentioning.
 WORTH_SAYING = 0.3
 SOUND = "sound"
 TINY = np.finfo(float).tiny
 # What a classifier tells nothing by: its answers have their form always, and its head, trained with
 # the adapter, has an effect of its own.
-UNTOLD = ("base-alone", "answers", "effect")
+UNTOLD = ("base-alone", "answers", "effect", "form")
 # A seed of a replay holds its world in the hundreds.
 WORLD = 100
 Word = Literal["named", "works here", "cannot tell"]
@@ -62,12 +84,16 @@ Word = Literal["named", "works here", "cannot tell"]
 
 @dataclass(frozen=True)
 class TestRun:
-    """One experiment as it was run, or as its outcome was `told`; seconds that it took."""
+    """A test as it was last run, on so many rows, or as its outcome was `told`.
 
-    exam: str
+    `seconds` are those of all its runs.
+    """
+
+    test: str
     outcome: str
     measured: str
     seconds: float
+    rows: int = 0
     told: bool = False
 
 
@@ -75,19 +101,19 @@ class TestRun:
 class Weight:
     """How far an outcome speaks for a cause (above 0) or against it: log10 likelihood ratio."""
 
-    exam: str
+    test: str
     outcome: str
     log10: float
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """An experiment that was not run: expected bits about the cause, minutes, and why it was not.
+    """A test that was not run: expected bits about the cause, minutes, and why it was not.
 
     `parts` are the likeliest cause and the one that it best tells from that.
     """
 
-    exam: str
+    test: str
     bits: float
     minutes: float
     why: str
@@ -96,7 +122,7 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What the examination comes to.
+    """What the diagnosis comes to.
 
     `family` is the leading kind of fault with its probability, `causes` the likeliest of its
     causes, the fewest that hold nearly all of that; intervals are due to the number of replays.
@@ -119,8 +145,8 @@ class Conclusion:
 
 
 @dataclass
-class Examination:
-    """An examination under way: what was seen, and what time there is.
+class TimedDiagnosis:
+    """An diagnosis under way: what was seen, and what time there is.
 
     `replays` say what causes look like; `told` holds outcomes that the user gives, which are not
     run again. `report` is given a line for each step.
@@ -131,14 +157,18 @@ class Examination:
     minutes: float
     told: Mapping[str, str] = field(default_factory=dict)
     report: Callable[[str], None] = lambda line: None
-    steps: list[TestRun] = field(default_factory=list)
+    tests: dict[str, TestRun] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
-    is_paced: bool = False
+
+    @property
+    def steps(self) -> list[TestRun]:
+        """The tests that were run or told, in their order."""
+        return [*self.tests.values()]
 
     @property
     def outcomes(self) -> dict[str, str]:
-        """The outcome of each experiment so far."""
-        return {step.exam: step.outcome for step in self.steps}
+        """The outcome of each test so far."""
+        return {name: step.outcome for name, step in self.tests.items()}
 
     @property
     def contract(self) -> str:
@@ -147,9 +177,17 @@ class Examination:
 
     @property
     def evidence(self) -> dict[str, str]:
-        """The outcomes that replays speak about."""
+        """The outcomes that replays speak about.
+
+        What was not seen on fewer rows than those of the replays is no evidence of absence.
+        """
         hidden = UNTOLD if self.contract == "class" else ()
-        return {exam: word for exam, word in self.outcomes.items() if exam not in hidden}
+        return {
+            name: step.outcome
+            for name, step in self.tests.items()
+            if name not in hidden
+            and (step.told or step.rows >= LEARNT_ROWS or NOT_SEEN.get(name) != step.outcome)
+        }
 
     @property
     def seconds_left(self) -> float:
@@ -160,9 +198,8 @@ class Examination:
     def ledger(self) -> Ledger:
         """Beliefs after the outcomes so far; the experiments at what they cost now."""
         minutes = {name: self.cost(name) / 60 for name in OF_ADAPTER}
-        return Ledger(
-            measure_profiles(self.replays, list_experiments(OF_ADAPTER, minutes)), self.evidence
-        )
+        table = measure_profiles(self.replays, list_experiments(OF_ADAPTER, minutes))
+        return Ledger(table, self.evidence, reported_prior(table))
 
     @cached_property
     def known_findings(self) -> frozenset[str]:
@@ -170,11 +207,15 @@ class Examination:
         return frozenset(replay.outcomes["inspect"] for replay in self.replays)
 
     @property
+    def checked(self) -> tuple[Finding, ...]:
+        """What the checker found, where it was run and not told."""
+        step = self.tests.get("inspect")
+        return () if step is None or step.told else self.subject.findings
+
+    @property
     def strange(self) -> tuple[Finding, ...]:
         """What the checker found here that no replay has shown."""
-        if not any(step.exam == "inspect" and not step.told for step in self.steps):
-            return ()
-        return tuple(f for f in self.subject.findings if f.id not in self.known_findings)
+        return tuple(f for f in self.checked if f.id not in self.known_findings)
 
     @property
     def fatal(self) -> Finding | None:
@@ -189,69 +230,92 @@ class Examination:
     @property
     def error(self) -> Finding | None:
         """The checker's worst finding, where it says that the adapter will not work as saved."""
-        ran = any(step.exam == "inspect" and not step.told for step in self.steps)
-        found = self.subject.findings if ran else ()
-        return next((f for f in found if f.severity == "error"), None)
+        return next((f for f in self.checked if f.severity == "error"), None)
 
     def run(self) -> Conclusion:
-        """Check, run the controls, then what the planner chooses, until it is settled."""
-        for exam, outcome in self.told.items():
-            self.steps.append(TestRun(exam, outcome, "as told", 0.0, told=True))
-        for exam in CONTROLS:
-            if self.fatal is not None or self.seconds_left <= 0:
+        """Check, run the controls and what the planner chooses; on more rows until it is clear."""
+        for name, outcome in self.told.items():
+            self.tests[name] = TestRun(name, outcome, "as told", 0.0, told=True)
+        for count in self._counts():
+            self.subject.count = count
+            self._run_round()
+            if self.fatal is not None or self.is_clear:
                 break
-            if TESTS[exam].states and not self.is_paced:
-                self._fit_rows()
-            if self._is_open(exam) and self._fits(exam):
-                self._run(exam)
-        while (chosen := self._choose()) is not None:
-            self._run(chosen)
         return conclude(self)
 
-    def cost(self, exam: str) -> float:
-        """Seconds that an experiment is expected to take; what was asked before costs nothing."""
-        subject = self.subject
-        missing = [state for state in TESTS[exam].states if not subject.has_asked(state)]
-        each = subject.pace * len(subject.rows) + subject.overhead
-        return MARGIN * each * len(missing)
+    @property
+    def is_clear(self) -> bool:
+        """Whether more rows would add nothing to what is known."""
+        known, needed = self.outcomes, min(LEARNT_ROWS, len(self.subject.rows))
+        by_files = known.get("load") == "raises" or known.get("effect") in ("none", "not finite")
+        ledger = self.ledger
+        share = max(ledger.marginal(families_of(ledger.likelihoods.hypotheses)).values())
+        return by_files or (self.subject.count >= needed and share >= CLEAR)
 
-    def _is_open(self, exam: str) -> bool:
-        return exam not in self.outcomes and not why_not(exam, self.subject, self.outcomes)
+    def cost(self, name: str) -> float:
+        """Seconds that a test is expected to take on the rows in use; what was asked costs nothing.
 
-    def _fits(self, exam: str) -> bool:
-        return self.cost(exam) <= self.seconds_left
+        A state that was never asked is taken to be as slow as the slowest one that was.
+        """
+        subject, count = self.subject, len(self.subject.in_use)
+        slowest = max(subject.paces.values(), default=0.0)
+        missing = {state: subject.missing_rows(state, count) for state in TESTS[name].states}
+        seconds = sum(subject.paces.get(state, slowest) * rows for state, rows in missing.items())
+        return MARGIN * seconds
 
-    def _run(self, exam: str) -> None:
+    def _counts(self) -> Iterator[int]:
+        """How many rows to ask, about twice as many each time, as far as the time goes."""
+        subject, total = self.subject, len(self.subject.rows)
+        yield min(FIRST_ROWS, total)
+        while subject.count < total:
+            states = {state for name in self.tests for state in TESTS[name].states}
+            a_row = MARGIN * sum(subject.paces.get(state, 0.0) for state in states)
+            more = subject.count if not a_row else int(max(self.seconds_left, 0.0) / a_row)
+            count = min(2 * subject.count, total, subject.count + more)
+            if count < min(WORTH_ASKING * subject.count, total):
+                return
+            yield count
+
+    def _run_round(self) -> None:
+        for name in (*CONTROLS, *self.tests):
+            if self.fatal is None and self._is_open(name) and self._fits(name):
+                self._run(name)
+        while (chosen := self._choose()) is not None:
+            self._run(chosen)
+
+    def _is_open(self, name: str) -> bool:
+        """Whether a test may be run and was not, or not on all the rows in use."""
+        step, subject = self.tests.get(name), self.subject
+        if step is not None and (step.told or not TESTS[name].states):
+            return False
+        is_new = step is None or step.rows < len(subject.in_use)
+        return is_new and not why_not(name, subject, self.outcomes)
+
+    def _fits(self, name: str) -> bool:
+        return self.seconds_left > 0 and self.cost(name) <= self.seconds_left
+
+    def _run(self, name: str) -> None:
         start = time.perf_counter()
-        found = run_test(exam, self.subject)
-        outcome = self._known_outcome() if exam == "inspect" else found.word
-        step = TestRun(exam, outcome, found.measured, time.perf_counter() - start)
-        self.steps.append(step)
-        self.report(f"{step.seconds:6.1f} s  {exam}: {outcome} ({found.measured})")
+        found = run_test(name, self.subject)
+        outcome = self._known_outcome() if name == "inspect" else found.word
+        before = self.tests.get(name)
+        seconds = time.perf_counter() - start + (before.seconds if before else 0.0)
+        step = TestRun(name, outcome, found.measured, seconds, rows=len(self.subject.in_use))
+        self.tests[name] = step
+        on = f" on {step.rows} rows" if TESTS[name].states else ""
+        self.report(f"{step.seconds:6.1f} s  {name}{on}: {outcome} ({found.measured})")
 
     def _known_outcome(self) -> str:
         """The worst finding of those that replays have shown, or that there is none."""
         found = (finding.id for finding in self.subject.findings)
         return next((name for name in found if name in self.known_findings), "nothing")
 
-    def _fit_rows(self) -> None:
-        """Take as many rows as let all experiments fit into the time left."""
-        subject, self.is_paced = self.subject, True
-        subject.ask(FIRST)
-        left_open = [name for name in OF_ADAPTER if self._is_open(name)]
-        wanted = {state for name in left_open for state in TESTS[name].states}
-        states = [state for state in wanted if not subject.has_asked(state)]
-        left = PLANNED * self.seconds_left / MARGIN - subject.overhead * len(states)
-        most = max(int(left / max(subject.pace * len(states), 1e-9)), LEAST_ROWS)
-        if most < len(subject.rows):
-            subject.rows = spread(subject.rows, most)
-            self.report(f"          from here on {most} rows, so that the experiments fit")
-
     def _choose(self) -> str | None:
-        """The experiment with the most expected bits a minute that fits; None where it is over."""
+        """The test with the most expected bits a minute that fits; None where it is over."""
         ledger = self.ledger
         causes = by_cause(ledger.likelihoods)
-        open_ = [name for name in OF_ADAPTER if self._is_open(name) and self._fits(name)]
+        left = [name for name in OF_ADAPTER if name not in self.tests]
+        open_ = [name for name in left if self._is_open(name) and self._fits(name)]
         settled = max(ledger.marginal(causes).values()) >= SETTLED
         if self.fatal is not None or settled or not open_:
             return None
@@ -259,27 +323,33 @@ class Examination:
         return steps[0].experiment if steps else None
 
 
-def conclude(examination: Examination) -> Conclusion:
-    """The verdict on what an examination has seen."""
-    fatal = examination.fatal
-    warnings = tuple(f for f in examination.strange if f is not fatal)
+def reported_prior(table: Likelihoods) -> Prior:
+    """Each cause by how often people report it, and one more, so that none is ruled out."""
+    return Prior(causes={name: 1.0 + meanings()[name].reported for name in table.causes})
+
+
+def conclude(diagnosis: TimedDiagnosis) -> Conclusion:
+    """The verdict on what an diagnosis has seen."""
+    diagnosis.subject.settle()
+    fatal = diagnosis.fatal
+    warnings = tuple(f for f in diagnosis.strange if f is not fatal)
     if fatal is not None:
         return Conclusion("named", finding=fatal, warnings=warnings)
-    error = examination.error
-    ledger, written = examination.ledger, order_written(examination.subject)
+    error = diagnosis.error
+    ledger, written = diagnosis.ledger, order_written(diagnosis.subject)
     useful = None if written is None else (written.low or 0.0) > THRESHOLDS.useful
     # However well it ranks: it will not work as saved, or leaves another base behind.
-    spoilt = error is not None or examination.outcomes.get("off") == "is not the base"
-    found = judge(ledger, works=False if spoilt else useful)
+    spoilt = error is not None or diagnosis.outcomes.get("off") == "is not the base"
+    found = judge(ledger, works=False if spoilt else useful or None)
     if found.word == "cannot tell" and error is not None:
         found = replace(found, word="named", finding=error)
-    ahead = tuple(look_ahead(examination, ledger))
+    ahead = tuple(look_ahead(diagnosis, ledger))
     return replace(found, ahead=ahead, warnings=warnings, written=written)
 
 
 def order_written(subject: Subject) -> Estimate | None:
     """AUC of what is written with the adapter; None without labels, or where it was not asked."""
-    if not subject.has_asked(SAVED) or not subject.labelled:
+    if (SAVED, subject.prompt) not in subject.asked or not subject.labelled:
         return None
     return auc_estimate(subject.labels, subject.written(SAVED))
 
@@ -287,13 +357,13 @@ def order_written(subject: Subject) -> Estimate | None:
 def judge(ledger: Ledger, *, works: bool | None, draws: int = DRAWS) -> Conclusion:
     """What beliefs come to: the leading kind of fault, and whether that is enough to name it.
 
-    `works` says whether what the adapter writes orders the rows, None where that is not known. A
-    run that works has no symptom to explain: unless a fault is named all the same, that is the
-    verdict.
+    `works` says whether what the adapter writes orders the rows, None where that is not known or
+    not seen. A run that works has no symptom to explain: unless a fault is named all the same, that
+    is the verdict.
     """
     posterior = ledger.posterior(draws=draws)
-    ranking = rank(posterior.causes)
-    families = rank(posterior.marginal(families_of(ledger.likelihoods.hypotheses)))
+    ranking = rank_estimates(posterior.causes)
+    families = rank_estimates(posterior.marginal(families_of(ledger.likelihoods.hypotheses)))
     family, share = families[0]
     enough = (share.value or 0.0) >= NAMED
     word: Word = "cannot tell"
@@ -306,7 +376,7 @@ def judge(ledger: Ledger, *, works: bool | None, draws: int = DRAWS) -> Conclusi
     return Conclusion(word, family, share, causes, families, ranking, weights)
 
 
-def rank(shares: Mapping[str, Estimate]) -> tuple[tuple[str, Estimate], ...]:
+def rank_estimates(shares: Mapping[str, Estimate]) -> tuple[tuple[str, Estimate], ...]:
     """Probabilities, the largest first."""
     return tuple(sorted(shares.items(), key=lambda item: -(item[1].value or 0.0)))
 
@@ -340,9 +410,9 @@ def weigh(ledger: Ledger, cause: str) -> Iterator[Weight]:
             yield weight
 
 
-def look_ahead(examination: Examination, ledger: Ledger) -> Iterator[Ahead]:
+def look_ahead(diagnosis: TimedDiagnosis, ledger: Ledger) -> Iterator[Ahead]:
     """What was not run and would say more, in the planner's order, with the reason."""
-    subject, outcomes = examination.subject, examination.outcomes
+    subject, outcomes = diagnosis.subject, diagnosis.outcomes
     reasons = {
         name: why_not(name, subject, outcomes) or "it did not fit into the time"
         for name in OF_ADAPTER
@@ -357,7 +427,7 @@ def look_ahead(examination: Examination, ledger: Ledger) -> Iterator[Ahead]:
         yield Ahead(name, step.bits, step.minutes, reasons[name], parted(ledger, name))
 
 
-def parted(ledger: Ledger, exam: str) -> tuple[str, str]:
+def parted(ledger: Ledger, test: str) -> tuple[str, str]:
     """The likeliest cause, and the one that an experiment best tells from it for its probability.
 
     How far it tells two apart is the distance in variation of their outcomes.
@@ -366,13 +436,13 @@ def parted(ledger: Ledger, exam: str) -> tuple[str, str]:
     names, members = memberships(table, by_cause(table))
     joint = members * ledger.weights
     shares = joint.sum(axis=1)
-    outcomes = joint / np.maximum(shares, TINY)[:, None] @ table.of(exam)
+    outcomes = joint / np.maximum(shares, TINY)[:, None] @ table.of(test)
     first = int(shares.argmax())
     gaps = shares * np.abs(outcomes - outcomes[first]).sum(axis=1)
     return names[first], names[int(gaps.argmax())]
 
 
-def parse_told(pairs: Sequence[str]) -> dict[str, str]:
+def parse_observed(pairs: Sequence[str]) -> dict[str, str]:
     """Outcomes given as TEST=OUTCOME; `DiagnosisError` for one that is not."""
     told = {}
     for pair in pairs:
@@ -411,7 +481,8 @@ def judge_others(replays: Sequence[Replay]) -> Iterator[tuple[Replay, str]]:
         for replay in replays:
             if replay.seed // WORLD == world:
                 works = bool(replay.features["works"])
-                found = judge(Ledger(table, replay.outcomes), works=works, draws=1)
+                ledger = Ledger(table, replay.outcomes, reported_prior(table))
+                found = judge(ledger, works=works or None, draws=1)
                 yield replay, stand(found, replay.cause)
 
 
@@ -429,17 +500,17 @@ def stand(found: Conclusion, cause: str) -> str:
 
 # What the notebook of a case takes, and the command line unless told otherwise.
 TIME_BOX = 10.0
-# Causes shown in a terminal.
-SHOWN = 6
+# Causes and kinds of fault shown in a terminal, and the probability from which a cause is.
+SHOWN, SHOWN_FAMILIES, NOT_RULED_OUT = 4, 3, 0.03
 
 
-def examine_session(
+def diagnose_session(
     session: Session,
     *,
     minutes: float,
     told: Sequence[str] = (),
     report: Callable[[str], None] = lambda line: None,
-) -> tuple[Examination, Conclusion]:
+) -> tuple[TimedDiagnosis, Conclusion]:
     """Examine a session's suspect on its rows, in a time box, under the prompt that matters most.
 
     Raises `ModelError` where there is no suspect, or its files or the base cannot be read.
@@ -455,8 +526,8 @@ def examine_session(
     )
     replays = read_profiles().of(Replay)
     with subject:
-        examination = Examination(subject, replays, minutes, parse_told(told), report=report)
-        return examination, examination.run()
+        diagnosis = TimedDiagnosis(subject, replays, minutes, parse_observed(told), report=report)
+        return diagnosis, diagnosis.run()
 
 
 def diagnose_case(
@@ -467,7 +538,7 @@ def diagnose_case(
     prior: str,
     told: Sequence[str],
     report: Callable[[str], None],
-) -> tuple[Examination, Conclusion]:
+) -> tuple[TimedDiagnosis, Conclusion]:
     """Open a session on a case of one's own and examine its suspect."""
     if prior != "flat":
         raise DiagnosisError("the prior", expected="flat: this case states none", found=repr(prior))
@@ -484,36 +555,24 @@ def diagnose_case(
             records_path=Path(scratch, "diagnose.jsonl"),
             parameters={},
         )
-        return examine_session(session, minutes=minutes, told=told, report=report)
+        return diagnose_session(session, minutes=minutes, told=told, report=report)
 
 
 def conclude_in_words(conclusion: Conclusion) -> str:
     """The verdict in a sentence or two."""
     if conclusion.finding is not None:
         entry = find_entry(conclusion.finding.id)
-        return (
-            f"Named by the checker: {entry.title} ({entry.id}). {entry.cause} "
-            f"Settled by: {entry.settles} Remedy: {conclusion.finding.remedy}"
-        )
-    assert conclusion.share is not None
-    first = meanings()[conclusion.causes[0][0]]
-    share = say_share(conclusion.share)
-    if conclusion.word == "works here":
-        served = "; ".join(SERVING.values())
-        seen = f"it does what a sound adapter does ({share})"
-        if conclusion.written is not None:
-            seen = f"what it writes orders the rows (AUC {_say_number(conclusion.written)})"
-        return (
-            f"Works here: {seen}. So the fault lies in the code that serves it, if there is one: "
-            f"{served}. {meanings()[HEALTHY].remedy}"
-        )
-    named = _name_causes(conclusion)
+        return f"Named by the checker: {entry.title} ({entry.id}). {entry.cause}"
+    means = meanings()[conclusion.causes[0][0]].means
     if conclusion.word == "named":
-        return (
-            f"Named: {FAMILIES[conclusion.family]} ({share}); {named}. {first.means} "
-            f"Settled by: {first.settles} Remedy: {first.remedy}"
-        )
-    return f"Cannot tell yet: {_say_next(conclusion)} So far {named} ({share})."
+        return f"Named: {FAMILIES[conclusion.family]}. {_name_causes(conclusion)} {means}"
+    if conclusion.word == "cannot tell":
+        return f"Cannot tell yet. {_say_likely(conclusion)}"
+    seen = "it does here what a sound adapter does"
+    if conclusion.written is not None and (conclusion.written.low or 0.0) > THRESHOLDS.useful:
+        seen = f"what it writes orders the rows (AUC {_say_number(conclusion.written)})"
+    served = "; ".join(SERVING.values())
+    return f"Works here: {seen}. If there is a fault, it lies in the code that serves it: {served}."
 
 
 def _say_number(told: Estimate) -> str:
@@ -521,25 +580,28 @@ def _say_number(told: Estimate) -> str:
 
 
 def _name_causes(conclusion: Conclusion) -> str:
-    words = [meanings()[cause].title for cause, _ in conclusion.causes]
-    if len(words) == 1:
-        return f"the cause is: {words[0]}"
-    return f"the cause is one of: {'; '.join(words)}"
+    titles = [meanings()[cause].title for cause, _ in conclusion.causes]
+    if len(titles) == 1:
+        return f"The cause: {titles[0]}."
+    return f"The cause is one that this does not tell apart: {'; '.join(titles)}."
 
 
-def _say_next(conclusion: Conclusion) -> str:
-    if not conclusion.ahead:
-        return f"no experiment left here separates more. {_settle(conclusion)}"
-    step = conclusion.ahead[0]
-    first, other = (meanings()[cause].title for cause in step.parts)
-    return (
-        f"run `{step.exam}` (about {say_minutes(step.minutes)}), which separates “{first}” from "
-        f"“{other}”; not run yet: {step.why}."
-    )
+def _say_likely(conclusion: Conclusion) -> str:
+    """The likeliest kinds of fault, as many as hold most of the probability."""
+    told: list[str] = []
+    held = 0.0
+    for family, share in conclusion.families:
+        if held >= CLEAR or len(told) == SHOWN_FAMILIES:
+            break
+        told.append(f"{FAMILIES[family]} ({say_certainty(share.value or 0.0)})")
+        held += share.value or 0.0
+    return f"What is left, likeliest first: {'; '.join(told)}."
 
 
-def _settle(conclusion: Conclusion) -> str:
-    return f"By hand: {meanings()[conclusion.ranking[0][0]].settles}"
+def say_certainty(share: float) -> str:
+    """A probability in words: a percentage would claim more than replays elsewhere can tell."""
+    words = {0.99: "as good as certain", NAMED: "very likely", 0.5: "likelier than not"}
+    return next((word for least, word in words.items() if share >= least), "possible")
 
 
 def say_minutes(minutes: float) -> str:
@@ -548,59 +610,101 @@ def say_minutes(minutes: float) -> str:
     return "1 minute" if whole == 1 else f"{whole} minutes"
 
 
-def say_share(told: Estimate) -> str:
-    """A probability with its interval, in per cent."""
-    return f"{told.value:.0%} [{told.low:.0%}, {told.high:.0%}]"
+def say_outcome(test: str, outcome: str) -> str:
+    """An outcome of a test as a sentence about the adapter."""
+    found = sentences().get((test, outcome))
+    return found or f"the checker finds {find_entry(outcome).title} ({outcome})"
 
 
-def as_text(examination: Examination, conclusion: Conclusion) -> str:
-    """The verdict for a terminal: causes, what speaks for and against, what was not run."""
+@cache
+def sentences() -> Mapping[tuple[str, str], str]:
+    """What each outcome of a test means, by both names; from outcomes.csv."""
+    with Path(__file__).with_name("outcomes.csv").open(encoding="utf-8", newline="") as file:
+        return {(row["test"], row["outcome"]): row["says"] for row in csv.DictReader(file)}
+
+
+def what_to_do(conclusion: Conclusion) -> str:
+    """The remedy of what was named, or what makes sure of the likeliest cause."""
+    if conclusion.finding is not None:
+        return conclusion.finding.remedy
+    first = meanings()[conclusion.causes[0][0]]
+    if conclusion.word == "cannot tell":
+        return f"{next_step(conclusion)} By hand: {first.settles}"
+    return first.remedy if conclusion.word == "works here" else f"{first.remedy} {first.settles}"
+
+
+def next_step(conclusion: Conclusion) -> str:
+    """What to give or type for the test that would say most and was not run."""
+    if not conclusion.ahead:
+        return "No test is left here that would tell more."
+    step = conclusion.ahead[0]
+    first, other = (meanings()[cause].title for cause in step.parts)
+    tells = f"it tells “{first}” from “{other}”"
+    given = {
+        "labels": "Give labels (a column `label` of 0 and 1) and diagnose again",
+        "sound adapter": "Name a sound adapter as `reference` in the case and diagnose again",
+        "time": f"Run `postmortem diagnose CASE --minutes {max(2, math.ceil(3 * step.minutes))}`",
+    }
+    what = next((words for key, words in given.items() if key in step.why), step.why)
+    return f"{what}: the test `{step.test}` was not run, and {tells}."
+
+
+def notes_on(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> Iterator[str]:
+    """What is worth a line beside the verdict and decides nothing."""
+    for found in conclusion.warnings:
+        yield f"the checker also warns: {found.id} ({found.evidence})"
+    subject = diagnosis.subject
+    answers = subject.asked.get((SAVED, subject.prompt))
+    if answers is not None and subject.contract != "class":
+        open_ended = sum(not prediction.finished for prediction in answers.predictions)
+        if 2 * open_ended > len(answers):
+            yield (
+                f"{open_ended} of {len(answers)} answers do not end within the tokens allowed: "
+                "look for a missing end of turn in the training"
+            )
+
+
+def as_text(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> str:
+    """The verdict for a terminal: what speaks for and against it, what to do, what was not run."""
     lines = ["", conclude_in_words(conclusion)]
-    lines += [
-        f"the checker also warns: {found.id} ({found.evidence})" for found in conclusion.warnings
-    ]
-    if conclusion.ranking:
-        lines.append("")
-        for cause, told in conclusion.ranking[:SHOWN]:
-            lines.append(f"{told.value:6.1%} [{told.low:.0%}, {told.high:.0%}]  {_tell(cause)}")
-        rest = sum(told.value or 0.0 for _, told in conclusion.ranking[SHOWN:])
-        lines += [f"{rest:6.1%}  {len(conclusion.ranking) - SHOWN} other causes", ""]
-        lines += _weight_lines(conclusion)
-    lines += [
-        f"not run  {a.exam}: {TESTS[a.exam].title} (about {say_minutes(a.minutes)}, "
-        f"{a.bits:.2f} bits); {a.why}"
-        for a in conclusion.ahead
-    ]
-    rows, prompt = len(examination.subject.rows), examination.subject.prompt
-    lines.append(f"on {rows} rows under the prompt {prompt}, in {_seconds(examination):.0f} s")
+    for word, sign in (("for", 1), ("against", -1)):
+        lines += [
+            f"  {word}: {say_outcome(w.test, w.outcome)}"
+            for w in conclusion.weights
+            if sign * w.log10 > 0
+        ]
+    lines.append(f"  to do: {what_to_do(conclusion)}")
+    lines += [f"  note: {line}" for line in notes_on(diagnosis, conclusion)]
+    named = {cause for cause, _ in conclusion.causes}
+    others = [c for c, told in conclusion.ranking if c not in named and _worth(told)]
+    if others:
+        titles = "; ".join(meanings()[cause].title for cause in others[:SHOWN])
+        lines.append(f"  not ruled out: {titles}")
+    lines += [f"  not run: {a.test}, {TESTS[a.test].title}; {a.why}" for a in conclusion.ahead]
+    rows, prompt = len(diagnosis.subject.in_use), diagnosis.subject.prompt
+    lines.append(f"on {rows} rows under the prompt {prompt}, in {_seconds(diagnosis):.0f} s")
     return "\n".join(lines)
 
 
-def _tell(cause: str) -> str:
-    return f"{cause}: {meanings()[cause].title}"
+def _worth(told: Estimate) -> bool:
+    return (told.value or 0.0) >= NOT_RULED_OUT
 
 
-def _weight_lines(conclusion: Conclusion) -> Iterator[str]:
-    for word, sign in (("for", 1), ("against", -1)):
-        found = [w for w in conclusion.weights if sign * w.log10 > 0]
-        if found:
-            told = ", ".join(f"{w.exam}: {w.outcome} {w.log10:+.1f}" for w in found)
-            yield f"{word:7}  {told}"
+def _seconds(diagnosis: TimedDiagnosis) -> float:
+    return sum(step.seconds for step in diagnosis.steps)
 
 
-def _seconds(examination: Examination) -> float:
-    return sum(step.seconds for step in examination.steps)
-
-
-def as_json(examination: Examination, conclusion: Conclusion) -> str:
+def as_json(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> str:
     """Everything that was run and concluded, as one JSON object."""
     content: dict[str, Any] = {
         "verdict": conclusion.word,
         "conclusion": conclude_in_words(conclusion),
-        "rows": len(examination.subject.rows),
-        "prompt": examination.subject.prompt,
-        "seconds": round(_seconds(examination), 1),
-        "tests": [dataclasses.asdict(step) for step in examination.steps],
+        "to_do": what_to_do(conclusion),
+        "notes": [*notes_on(diagnosis, conclusion)],
+        "rows": len(diagnosis.subject.in_use),
+        "prompt": diagnosis.subject.prompt,
+        "seconds": round(_seconds(diagnosis), 1),
+        "tests": [dataclasses.asdict(step) for step in diagnosis.steps],
         **dataclasses.asdict(conclusion),
     }
     del content["word"]
@@ -617,12 +721,13 @@ def record_diagnosis(session: Session, *, minutes: float = TIME_BOX) -> None:
     if not session.world.has("suspect"):
         _record_nothing(session, session.world.members["suspect"].reason)
         return
-    examination, conclusion = examine_session(session, minutes=minutes, report=session.say)
-    _record_conclusion(session, examination, conclusion)
+    diagnosis, conclusion = diagnose_session(session, minutes=minutes, report=session.say)
+    _record_conclusion(session, diagnosis, conclusion)
 
 
 OUTCOMES = ("test", "what was done", "outcome", "measured")
-CAUSE_COLUMNS = ("cause", "kind of fault", "probability")
+CAUSE_COLUMNS = ("cause", "kind of fault", "how likely")
+REASON_COLUMNS = ("speaks", "what was seen")
 NEXT_COLUMNS = ("test", "what is done", "bits", "minutes", "why not run")
 
 
@@ -630,31 +735,37 @@ def _record_nothing(session: Session, reason: str) -> None:
     session.table("diagnosis.outcomes", OUTCOMES, [])
     session.table("diagnosis.causes", CAUSE_COLUMNS, [])
     session.table("diagnosis.next", NEXT_COLUMNS, [])
+    session.table("diagnosis.reasons", REASON_COLUMNS, [])
+    session.text("diagnosis.to_do", "Not available.")
     session.verdict("diagnosis.settled", "not available", reason)
     session.text("diagnosis.conclusion", f"Not available: {reason}.")
 
 
-def _record_conclusion(session: Session, examination: Examination, conclusion: Conclusion) -> None:
-    session.measure("diagnosis.rows", len(examination.subject.rows), unit="rows")
-    folder = str(examination.subject.run.adapter)  # where it lies differs by machine
+def _record_conclusion(session: Session, diagnosis: TimedDiagnosis, conclusion: Conclusion) -> None:
+    session.measure("diagnosis.rows", len(diagnosis.subject.in_use), unit="rows")
+    folder = str(diagnosis.subject.run.adapter)  # where it lies differs by machine
     session.table(
         "diagnosis.outcomes",
         OUTCOMES,
         [
             (
-                step.exam,
-                TESTS[step.exam].title,
+                step.test,
+                TESTS[step.test].title,
                 step.outcome,
                 shown(step.measured.replace(folder, "the adapter"), limit=200),
             )
-            for step in examination.steps
+            for step in diagnosis.steps
         ],
     )
     session.table(
         "diagnosis.causes",
         CAUSE_COLUMNS,
         [
-            (meanings()[cause].title, FAMILIES[meanings()[cause].family], say_share(told))
+            (
+                meanings()[cause].title,
+                FAMILIES[meanings()[cause].family],
+                say_certainty(told.value or 0.0),
+            )
             for cause, told in conclusion.ranking
         ],
     )
@@ -662,10 +773,19 @@ def _record_conclusion(session: Session, examination: Examination, conclusion: C
         "diagnosis.next",
         NEXT_COLUMNS,
         [
-            (a.exam, TESTS[a.exam].title, round(a.bits, 2), math.ceil(a.minutes), a.why)
+            (a.test, TESTS[a.test].title, round(a.bits, 2), math.ceil(a.minutes), a.why)
             for a in conclusion.ahead
         ],
     )
+    session.table(
+        "diagnosis.reasons",
+        REASON_COLUMNS,
+        [
+            ("for" if w.log10 > 0 else "against", say_outcome(w.test, w.outcome))
+            for w in conclusion.weights
+        ],
+    )
     words = conclude_in_words(conclusion)
+    session.text("diagnosis.to_do", escaped(what_to_do(conclusion)))
     session.verdict("diagnosis.settled", None if conclusion.word == "cannot tell" else True, words)
     session.text("diagnosis.conclusion", escaped(words))
