@@ -91,6 +91,7 @@ def test_what_is_not_recorded_warns(tmp_path):
         "{grade}`hearsay`",
         ":::{record-table} u\n:::",
         ":::{record-entries} u\n:::",
+        ":::{record-quote} u\n:::",
         ":::{record-ledger} u\n:::",
         ":::{record-table} t\n:columns: nope\n:::",
         ":::{record-figure} nope\n:::",
@@ -200,6 +201,20 @@ def test_entries_name_describe_and_mark(tmp_path):
     assert 'class="pm-verdict pm-verdict-cannot-tell">knows and does not say<' in html
     assert ">a-b<" in html
     assert 'pm-verdict-cannot-tell">open<' in html
+    assert "<script>alert" not in html
+    assert told == ""
+
+
+def test_a_quotation_stands_as_it_is(tmp_path):
+    """A text of several lines is a block, an entry of a list is code, and neither is markup."""
+    lines = "one\n\n  two  *three*"
+    page = "# T\n\n:::{record-quote} q\n:::\n\n:::{record-entries} t\n:code:\n:::\n"
+    page += "\n:::{record-quote} case.quote.x\n:::\n"
+    tables = {"t": {"columns": ["line", "shows"], "rows": [["Two words", HOSTILE]]}}
+    html, told = build(tmp_path, page, VALUES | {"texts": {"q": lines}, "tables": tables})
+    assert lines in html
+    assert '<span class="pre">Two</span> <span class="pre">words</span>' in html
+    assert "not in this case" in html
     assert "<script>alert" not in html
     assert told == ""
 
