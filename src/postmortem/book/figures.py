@@ -441,8 +441,8 @@ def draw_incident(source: FigureSource, narrow: bool) -> Drawn:
             one = distinct.value == 1
             told = f"all {value.value}" if one else f"{distinct.value:g} values"
             title = source.case.profile(profile).title.removesuffix("-Instruct")
-            values = dict.fromkeys(rows, value.value) if one else {}
-            bands[title] = Band("base", values, f"alone: {told}")
+            constant = dict.fromkeys(rows, value.value) if one else {}
+            bands[title] = Band("base", constant, f"alone: {told}")
     figure, said = draw_bands(narrow, bands)
     return figure, f"The incident's {len(rows)} rows as columns, values from 0 to 1. {said}"
 

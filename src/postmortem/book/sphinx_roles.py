@@ -380,6 +380,19 @@ def _load(app: Sphinx) -> None:
     app.postmortem_loaded = Values(app)
 
 
+def check_assumed(app: Sphinx, env: Any) -> None:
+    """Warn where the prose of a page stands on a verdict, its `assumes`, and a record differs.
+
+    What no record decides, as in a case without the kept runs, is left alone.
+    """
+    for page, front in env.metadata.items():
+        for key, word in json.loads(front.get("assumes", "{}")).items():
+            found = app.postmortem_loaded.data["verdicts"].get(key, {"verdict": word})
+            if found["verdict"] != word:
+                told = "the page assumes that %s is %r; on record it is %r"
+                LOGGER.warning(told, key, word, found["verdict"], location=page)
+
+
 def _escape_title(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
 ) -> None:
@@ -392,6 +405,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the roles and directives with Sphinx."""
     app.add_config_value("postmortem_values", "_values", "env")
     app.connect("builder-inited", _load)
+    app.connect("env-updated", check_assumed)
     app.connect("html-page-context", _escape_title)
     app.add_role("num", ValueRole("measures", show_number))
     app.add_role("est", ValueRole("measures", show_estimate))

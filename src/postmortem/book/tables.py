@@ -62,8 +62,8 @@ def add_case_values(values: Values, case: Case) -> None:
                 values["texts"][f"case.{key}".format(**item)] = item[field]
     values["texts"]["case.context"] = case.context
     for name, prompt in case.prompts.items():
-        said = (prompt.system, prompt.template) if prompt.chat else (prompt.template,)
-        values["texts"][f"case.prompt.{name}"] = "\n\n".join(filter(None, said))
+        parts = [prompt.system, prompt.template]
+        values["texts"][f"case.prompt.{name}"] = "\n\n".join(part for part in parts if part)
     _add_systems(values, case)
     _add_counts(values, case, states=Counter(a["status"] for a in sections["practice.actions"]))
     # Added last: a test of the case must be answered by a run, not by the case itself.
