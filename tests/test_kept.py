@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 from answers import PROVENANCE, prediction
 
-from postmortem.book.publish import _made, add_recorded, add_records, add_training, describe_bench
+from postmortem.book.publish import (
+    _made,
+    add_gains,
+    add_recorded,
+    add_records,
+    add_training,
+    add_turned,
+    describe_bench,
+    find_shared,
+)
 from postmortem.case.layout import list_kept
 from postmortem.case.rows import choose_rows
 from postmortem.checker.errors import RecordError
@@ -257,6 +266,56 @@ def test_a_confirmation_that_is_none_is_refused(recorded, text):
     Path(recorded.path).with_suffix(".confirmed.json").write_text(text)
     with pytest.raises(RecordError, match=r"real_model\.confirmed\.json: expected a confirmation"):
         read_confirmation(recorded)
+
+
+def test_what_an_adapter_adds_stands_for_generated_and_for_real_rows(recorded):
+    """Each read-out has both differences with their intervals; what no row was asked has none."""
+    sides = {"v2.base.auc_decoded": 0.5, "v2.reference.auc_decoded": 0.8}
+    held = [
+        Measure(key=f"dev.{key}", value=value, low=value - 0.1, high=value + 0.1)
+        for key, value in sides.items()
+    ]
+    values = empty_values()
+    add_gains(values, PROFILE, recorded.model_copy(update={"records": tuple(held)}))
+    rows = {row[0]: row[1:] for row in values["tables"][f"{PROFILE}.gains"]["rows"]}
+    assert rows["numeric adapter, as written"][2::3] == [
+        "unknown",
+        "+0.30 [+0.16,\N{NO-BREAK SPACE}+0.44]",
+    ]
+    gain = values["measures"][f"{PROFILE}.dev.gain.written"]
+    assert (gain["value"], gain["low"]) == pytest.approx((0.3, 0.3 - 0.02**0.5))
+    assert values["measures"][f"{PROFILE}.gain.written"]["reason"]
+
+
+def test_a_swapped_scale_is_counted_both_ways(recorded):
+    """A changed prompt is held against the unchanged one on its rows, and read the other way."""
+    swapped, odds = "v2_meaning_swapped", {"1": 1.0, "2": 0.5, "3": -1.0, "4": 0.0}
+    labels = {"1": 1, "2": 1, "3": 0, "4": 0}
+    asked = [
+        prediction(prompt=prompt, row_id=row, label=labels[row], number_log_odds=odds[row] * sign)
+        for prompt, sign in (("v2", 0.0), (swapped, 1.0))
+        for row in odds
+    ]
+    values = empty_values()
+    values["measures"][f"{PROFILE}.variation.{swapped}.auc_number"] = {"value": 1.0}
+    add_turned(values, PROFILE, recorded.model_copy(update={"records": tuple(asked)}))
+    found = {
+        name: values["measures"][f"{PROFILE}.variation.{swapped}.{name}"]["value"]
+        for name in ("before", "turned", "gain")
+    }
+    assert found == {"before": 0.5, "turned": 0.0, "gain": 0.5}
+
+
+def test_a_cause_stands_for_all_only_where_all_models_show_it(recorded):
+    """The causes that give the whole symptom on every real model are named, and no other."""
+
+    def with_causes(*whole):
+        rows = [(cause, "yes" if cause in whole else "no") for cause in ("one", "two")]
+        causes = Table(key="causes", columns=["cause", "whole"], rows=rows)
+        return recorded.model_copy(update={"records": (causes,)})
+
+    assert find_shared({"a": with_causes("one", "two"), "b": with_causes("two")}) == ["two"]
+    assert find_shared({"a": recorded}) == []
 
 
 def test_a_kept_record_is_read_under_its_profile(recorded):

@@ -91,6 +91,7 @@ def test_what_is_not_recorded_warns(tmp_path):
         "{grade}`hearsay`",
         ":::{record-table} u\n:::",
         ":::{record-entries} u\n:::",
+        ":::{record-quote} u\n:::",
         ":::{record-ledger} u\n:::",
         ":::{record-table} t\n:columns: nope\n:::",
         ":::{record-figure} nope\n:::",
@@ -200,6 +201,29 @@ def test_entries_name_describe_and_mark(tmp_path):
     assert 'class="pm-verdict pm-verdict-cannot-tell">knows and does not say<' in html
     assert ">a-b<" in html
     assert 'pm-verdict-cannot-tell">open<' in html
+    assert "<script>alert" not in html
+    assert told == ""
+
+
+@pytest.mark.parametrize(("key", "fails"), [("v", False), ("k", True), ("of no record", False)])
+def test_a_page_fails_where_a_record_differs_from_what_it_assumes(tmp_path, key, fails):
+    """A page that names another word than the record's warns; one that no record decides is fine."""
+    page = f"---\nassumes:\n  {key}: cannot tell\n---\n# T\n"
+    _, told = build(tmp_path, page)
+    assert ("the page assumes that k is 'cannot tell'" in told) == fails
+    assert bool(told) == fails
+
+
+def test_a_quotation_stands_as_it_is(tmp_path):
+    """A text of several lines is a block, an entry of a list is code, and neither is markup."""
+    lines = "one\n\n  two  *three*"
+    page = "# T\n\n:::{record-quote} q\n:::\n\n:::{record-entries} t\n:code:\n:::\n"
+    page += "\n:::{record-quote} case.quote.x\n:::\n"
+    tables = {"t": {"columns": ["line", "shows"], "rows": [["Two words", HOSTILE]]}}
+    html, told = build(tmp_path, page, VALUES | {"texts": {"q": lines}, "tables": tables})
+    assert lines in html
+    assert '<span class="pre">Two</span> <span class="pre">words</span>' in html
+    assert "not in this case" in html
     assert "<script>alert" not in html
     assert told == ""
 
