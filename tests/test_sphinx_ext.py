@@ -1,5 +1,7 @@
 import io
 import json
+import re
+from html import unescape
 
 import pytest
 from sphinx.application import Sphinx
@@ -133,6 +135,17 @@ def test_recorded_text_is_never_markup(tmp_path):
     assert "root:" not in html
     assert "<strong>b</strong>" not in html
     assert told == ""
+
+
+def test_an_output_keeps_its_lines(tmp_path):
+    """A recorded output stands line by line, spaces and marks as they came; none warns."""
+    texts = {"o": "$ cmd <x>\n\n    **detail** 'q' --for"}
+    page = "# T\n\n:::{record-output} o\n:::\n\n:::{record-output} none\n:::\n"
+    html, told = build(tmp_path, page, VALUES | {"texts": texts})
+    shown = re.search(r'<pre class="pm-output[^>]*>(.*?)</pre>', html, re.DOTALL)
+    lines = unescape(re.sub(r"<[^>]+>", "", shown[1]))
+    assert lines == texts["o"] + "\n"
+    assert "'none'" in told
 
 
 def test_a_condition_decides_what_stands_on_the_page(tmp_path):
