@@ -112,14 +112,15 @@ def test_what_another_case_lacks_is_said_and_does_not_fail(tmp_path):
 
 
 def test_a_table_shows_its_first_rows_and_says_where_it_has_none(tmp_path):
-    """With `rows` a table shows so many and no more; an empty one has a row of dashes."""
+    """With `rows` a table shows so many, with `class` it has that look; an empty one has dashes."""
     tables = {
         "t": {"columns": ["n"], "rows": [["one"], ["two"], ["three"]]},
         "empty": {"columns": ["n", "m"], "rows": []},
     }
-    page = "# T\n\n:::{record-table} t\n:rows: 2\n:::\n\n:::{record-table} empty\n:::\n"
+    page = "# T\n\n:::{record-table} t\n:rows: 2\n:class: small\n:::\n\n:::{record-table} empty\n:::\n"
     html, told = build(tmp_path, page, VALUES | {"tables": tables})
     assert ("two" in html, "three" in html) == (True, False)
+    assert len(re.findall(r'<table class="[^"]*pm-table[^"]* small', html)) == 1
     assert html.count("<p>–</p>") == 2
     assert told == ""
 
