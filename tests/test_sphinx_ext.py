@@ -117,7 +117,8 @@ def test_a_table_shows_its_first_rows_and_says_where_it_has_none(tmp_path):
         "t": {"columns": ["n"], "rows": [["one"], ["two"], ["three"]]},
         "empty": {"columns": ["n", "m"], "rows": []},
     }
-    page = "# T\n\n:::{record-table} t\n:rows: 2\n:class: small\n:::\n\n:::{record-table} empty\n:::\n"
+    shown = ":::{record-table} t\n:rows: 2\n:class: small\n:::"
+    page = f"# T\n\n{shown}\n\n:::{{record-table}} empty\n:::\n"
     html, told = build(tmp_path, page, VALUES | {"tables": tables})
     assert ("two" in html, "three" in html) == (True, False)
     assert len(re.findall(r'<table class="[^"]*pm-table[^"]* small', html)) == 1
