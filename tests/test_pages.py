@@ -2,12 +2,17 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
+from chapters import recorded, run_chapter
 
 import postmortem
 from postmortem.book.tables import add_case_values
+from postmortem.cli import describe_check
+from postmortem.experiments.records import Measure, Table, Text, Verdict
 
 SOURCE = Path(postmortem.__file__).parent
 BOOK = Path(__file__).parents[1] / "book"
@@ -62,9 +67,65 @@ def named_keys(text):
         r"\{(?:verdict|because)\}`([^`:]+)": "verdicts",
         r"\{text\}`([^`:]+)": "texts",
         r"\{record-(?:table|entries|ledger)\} (\S+)": "tables",
+        r"\{record-output\} (\S+)": "texts",
         r"\{when\} (?:has|lacks) (\S+)": "measures",
     }
     return {(kind, key) for pattern, kind in kinds.items() for key in re.findall(pattern, text)}
+
+
+# Where a command of the checker is told to a reader.
+TELLING = [BOOK / "check.md", BOOK.parent / "README.md"]
+
+
+def commands_of(text):
+    """The arguments of each `postmortem check` that a page tells a reader to run."""
+    lines = re.findall(r"^\W*(?:run: |\.venv/bin/)*postmortem check (.+)", text, re.MULTILINE)
+    return [shlex.split(line.partition(" > ")[0], comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", TELLING, ids=lambda page: page.stem)
+def test_every_command_on_the_page_is_one_of_the_checker(page):
+    """Each command that a page tells is taken by the checker, and each option named is its own."""
+    text = page.read_text(encoding="utf-8")
+    commands = commands_of(text)
+    assert commands
+    for command in commands:
+        describe_check().parse_intermixed_args(command)
+
+
+def test_every_option_that_the_chapter_names_exists():
+    """An option that the chapter names anywhere is an option of the check."""
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", (BOOK / "check.md").read_text("utf-8")))
+    known = set(re.findall(r"--[a-z][\w-]+", describe_check().format_help()))
+    assert named >= {"--fix", "--for", "--format", "--strict"}
+    assert named <= known
+
+
+def test_the_recipes_of_the_chapter_can_be_used():
+    """The workflow's steps and the hook are YAML, and the hook, offered here, takes these words."""
+    text = (BOOK / "check.md").read_text(encoding="utf-8")
+    steps, (repo,) = map(yaml.safe_load, re.findall(r"(?s)```yaml\n(.*?)```", text))
+    assert [*map(list, steps)] == [["run"], ["run"], ["uses", "if", "with"]]
+    assert steps[2]["with"]["sarif_file"] in steps[1]["run"]
+    offered = yaml.safe_load((BOOK.parent / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    hooks = {hook["id"]: hook["entry"] for hook in offered}
+    for hook in repo["hooks"]:
+        assert hooks[hook["id"]] == "postmortem check"
+        describe_check().parse_intermixed_args([*hook["args"], "adapter"])
+
+
+def test_what_the_chapter_shows_is_recorded_by_its_notebook(tmp_path):
+    """The chapter's outputs and numbers come from its notebook; the catalogue's are its others."""
+    session = run_chapter("check", records=str(tmp_path / "check.jsonl"))
+    kinds = {"measures": Measure, "verdicts": Verdict, "texts": Text, "tables": Table}
+    found = {(name, key) for name, kind in kinds.items() for key in recorded(session, kind)}
+    named = named_keys((BOOK / "check.md").read_text(encoding="utf-8"))
+    others = {key.partition(".")[0] for _, key in named - found}
+    assert others == {"catalogue"}
+    # Each command ran, and the repair took the error away.
+    codes = recorded(session, Measure)
+    assert [codes[f"{key}.exit_code"].value for key in recorded(session, Text)] == [1, 0, 0]
+    assert recorded(session, Verdict)["check.mended_is_sound"].verdict == "holds"
 
 
 @pytest.mark.parametrize("name", sorted({page.stem for page in BOOK.glob("*.md")} - QUOTING))

@@ -187,10 +187,23 @@ class FigureDirective(RecordDirective):
         return [figure, *messages]
 
 
+class OutputDirective(RecordDirective):
+    """A recorded text as a block with its line ends: a command and what it printed."""
+
+    has_content = False
+
+    def show(self, name: str, values: Values) -> list[nodes.Node]:
+        lines = values.data["texts"][name].split("\n")
+        # A line each: the style sheet lets a long one go on below where its text began.
+        shown = [_inline(f"{line}\n", "pm-detail" if line[:1] == " " else "") for line in lines]
+        return [nodes.literal_block(name, "", *shown, classes=["pm-output"])]
+
+
 class TableDirective(RecordDirective):
     """A recorded table; every cell is text."""
 
     option_spec: ClassVar[dict[str, Any]] = {
+        "class": directives.class_option,
         "columns": directives.unchanged,
         "rows": directives.positive_int,  # the first so many
     }
@@ -204,7 +217,9 @@ class TableDirective(RecordDirective):
         # A head without a row looks like a mistake of the page.
         rows = [[row[place] for place in places] for row in shown] or [["–"] * len(names)]
         caption, messages = self.caption()
-        return [table_node(names, rows, caption=caption), *messages]
+        node = table_node(names, rows, caption=caption)
+        node["classes"] += self.options.get("class", [])
+        return [node, *messages]
 
 
 class QuoteDirective(RecordDirective):
@@ -414,6 +429,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_role("text", ValueRole("texts", show_text))
     app.add_role("grade", GradeRole())
     app.add_directive("record-figure", FigureDirective)
+    app.add_directive("record-output", OutputDirective)
     app.add_directive("record-table", TableDirective)
     app.add_directive("record-quote", QuoteDirective)
     app.add_directive("record-entries", EntriesDirective)
