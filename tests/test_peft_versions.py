@@ -47,10 +47,12 @@ def test_every_release_and_case_is_on_record(kept):
     versions = kept.provenance.versions
     assert {name: versions[f"transformers beside peft {name}"] for name in PAIRS} == dict(PAIRS)
     did = {(row["PEFT"], row["adapter"]): row["does"] for row in words}
-    shown = rows_of(tables["peft.cases"])
-    for case, row in zip(CASES, shown, strict=True):
-        assert row["adapter"] == case.name
-        assert [row[name] for name in PAIRS] == [did[name, case.id] for name in PAIRS]
+    table = tables["peft.cases"]
+    assert ", ".join(table.columns[1:-1]) == ", ".join(PAIRS)
+    assert [row[0] for row in table.rows] == [case.name for case in CASES]
+    for case, row in zip(CASES, rows_of(table), strict=True):
+        for names in table.columns[1:-1]:
+            assert {did[name, case.id] for name in names.split(", ")} == {row[names]}
 
 
 def test_every_release_raises_on_a_misfit(kept):
@@ -70,19 +72,24 @@ def test_every_release_raises_on_a_misfit(kept):
 
 def test_a_sound_adapter_loads_on_every_release(kept):
     """The control: each release loads it without a word, and it answers as meant."""
-    [sound] = [
-        row for row in rows_of(tables_of(kept.records)["peft.cases"]) if "sound" in row["adapter"]
-    ]
-    assert sound["then answers"] == "as meant"
-    assert {sound[name] for name in PAIRS} == {"silent"}
+    words = rows_of(tables_of(kept.records)["peft.words"])
+    sound = [(row["does"], row["answers"]) for row in words if row["adapter"] == "sound"]
+    assert sound == [("silent", "as meant")] * len(PAIRS)
 
 
 def test_one_release_alone_prints_the_line_of_the_log(kept, case):
-    """Of the releases tried, 0.16.0 alone lists the keyword of the log for a config of 0.17.1."""
+    """Of the releases tried, 0.16.0 alone lists the keyword of the log for a config of 0.17.1.
+
+    It prints the same line for an adapter that uses the keyword, and loads the rest of it.
+    """
     rows = rows_of(tables_of(kept.records)["peft.unknown_keys"])
     logged = ", ".join(case.loading_warning.keywords)
     found = [row["PEFT"] for row in rows if row["saved by 0.17.1"] == logged]
     assert found == ["0.16.0"]
+    words = rows_of(tables_of(kept.records)["peft.words"])
+    told = {row["adapter"]: row for row in words if row["PEFT"] == found[0]}
+    assert told["parameters"]["words"] == told["saved_by_0_17_1"]["words"]
+    assert told["parameters"]["answers"] == "otherwise"
 
 
 def test_the_installed_release_does_what_is_on_record(kept):
@@ -135,14 +142,21 @@ def test_one_release_that_does_otherwise_decides(change, raises, same):
     assert found == {"peft.misfit_raises": raises, "peft.same_words": same}
 
 
+def test_releases_that_do_the_same_share_a_column():
+    """A column of the page's table names each release that did the same with every adapter."""
+    told = [release("1.0"), release("2.0"), release("3.0", sound={"did": "warns"})]
+    table = tables_of(records_of(told))["peft.cases"]
+    assert table.columns == ("adapter", "1.0, 2.0", "3.0", "answers")
+
+
 def test_how_it_answers_is_said_from_when():
-    """One word where all releases agree, else the first release of each; none that never loads."""
+    """One word where all releases agree, else from which release on; none where none loads it."""
     told = [
         release("1.0", sound={"answers": "as the base"}),
         release("2.0", sound={"answers": "as the base"}),
         release("3.0"),
     ]
-    assert say_answers(told, "sound") == "from 1.0 as the base, from 3.0 as meant"
+    assert say_answers(told, "sound") == "as the base, from 3.0 as meant"
     assert say_answers(told[:2], "sound") == "as the base"
     assert say_answers(told, "wider") == "–"
 

@@ -44,6 +44,7 @@ class Shapes:
 BASE = Shapes(1536, 1536, 256)  # Qwen2.5-1.5B
 WIDE = Shapes(2560, 4096, 1024)  # Qwen3-4B
 NARROW = Shapes(896, 896, 128)  # Qwen2.5-0.5B
+INTERMEDIATE, VOCABULARY = 64, 96
 
 PLAIN: Mapping[str, Any] = {
     "peft_type": "LORA",
@@ -156,8 +157,8 @@ def draw_base() -> Qwen2ForCausalLM:
         num_hidden_layers=BASE.layers,
         num_attention_heads=12,
         num_key_value_heads=2,
-        intermediate_size=64,
-        vocab_size=96,
+        intermediate_size=INTERMEDIATE,
+        vocab_size=VOCABULARY,
         tie_word_embeddings=False,
     )
     model = Qwen2ForCausalLM(config).eval()
@@ -188,8 +189,12 @@ def _zero_b(tensors: Tensors) -> Tensors:
 def _with_gates(tensors: Tensors) -> Tensors:
     for layer in range(BASE.layers):
         path = f"{STEM}model.layers.{layer}.mlp.gate_proj"
-        tensors = tensors | _factors(path, inputs=BASE.hidden, outputs=64)
+        tensors = tensors | _factors(path, inputs=BASE.hidden, outputs=INTERMEDIATE)
     return tensors
+
+
+def _with_head(tensors: Tensors) -> Tensors:
+    return tensors | {f"{STEM}lm_head.weight": draw("a trained head", VOCABULARY, BASE.hidden)}
 
 
 CASES = (
@@ -209,7 +214,7 @@ CASES = (
     ),
     Case(
         "same_shapes",
-        "names another base of the same shapes",
+        "names another base, of the same shapes",
         Adapter({"base_model_name_or_path": "Qwen/Qwen2.5-Math-1.5B"}),
     ),
     Case(
@@ -243,6 +248,7 @@ CASES = (
         "module_missing",
         "a module of modules_to_save missing",
         Adapter({"modules_to_save": ["lm_head"]}),
+        Adapter({"modules_to_save": ["lm_head"]}, tensors=_with_head),
     ),
     Case("saved_by_0_17_1", "the config as 0.17.1 saves it", Adapter(SAVED_BY_0_17_1)),
     Case("saved_by_0_21_2", "the config as 0.21.2 saves it", Adapter(SAVED_BY_0_21_2)),

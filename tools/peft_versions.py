@@ -28,7 +28,6 @@ from postmortem.checker.errors import RecordError
 from postmortem.experiments.records import (
     NO_MODEL,
     PEFT_VERSIONS,
-    Cell,
     Measure,
     Provenance,
     Record,
@@ -70,6 +69,11 @@ class Release:
     def name(self) -> str:
         """The release's number."""
         return self.versions["peft"]
+
+    @property
+    def did(self) -> dict[str, str]:
+        """Whether it raised, warned or was silent, by case."""
+        return {id_: str(case["did"]) for id_, case in self.cases.items()}
 
 
 def run_release(peft: str, transformers: str) -> Release:
@@ -126,11 +130,20 @@ def run_cases(python: str | Path) -> Release:
 
 def records_of(releases: Sequence[Release]) -> Iterator[Record]:
     """What the releases did, as the pages show it."""
-    newest, names = releases[-1], [release.name for release in releases]
+    newest = releases[-1]
+    # Releases that do the same with every case share a column.
+    alike = [list(same) for _, same in groupby(releases, key=lambda one: one.did)]
     yield Table(
         key="peft.cases",
-        columns=("adapter", *names, "then answers"),
-        rows=tuple(_row(releases, case) for case in newest.cases),
+        columns=("adapter", *(", ".join(one.name for one in same) for same in alike), "answers"),
+        rows=tuple(
+            (
+                str(case["name"]),
+                *(same[0].did[id_] for same in alike),
+                say_answers(releases, id_),
+            )
+            for id_, case in newest.cases.items()
+        ),
     )
     yield Table(
         key="peft.unknown_keys",
@@ -169,7 +182,7 @@ def _summaries(releases: Sequence[Release]) -> Iterator[Record]:
         (release.name, misfit)
         for release in releases
         for misfit in MISFITS
-        if release.cases[misfit]["did"] == "raises"
+        if release.did[misfit] == "raises"
     ]
     span = f"{releases[0].name} to {newest.name}"
     yield Verdict(
@@ -186,7 +199,7 @@ def _summaries(releases: Sequence[Release]) -> Iterator[Record]:
         if others
         else f"the words are the same from {span}",
     )
-    did = [{release.cases[case]["did"] for release in releases} for case in newest.cases]
+    did = [{release.did[case] for release in releases} for case in newest.cases]
     yield Measure(key="peft.releases", value=len(releases))
     yield Measure(key="peft.adapters", value=len(did))
     yield Measure(key="peft.differ", value=sum(len(found) > 1 for found in did))
@@ -198,19 +211,12 @@ def _words(release: Release, case: str) -> str:
     return str(release.cases[case]["words"])
 
 
-def _row(releases: Sequence[Release], case: str) -> tuple[Cell, ...]:
-    found = [release.cases[case] for release in releases]
-    did = [str(one["did"]) for one in found]
-    return str(found[-1]["name"]), *did, say_answers(releases, case)
-
-
 def say_answers(releases: Sequence[Release], case: str) -> str:
-    """How the adapter answers once loaded: in a word where all releases agree, else from when."""
+    """How the model answers once the adapter is loaded, and from which release otherwise."""
     told = [(r.name, str(r.cases[case]["answers"])) for r in releases if r.cases[case]["answers"]]
     spans = [(word, next(names)[0]) for word, names in groupby(told, key=lambda one: one[1])]
-    if len(spans) < 2:
-        return spans[0][0] if spans else "–"
-    return ", ".join(f"from {first} {word}" for word, first in spans)
+    later = [f"from {first} {word}" for word, first in spans[1:]]
+    return ", ".join([spans[0][0], *later]) if spans else "–"
 
 
 def _listed(words: str) -> str:
@@ -254,7 +260,7 @@ def run_all(pairs: Iterable[tuple[str, str]]) -> Iterator[Release]:
     """Run each release, saying how it went."""
     for peft, transformers in pairs:
         release = run_release(peft, transformers)
-        did = [case["did"] for case in release.cases.values()]
+        did = list(release.did.values())
         counts = ", ".join(f"{did.count(word)} {word}" for word in REACTIONS)
         print(f"peft {peft}, transformers {transformers}: {counts}", file=sys.stderr, flush=True)
         yield release
