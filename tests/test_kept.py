@@ -39,7 +39,8 @@ from tools.train_world import describe_difference
 ROOT = Path(__file__).parents[1]
 PROFILE = "smollm2"
 # What is kept of the embedded world beside its training.
-KEPT = ("attribution", "catalogue", "replays/0", "replays/1", "replays/2", "suite")
+REPLAYED = ("replays/0", "replays/1", "replays/2")
+KEPT = ("attribution", "catalogue", "peft_versions", *REPLAYED, "suite")
 
 
 @pytest.fixture
@@ -74,18 +75,25 @@ def test_what_is_shipped_is_as_it_was_made(case):
 
 
 @pytest.mark.usefixtures("_at_a_copy")
-@pytest.mark.parametrize("place", ["embedded/world", "embedded/replays/1", f"{PROFILE}/real_model"])
-def test_an_edited_record_fails(case, place):
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [
+        ("embedded/world", "make world"),
+        ("embedded/replays/1", "make record PROFILE=embedded"),
+        ("embedded/peft_versions", "make peft-versions"),
+        (f"{PROFILE}/real_model", f"make record PROFILE={PROFILE}"),
+    ],
+)
+def test_an_edited_record_fails(case, place, remedy):
     """A record changed by hand breaks its seal, and the remedy says what makes it again."""
     path = Path("results", f"{place}.jsonl")
     path.write_text(re.sub(r'"seed":\d', '"seed":9', path.read_text(), count=1))
-    remedy = "make world" if "world" in place else f"make record PROFILE={place.split('/')[0]}"
     with pytest.raises(RecordError, match=f"changed after the run.*{remedy}"):
         check_kept(case)
 
 
 @pytest.mark.usefixtures("_at_a_copy")
-@pytest.mark.parametrize("name", ["world", "replays/0", "suite"])
+@pytest.mark.parametrize("name", ["world", "replays/0", "suite", "peft_versions"])
 def test_what_the_pages_read_must_be_there(case, name):
     """A record of the embedded world that is missing, or of another case, is told by its path."""
     path = Path("results/embedded", f"{name}.jsonl")

@@ -26,6 +26,7 @@ from postmortem.experiments.metrics import (
 )
 from postmortem.experiments.records import (
     NO_MODEL,
+    PEFT_VERSIONS,
     Cell,
     Measure,
     Prediction,
@@ -96,8 +97,9 @@ def _add_incident(
     """Add what a case in full holds and the runs that are kept for it; draw its figures."""
     recorded, bench = read_kept(case, "real_model"), read_kept(case, "bench")
     # Each of these has no other like it, so that it stands under its own keys.
-    single = [read_kept(case, name) for name in ("suite", "attribution", "catalogue")]
-    suite, attribution, _ = single
+    names = ("suite", "attribution", "catalogue", PEFT_VERSIONS)
+    single = [read_kept(case, name) for name in names]
+    suite, attribution, *_ = single
     values["texts"]["recorded"] = " ".join([*recorded, *(["bench"] if bench else [])])
     for file in _list_files(single):
         add_records(values, file)
@@ -156,6 +158,7 @@ def add_run_values(values: Values, files: Mapping[str, RecordFile], *, world: Wo
         "profile.caveat": world.caveat,
         "run.device": run.device,
         "run.dtype": run.dtype,
+        "run.peft": run.versions.get("peft", "not installed"),
         "run.date": min(str(run.aside["started"]) for run in runs),
     }
     values["measures"] |= {
