@@ -158,6 +158,10 @@ CASES: dict[str, dict[str, Any]] = {
     "lora_alpha of 0": {"config": {"lora_alpha": 0}},
     "lora_A without lora_B": {"shapes": without("1.self_attn.o_proj.lora_B")},
     "LoRA on fused experts": {"shapes": sound() | pair(f"{LAYERS}0.mlp.experts")},
+    "vllm LoRA on fused experts": {
+        "shapes": sound() | pair(f"{LAYERS}0.mlp.experts"),
+        "base": {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 48},
+    },
     "no usable base name": {"config": {"base_model_name_or_path": "/data/run-7/base"}},
     "only a pickle": {"is_pickle": True},
     "a module adapted in some layers only": {"shapes": without("1.mlp.up_proj")},
