@@ -10,7 +10,7 @@ import pytest
 import sound
 import torch
 import transformers as tf
-from handmade import QWEN, header, size_of, write
+from handmade import QWEN, SMALL, header, size_of, write
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -763,9 +763,7 @@ def test_zero_rows_are_counted_across_the_pieces_of_a_file(width, kept, tmp_path
 def tiny_base(folder, name="qwen2", **sizes):
     """The config.json of a small base, with sizes changed."""
     path = folder / f"{name}.json"
-    small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
-    small |= {"num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 96}
-    path.write_text(json.dumps({**QWEN, **small, "model_type": name, **sizes}))
+    path.write_text(json.dumps({**SMALL, "model_type": name, **sizes}))
     return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import CONFIG, QWEN
+from handmade import CONFIG, SMALL
 
 from postmortem.checker.adapter import open_source, read_adapter
 from postmortem.checker.bases import describe
@@ -25,16 +25,7 @@ from postmortem.checker.serving import (
     tabulate,
 )
 
-BASE = {
-    **QWEN,
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 96,
-}
+BASE = {**SMALL, "model_type": "llama"}
 # Module -> its inputs and outputs.
 MODULES = {
     "self_attn.q_proj": (32, 32),

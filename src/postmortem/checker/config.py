@@ -423,7 +423,10 @@ def right_keys(contents: Contents, base: "BaseModel | None") -> dict[str, str]:
     A key of another's place is missing here. Paths that depend on the release are left.
     """
     shift = None
-    if base is not None:
+    if base is None:
+        # What stands before PEFT's own prefix is never a part of the model.
+        contents = contents.rename(lambda path: path[max(path.find(PREFIX), 0) :])
+    else:
         contents = _unwrap(contents, base)
         shift = _find_shift(contents, base)
     if base is not None and shift and not _depends_on_version(shift):
