@@ -3,14 +3,10 @@
 from typing import Any
 
 import transformers as tf
+from handmade import SMALL
 
 _DECODER = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 96,
+    **SMALL,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -592,7 +592,27 @@ def _find_foreign(
     return None
 
 
-_WHOLE_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_WHOLE_MODEL = re.compile(
+    r"(model|pytorch_model|consolidated)([.-]\d+(-of-\d+)?)?\.(safetensors|bin|pth)(\.index\.json)?"
+)
+# What the checkpoints of sharded trainings hold, and what joins each of them.
+_CHECKPOINTS = (
+    (
+        re.compile(r"global_step\d+|zero_to_fp32\.py|latest"),
+        "a checkpoint of DeepSpeed",
+        "Join its partitions: python zero_to_fp32.py . joined; then save_pretrained with them.",
+    ),
+    (
+        re.compile(r"pytorch_model_fsdp_\d+|.*\.distcp|\.metadata"),
+        "a checkpoint of FSDP",
+        "Join its shards: accelerate merge-weights FOLDER joined; then save_pretrained with them.",
+    ),
+    (
+        re.compile(r".*\.(zip|tar|tar\.gz|tgz|7z)"),
+        "an archive",
+        "Unpack it, and check the folder that it holds.",
+    ),
+)
 _MAX_FOLDERS = 300  # Looked into for an adapter below a folder that holds none.
 
 
@@ -620,6 +640,14 @@ def _point_to_adapters(source: Folder, beside: Sequence[str]) -> None:
             remedy="It needs no adapter: load it with from_pretrained, and check the adapter from "
             "before the merge.",
         )
+    for pattern, kind, remedy in _CHECKPOINTS:
+        if name := next((name for name in beside if pattern.fullmatch(name)), None):
+            raise ModelError(
+                source.path,
+                expected=f"{CONFIG_FILE} and {WEIGHTS_FILE}",
+                found=f"neither, but {kind} ({printable(name, 80)})",
+                remedy=remedy,
+            )
 
 
 def _adapters_below(path: Path) -> list[Path]:

@@ -174,10 +174,11 @@ class BaseModel:
 
     def tied(self, path: str) -> str | None:
         """Return the module that shares this one's weight, if one does."""
-        ends = ("embed_tokens", "lm_head")
-        if not self.ties_weights or self.kind != "causal" or not path.endswith(ends):
+        inputs, outputs = ("embed_tokens", "wte", "word_embeddings", "shared"), ("lm_head",)
+        is_tied = self.ties_weights and self.kind in ("causal", "seq2seq")
+        if not is_tied or not path.endswith(inputs + outputs):
             return None
-        wanted = ends[path.endswith("embed_tokens")]
+        wanted = outputs if path.endswith(inputs) else inputs
         return next((name for name in self.modules if name.endswith(wanted)), None)
 
     def is_open(self, path: str) -> bool:

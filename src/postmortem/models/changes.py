@@ -118,7 +118,8 @@ def edit_config(folder: Path, *removed: str, **changes: object) -> None:
     """Rewrite the configuration with keys changed and removed."""
     path = folder / CONFIG_FILE
     config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if k not in removed}))
+    kept = {k: v for k, v in config.items() if k not in removed}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True))
 
 
 def edit_tensors(folder: Path, change: Change) -> None:
