@@ -77,6 +77,9 @@ suite: environment
 membership: environment
 	@$(BIN)/python -m tools.measure_attribution --case "$(CASE)" --cores "$(CORES)"
 
+held-out: environment
+	@$(BIN)/python -m tools.held_out --case "$(CASE)" --data "$(DATA)"
+
 peft-versions: environment
 	@$(BIN)/python -m tools.peft_versions --case "$(CASE)"
 

@@ -1,3 +1,5 @@
+from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +11,13 @@ from postmortem.checker.errors import ModelError
 from postmortem.diagnosis.battery import OF_ADAPTER, TESTS
 from postmortem.diagnosis.causes import Run
 from postmortem.diagnosis.subject import (
+    EVEN,
     FEW,
     RUN,
     Subject,
     _form_of,
     classify_values,
+    evenness,
     run_test,
     spread,
     tell_order,
@@ -175,3 +179,77 @@ def test_a_reference_that_does_not_load_is_an_error_with_its_name(subject):
     subject.reference = subject.session.world.path("donor_adapter")
     with pytest.raises(ModelError, match=r"donor.*an adapter that loads"):
         run_test("reference", subject)
+
+
+@pytest.mark.parametrize(("rank", "trained"), [(16, True), (16, False), (4, True), (4, False)])
+def test_random_numbers_have_no_direction_of_their_own(rank, trained):
+    """The singular values of trained factors fall off; those of random numbers hardly do."""
+    source = np.random.default_rng(rank)
+    factor = source.normal(size=(96, rank))
+    if trained:
+        factor = factor * 0.5 ** np.arange(rank)
+    assert (evenness(factor) > EVEN) is not trained
+    assert evenness(factor[:, :2]) is None
+
+
+def test_more_rows_are_added_to_what_was_asked(subject):
+    """Rows asked in two rounds answer as those asked in one, and none is asked twice."""
+    with replace(subject, asked={}, effects={}, stack=ExitStack()) as fresh:
+        expected, whole = fresh.effect("as saved"), fresh.ask("as saved")
+    subject.count = 5
+    first = subject.ask("as saved")
+    subject.count = 8
+    assert subject.effect("as saved") == pytest.approx(expected, abs=1e-5)
+    answers = subject.ask("as saved")
+    assert answers.predictions[:5] == first.predictions
+    assert answers.log_odds == pytest.approx(whole.log_odds, abs=1e-5)
+    assert subject.missing_rows("as saved", 8) == 0
+    assert subject.missing_rows("at 8", 8) == 8
+
+
+def told(near=(), kl=()):
+    """A subject with the nearness and the effect of each state given."""
+    return SimpleNamespace(
+        nearness=lambda state: np.array(near[state], dtype=float),
+        effect=lambda state: np.array([kl[state]]),
+    )
+
+
+NEAR = dict.fromkeys(
+    ("as saved", "base", "at 1/8", "at 8", "sign flipped", "layers shifted", "layers shifted back"),
+    [-1.0, -1.1] * 8,
+)
+
+
+@pytest.mark.parametrize(
+    ("near", "word"),
+    [
+        ({}, "nothing"),
+        ({"at 1/8": [-0.2, -0.3] * 8}, "smaller"),
+        ({"at 8": [-0.2, -0.3] * 8}, "larger"),
+        ({"sign flipped": [-0.2, -0.3] * 8}, "flipped"),
+        ({"layers shifted back": [-0.2, -0.3] * 8}, "moved"),
+        ({"base": [-0.2, -0.3] * 8, "at 1/8": [-0.19, -0.29] * 8}, "no adapter"),
+        ({"at 8": [-0.99, -1.09] * 8}, "nothing"),
+        ({"as saved": [np.nan] * 16}, "not finite"),
+        ({"at 8": [np.nan] * 16, "at 1/8": [-0.2, -0.3] * 8}, "smaller"),
+    ],
+)
+def test_a_mend_beats_the_adapter_as_saved_and_no_adapter(near, word):
+    """The change that comes nearest is named where it is no luck and better than none at all."""
+    assert run_test("mend", told(near=NEAR | near)).word == word
+
+
+@pytest.mark.parametrize(
+    ("kl", "word"),
+    [
+        ((1.0, 0.3, 0.2, 0.1), "here"),
+        ((0.3, 0.1, 1.0, 0.1), "elsewhere"),
+        ((0.1, 0.1, 0.1, 0.1), "nowhere"),
+        ((np.nan, 0.1, 0.1, 0.1), "not finite"),
+    ],
+)
+def test_an_adapter_does_most_where_it_belongs(kl, word):
+    """Its effect is held against that of its layers moved and of its weights turned."""
+    states = ("as saved", "layers shifted", "layers shifted back", "rotated at random")
+    assert run_test("place", told(kl=dict(zip(states, kl, strict=True)))).word == word

@@ -39,7 +39,15 @@ QUOTED = tuple(
     f"case.{part}." for part in ("claim", "hypothesis", "evidence", "practice", "quote", "prompt")
 )
 # Texts that are sentences or names; any other is a run's output.
-PROSE = ("case.", "profile.", "rows.", "run.", "recorded.", "diagnosis.conclusion")
+PROSE = (
+    "case.",
+    "profile.",
+    "rows.",
+    "run.",
+    "recorded.",
+    "diagnosis.conclusion",
+    "diagnosis.to_do",
+)
 IDENTIFIER = re.compile(r"[a-z0-9_-]+")
 # A value with its interval, which is not broken across lines.
 ESTIMATE = re.compile(r"-?\d+(?:\.\d+)?%? \[.+\]")

@@ -63,13 +63,6 @@ TESTS: Mapping[str, Test] = {
         loaded=False,
         hands=1,
     ),
-    "weights": Test(
-        title="look whether the weights look trained or drawn at random",
-        outcomes=("trained", "as drawn at random", "all zero", "not finite", "no adapter"),
-        pooled=True,
-        loaded=False,
-        hands=2,
-    ),
     "names": Test(
         title="compare the name of the base in the config with the base",
         outcomes=("the same", "another", "no adapter"),
@@ -128,6 +121,12 @@ TESTS: Mapping[str, Test] = {
         loaded=False,
         hands=1,
         loads=1,
+    ),
+    "weights": Test(
+        title="look whether the weights look trained or drawn at random",
+        outcomes=("trained", "as drawn at random", "all zero", "not finite", "no adapter"),
+        pooled=True,
+        hands=2,
     ),
     "status": Test(
         title="ask PEFT which adapter answers",
@@ -239,10 +238,10 @@ TESTS: Mapping[str, Test] = {
 # its prompts, its parser, its settings, which adapter answered.
 OF_ADAPTER = (
     "inspect",
-    "weights",
     "base-alone",
     "base-ranks",
     "load",
+    "weights",
     "answers",
     "effect",
     "form",

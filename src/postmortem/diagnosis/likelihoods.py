@@ -410,8 +410,37 @@ class Meaning:
     threads: str
 
 
+# The weight, in replays, of what a cause does on other bases on what it does on one; that of what
+# other causes do on this base; and that of the latter where the base cannot matter, since what the
+# files or their loading show follows from the cause.
+OTHER_BASES, OTHER_CAUSES, ANYTHING = 2.0, 1.0, 0.1
+
+
 class CauseProfiles(Likelihoods):
-    """A table in which what the base does alone is one quantity for each kind of base."""
+    """A table of causes that were each replayed on few bases of a kind.
+
+    A cause does on one kind of base about what it does on the others, and where it was seen too
+    little to tell, what other causes do. What the base does alone is one quantity for each kind.
+    """
+
+    @cached_property
+    def concentrations(self) -> np.ndarray:
+        """Parameters of the Dirichlet posterior of each row, shaped as `counts`."""
+        same_cause = self.same_cause.astype(float)
+        bases = np.array([hypothesis.base for hypothesis in self.hypotheses])
+        same_base = np.equal(bases[:, None], bases).astype(float)
+        found = np.zeros_like(self.counts)
+        for experiment in self.experiments:
+            block = self.blocks[experiment.name]
+            counts = self.counts[:, block]
+            anywhere = counts.sum(axis=0) + 1 / counts.shape[1]
+            usual = _shares(same_base @ counts + _shares(anywhere))
+            of_cause = same_cause @ counts
+            if experiment.pooled:
+                found[:, block] = of_cause + ANYTHING * usual
+            else:
+                found[:, block] = counts + OTHER_BASES * _shares(of_cause + OTHER_CAUSES * usual)
+        return found
 
     def draw(self, experiment: str, outcome: str, *, draws: int, seed: int) -> np.ndarray:
         """As of any table; what is one quantity is drawn once."""
@@ -420,6 +449,10 @@ class CauseProfiles(Likelihoods):
             return drawn
         bases = [hypothesis.base for hypothesis in self.hypotheses]
         return drawn[:, [bases.index(base) for base in bases]]
+
+
+def _shares(weights: np.ndarray) -> np.ndarray:
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 @cache

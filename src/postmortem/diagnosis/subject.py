@@ -408,8 +408,6 @@ def why_not(test: str, subject: Subject, known: Mapping[str, str]) -> str:
         return "the adapter has no effect that could be changed"
     if test == "markup" and not subject.has_markups:
         return "the base has no chat template"
-    if test == "weights" and subject.run.adapter is not None and known.get("load") == "raises":
-        return "the adapter does not load"
     if test == "reference" and subject.reference is None:
         return "no sound adapter is given to compare with"
     return ""

@@ -83,7 +83,7 @@ Word = Literal["named", "works here", "cannot tell"]
 
 
 @dataclass(frozen=True)
-class TestRun:
+class DoneTest:
     """A test as it was last run, on so many rows, or as its outcome was `told`.
 
     `seconds` are those of all its runs.
@@ -157,11 +157,11 @@ class TimedDiagnosis:
     minutes: float
     told: Mapping[str, str] = field(default_factory=dict)
     report: Callable[[str], None] = lambda line: None
-    tests: dict[str, TestRun] = field(default_factory=dict)
+    tests: dict[str, DoneTest] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     @property
-    def steps(self) -> list[TestRun]:
+    def steps(self) -> list[DoneTest]:
         """The tests that were run or told, in their order."""
         return [*self.tests.values()]
 
@@ -235,7 +235,7 @@ class TimedDiagnosis:
     def run(self) -> Conclusion:
         """Check, run the controls and what the planner chooses; on more rows until it is clear."""
         for name, outcome in self.told.items():
-            self.tests[name] = TestRun(name, outcome, "as told", 0.0, told=True)
+            self.tests[name] = DoneTest(name, outcome, "as told", 0.0, told=True)
         for count in self._counts():
             self.subject.count = count
             self._run_round()
@@ -300,7 +300,7 @@ class TimedDiagnosis:
         outcome = self._known_outcome() if name == "inspect" else found.word
         before = self.tests.get(name)
         seconds = time.perf_counter() - start + (before.seconds if before else 0.0)
-        step = TestRun(name, outcome, found.measured, seconds, rows=len(self.subject.in_use))
+        step = DoneTest(name, outcome, found.measured, seconds, rows=len(self.subject.in_use))
         self.tests[name] = step
         on = f" on {step.rows} rows" if TESTS[name].states else ""
         self.report(f"{step.seconds:6.1f} s  {name}{on}: {outcome} ({found.measured})")
