@@ -8,11 +8,10 @@ import pytest
 
 from postmortem.case.rows import Rows
 from postmortem.checker.errors import ModelError
-from postmortem.diagnosis.battery import OF_ADAPTER, TESTS
+from postmortem.diagnosis.battery import ENOUGH, FEW, OF_ADAPTER, TESTS
 from postmortem.diagnosis.causes import Run
 from postmortem.diagnosis.subject import (
     EVEN,
-    FEW,
     RUN,
     Subject,
     _form_of,
@@ -205,6 +204,7 @@ def test_more_rows_are_added_to_what_was_asked(subject):
     assert answers.log_odds == pytest.approx(whole.log_odds, abs=1e-5)
     assert subject.missing_rows("as saved", 8) == 0
     assert subject.missing_rows("at 8", 8) == 8
+    assert subject.missing_rows("at 8", 500) == ENOUGH
 
 
 def told(near=(), kl=()):

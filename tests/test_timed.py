@@ -163,8 +163,9 @@ def test_what_does_not_fit_into_the_time_is_not_begun(examine):
     assert found.ahead[0].minutes > 1
 
 
-def test_without_labels_what_takes_them_is_asked_for(examine):
+def test_without_labels_what_takes_them_is_asked_for(examine, monkeypatch):
     """An experiment that takes labels is no dead end: the verdict says to give them."""
+    monkeypatch.setattr(module, "SETTLED", 2.0)
     diagnosis, found, _ = examine("sibling-base", labelled=False)
     assert "order" not in diagnosis.outcomes
     assert any("labels" in step.why for step in found.ahead)
@@ -252,8 +253,9 @@ def test_certainty_is_told_in_words(share, words):
     assert say_certainty(share) == words
 
 
-def test_an_open_question_says_what_to_type_or_to_give(examine):
+def test_an_open_question_says_what_to_type_or_to_give(examine, monkeypatch):
     """Where it cannot tell, the report names the missing test and what makes it run."""
+    monkeypatch.setattr(module, "SETTLED", 2.0)
     diagnosis, found, _ = examine("sibling-base", labelled=False)
     text = as_text(diagnosis, replace(found, word="cannot tell"))
     assert "Cannot tell yet" in text

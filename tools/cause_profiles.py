@@ -25,7 +25,7 @@ from postmortem.case.load import load_case
 from postmortem.case.rows import Rows, generate_rows
 from postmortem.case.schema import Case, PromptTemplate
 from postmortem.checker.errors import PostmortemError
-from postmortem.diagnosis.battery import BASE, FIRST, OF_ADAPTER, REFERENCE
+from postmortem.diagnosis.battery import BASE, ENOUGH, FIRST, OF_ADAPTER, REFERENCE
 from postmortem.diagnosis.causes import CAUSES, Materials, Run, edit_each
 from postmortem.diagnosis.likelihoods import NO_SEVERITY, SHIPPED, write_profiles
 from postmortem.diagnosis.subject import Subject, run_tests, writes_order
@@ -38,7 +38,7 @@ from tools.embedded_world import RECIPES, Recipe, Teacher, train_adapter
 from tools.train_world import train_world
 
 # Rows of a replay, and seeds of rows that no training has seen.
-ROWS, FIRST_SEED = 48, 40_000
+ROWS, FIRST_SEED = ENOUGH, 40_000
 # The share of the labels that say nothing in the harder task.
 DRAWN_ANEW = 0.6
 # Trainings of each adapter that are taken, and how many steps one takes that is broken off.

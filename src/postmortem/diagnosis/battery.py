@@ -20,6 +20,11 @@ EIGHTH, EIGHTFOLD, FLIPPED = "at 1/8", "at 8", "sign flipped"
 SHIFTED, BACK, ROTATED = "layers shifted", "layers shifted back", "rotated at random"
 OTHERWISE, REFERENCE = "in the other markup", "reference"
 ALONE = (BASE, FIRST)
+# States that are asked on a few rows, and those whose effect shows on as many as a replay has: what
+# more rows can decide is the order of the rows with the adapter and without.
+ON_FEW = (FIRST, STARTED, OFF)
+ON_ENOUGH = (EIGHTH, EIGHTFOLD, FLIPPED, SHIFTED, BACK, ROTATED, OTHERWISE)
+FEW, ENOUGH = 4, 48
 # What a base answers; and an adapter, whose texts of another form are held against the base's.
 VALUES = ("one value", "varies", "only 0 and 1")
 ANSWERED = (*VALUES, "as the base", "a tag", "another form", "few texts", "many texts")
@@ -51,6 +56,10 @@ class Test:
     hands: float = 0.0
     loads: int = 0
     passes: float = 0.0
+
+    def rows(self, count: int) -> int:
+        """How many of so many rows it takes."""
+        return min(count, ENOUGH) if set(self.states) & set(ON_ENOUGH) else count
 
 
 # The files, the base without the adapter, then the adapter: some bring weights that change the base

@@ -33,10 +33,14 @@ from postmortem.diagnosis.battery import (
     BASE,
     EIGHTFOLD,
     EIGHTH,
+    ENOUGH,
+    FEW,
     FIRST,
     FLIPPED,
     NO_ANSWER,
     OFF,
+    ON_ENOUGH,
+    ON_FEW,
     OTHERWISE,
     REFERENCE,
     ROTATED,
@@ -70,8 +74,6 @@ from postmortem.models.loading import LoadedBase
 NO_EFFECT, FAINT_EFFECT = 1e-6, 1e-2
 # An AUC is better, and not by luck alone, when it rises by more than this.
 GAIN = 0.1
-# Rows that show whether a switched-off adapter leaves the base as it was.
-FEW = 4
 # One row in twenty may differ and the others still have one value.
 ALIKE = 0.95
 # So many texts, that come in nine of ten rows, are answers to some question.
@@ -93,8 +95,6 @@ CHANGED = {
 UNWRITTEN = (FIRST, STARTED, OFF, *CHANGED, OTHERWISE)
 # States that are not held against the base under the same prompt.
 UNHELD = (REFERENCE, OTHERWISE)
-# States that are asked on a few rows.
-ON_FEW = (FIRST, STARTED, OFF)
 # An effect is larger than another where it is so many times as large: the sizes of two adapters of
 # one recipe differ by less, those of a trained one and of chance by powers of ten.
 LARGER = 2.0
@@ -203,7 +203,7 @@ class Subject:
         chosen = prompt or self.prompt
         if self.run.adapter is None and state not in (*ALONE, REFERENCE):
             state = FIRST if state in ON_FEW else BASE
-        rows = self.rows.head(FEW) if state in ON_FEW else self.in_use
+        rows = self.rows.head(self.limit(state, len(self.in_use)))
         known = self.asked.get((state, chosen))
         if known is None or len(known) < len(rows):
             more = rows.part(0 if known is None else len(known), len(rows))
@@ -219,10 +219,14 @@ class Subject:
             self.asked[state, chosen] = known
         return known.part(0, len(rows))
 
+    def limit(self, state: str, count: int) -> int:
+        """On how many of so many rows a state is asked."""
+        return min(count, FEW if state in ON_FEW else ENOUGH if state in ON_ENOUGH else count)
+
     def missing_rows(self, state: str, count: int) -> int:
-        """How many of the first `count` rows a state was not asked yet."""
+        """How many of the first `count` rows a state was not asked yet and will be."""
         known = self.asked.get((state, self.prompt))
-        return count - (0 if known is None else min(len(known), count))
+        return max(self.limit(state, count) - (0 if known is None else len(known)), 0)
 
     def settle(self) -> None:
         """Leave it at the rows that the adapter was asked on."""
@@ -262,7 +266,7 @@ class Subject:
         form = self.ask(state).form_log_probs
         if not self.labelled:
             return form
-        side = np.where(self.labels == 1, 1.0, -1.0)
+        side = np.where(self.labels[: len(form)] == 1, 1.0, -1.0)
         return form + log_expit(np.clip(side * self.log_odds(state), -1.0, 1.0))
 
     def load(self) -> PutOn:
@@ -752,7 +756,8 @@ def _find_place(subject: Subject) -> Outcome:
     What was trained here has an effect that chance has not, and more of it here than a layer off.
     """
     effects = {
-        state: float(subject.effect(state).mean()) for state in (SAVED, SHIFTED, BACK, ROTATED)
+        state: float(subject.effect(state)[:ENOUGH].mean())
+        for state in (SAVED, SHIFTED, BACK, ROTATED)
     }
     if not np.isfinite([*effects.values()]).all():
         return Outcome("not finite", "NaN in the distribution of the answer")
@@ -773,7 +778,7 @@ def _try_mends(subject: Subject) -> Outcome:
         SHIFTED: "moved",
         BACK: "moved",
     }
-    found = {state: subject.nearness(state) for state in words}
+    found = {state: subject.nearness(state)[:ENOUGH] for state in words}
     means = {state: float(values.mean()) for state, values in found.items()}
     if not np.isfinite(means[SAVED]):
         return Outcome("not finite", "log-probabilities that are not finite")
@@ -789,7 +794,7 @@ def _try_mends(subject: Subject) -> Outcome:
 
 def _try_markup(subject: Subject) -> Outcome:
     """Whether the true answer is likelier in the other markup."""
-    other, saved = subject.nearness(OTHERWISE), subject.nearness(SAVED)
+    other, saved = (subject.nearness(state)[:ENOUGH] for state in (OTHERWISE, SAVED))
     if not np.isfinite([other, saved]).all():
         return Outcome("not finite", "log-probabilities that are not finite")
     means = f"mean nearness {saved.mean():.2f}, in the other markup {other.mean():.2f}"

@@ -18,7 +18,7 @@ import numpy as np
 from postmortem.case.rows import choose_rows
 from postmortem.case.schema import Case
 from postmortem.checker.errors import CaseError, DiagnosisError, Finding, find_entry
-from postmortem.diagnosis.battery import OF_ADAPTER, SAVED, TESTS, list_experiments
+from postmortem.diagnosis.battery import ENOUGH, OF_ADAPTER, SAVED, TESTS, list_experiments
 from postmortem.diagnosis.beliefs import DRAWS, Ledger, Prior, plan
 from postmortem.diagnosis.causes import Run
 from postmortem.diagnosis.likelihoods import (
@@ -55,7 +55,7 @@ CONTROLS = (
 # Rows of the first round, and rows beyond which none are asked; each round asks twice as many.
 FIRST_ROWS, MOST_ROWS = 16, 256
 # Rows of the replays: on fewer, what is not seen may still be there.
-LEARNT_ROWS = 48
+LEARNT_ROWS = ENOUGH
 NOT_SEEN = {
     "base-ranks": "does not rank",
     "form": "as the base",
@@ -269,9 +269,14 @@ class TimedDiagnosis:
         yield min(FIRST_ROWS, total)
         while subject.count < total:
             states = {state for name in self.tests for state in TESTS[name].states}
-            a_row = MARGIN * sum(subject.paces.get(state, 0.0) for state in states)
-            more = subject.count if not a_row else int(max(self.seconds_left, 0.0) / a_row)
-            count = min(2 * subject.count, total, subject.count + more)
+            count = min(2 * subject.count, total)
+            seconds = MARGIN * sum(
+                subject.paces.get(state, 0.0) * subject.missing_rows(state, count)
+                for state in states
+            )
+            if seconds > self.seconds_left:
+                share = max(self.seconds_left, 0.0) / seconds
+                count = subject.count + int(share * (count - subject.count))
             if count < min(WORTH_ASKING * subject.count, total):
                 return
             yield count
@@ -288,7 +293,7 @@ class TimedDiagnosis:
         step, subject = self.tests.get(name), self.subject
         if step is not None and (step.told or not TESTS[name].states):
             return False
-        is_new = step is None or step.rows < len(subject.in_use)
+        is_new = step is None or step.rows < TESTS[name].rows(len(subject.in_use))
         return is_new and not why_not(name, subject, self.outcomes)
 
     def _fits(self, name: str) -> bool:
@@ -300,7 +305,8 @@ class TimedDiagnosis:
         outcome = self._known_outcome() if name == "inspect" else found.word
         before = self.tests.get(name)
         seconds = time.perf_counter() - start + (before.seconds if before else 0.0)
-        step = DoneTest(name, outcome, found.measured, seconds, rows=len(self.subject.in_use))
+        rows = TESTS[name].rows(len(self.subject.in_use))
+        step = DoneTest(name, outcome, found.measured, seconds, rows=rows)
         self.tests[name] = step
         on = f" on {step.rows} rows" if TESTS[name].states else ""
         self.report(f"{step.seconds:6.1f} s  {name}{on}: {outcome} ({found.measured})")
