@@ -31,6 +31,13 @@ SEEN = {
         "order": "better",
         "place": "here",
     },
+    "labels-swapped": {
+        "inspect": "nothing",
+        "answers": "varies",
+        "effect": "clear",
+        "order": "in reverse",
+        "place": "here",
+    },
     "zero-b": {"inspect": "untrained", "answers": "one value", "effect": "none"},
     "scale-up": {
         "inspect": "nothing",
@@ -163,10 +170,9 @@ def test_what_does_not_fit_into_the_time_is_not_begun(examine):
     assert found.ahead[0].minutes > 1
 
 
-def test_without_labels_what_takes_them_is_asked_for(examine, monkeypatch):
+def test_without_labels_what_takes_them_is_asked_for(examine):
     """An experiment that takes labels is no dead end: the verdict says to give them."""
-    monkeypatch.setattr(module, "SETTLED", 2.0)
-    diagnosis, found, _ = examine("sibling-base", labelled=False)
+    diagnosis, found, _ = examine("labels-swapped", labelled=False)
     assert "order" not in diagnosis.outcomes
     assert any("labels" in step.why for step in found.ahead)
 
@@ -253,10 +259,9 @@ def test_certainty_is_told_in_words(share, words):
     assert say_certainty(share) == words
 
 
-def test_an_open_question_says_what_to_type_or_to_give(examine, monkeypatch):
+def test_an_open_question_says_what_to_type_or_to_give(examine):
     """Where it cannot tell, the report names the missing test and what makes it run."""
-    monkeypatch.setattr(module, "SETTLED", 2.0)
-    diagnosis, found, _ = examine("sibling-base", labelled=False)
+    diagnosis, found, _ = examine("labels-swapped", labelled=False)
     text = as_text(diagnosis, replace(found, word="cannot tell"))
     assert "Cannot tell yet" in text
     assert "Give labels" in text
