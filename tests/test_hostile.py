@@ -332,3 +332,13 @@ def test_usual_patterns_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(errors, "_match_in_child", None)
     usual = [r"(.*\.)?(layers\.\d+\.mlp)", r"model\.(a|b|c|d|e)\.(q|k|v|o)_proj", r".*_proj"]
     assert match_names(usual, ["model.a.q_proj"])[usual[1]] == {"model.a.q_proj"}
+
+
+def test_long_lists_take_linear_time(tmp_path, capsys) -> None:
+    """Names are looked up and not compared one by one: a list of many thousands ends in time."""
+    names = [f"experts.p{number}" for number in range(100_000)]
+    folder = write(tmp_path / "adapter", target_parameters=names)
+    with pytest.raises(SystemExit):
+        main(["check", str(folder), "--base", "Qwen/Qwen2.5-1.5B", "--format", "json"])
+    found = {f["id"]: f["evidence"] for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert "experts.p0, experts.p1" in found["target-unmatched"]

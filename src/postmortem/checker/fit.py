@@ -74,8 +74,8 @@ def find_targets(config: AdapterConfig, base: BaseModel) -> dict[str, Target]:
     excluded |= {n for n in names if any(is_under(n, m) for m in saved)}
     chosen = [n for n in _select(config, base, names) if n not in excluded]
     # A weight can be targeted as a parameter: of two dimensions it is what its module is.
-    named = {f".{name}" for name in config.target_parameters}
-    weights = [n for n in names if any(f".{n}.weight".endswith(name) for name in named)]
+    named = frozenset(config.target_parameters)
+    weights = [n for n in names if named and not named.isdisjoint(ends_of(f"{n}.weight"))]
     chosen += [n for n in weights if n not in chosen]
     if config.ensures_tying:
         chosen += [n for t in chosen if (n := base.tied(t)) and n not in chosen]
@@ -663,11 +663,12 @@ def _check_unmatched(case: _Case) -> list[Finding]:
     saved = [n for n in config.modules_to_save if n not in _HEADS]
     # A list with names for several architectures is usual where one of them is the base's.
     saved = [] if any(_is_held(name, case) for name in saved) else saved
-    layers = [n for n in config.layers_to_transform or () if n >= base.layers]
+    layers = [n for n in config.layers_to_transform or () if n >= base.layers][:9]
+    parameters = _parameter_ends(case) if config.target_parameters else set()
     unmatched: dict[str, list[str]] = {
         # Where no name matches, that is the finding.
         "target_modules": [n for n in listed if n not in ends | held] if ends & {*listed} else [],
-        "target_parameters": [n for n in config.target_parameters if not _is_parameter(n, case)],
+        "target_parameters": [n for n in config.target_parameters if n not in parameters],
         "modules_to_save": saved,
         "layers_to_transform": [f"layer {n} of {base.layers}" for n in layers],
     }
@@ -688,11 +689,11 @@ def _is_held(name: str, case: _Case) -> bool:
     return is_norm or any(is_under(p, name) or _is_saved_under(p, name) for p in paths)
 
 
-def _is_parameter(name: str, case: _Case) -> bool:
-    """Tell whether target_parameters names a parameter of the base, or one that the file has."""
+def _parameter_ends(case: _Case) -> set[str]:
+    """Return the ends of the parameters of the base, as far as it is described, and of the file."""
     experts = [f"{path}.{fused}" for path in case.base.expert_paths() for fused in _FUSED]
     weights = [f"{path}.weight" for path in (*case.base.modules, *case.contents.lora)]
-    return any(f".{path}".endswith(f".{name}") for path in experts + weights)
+    return {end for path in experts + weights for end in ends_of(path)}
 
 
 def _check_class(case: _Case) -> list[Finding]:
@@ -780,8 +781,8 @@ def _first_key(case: _Case, path: str) -> str:
 
 def _targeted(config: AdapterConfig, path: str) -> list[str]:
     """Return the fused parameters of one layer's experts that the configuration names."""
-    wanted = tuple(f".{name}" for name in config.target_parameters)
-    return [name for name in _FUSED if f".{path}.{name}".endswith(wanted)]
+    wanted = frozenset(config.target_parameters)
+    return [name for name in _FUSED if not wanted.isdisjoint(ends_of(f"{path}.{name}"))]
 
 
 def _judge_expert(
