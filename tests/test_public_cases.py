@@ -653,6 +653,33 @@ def test_sound_experts_are_compared(name, class_name, options, tmp_path, capsys)
     assert (report["verdict"], report["findings"], report["notes"]) == ("fits", [], [])
 
 
+FAMILIES = [
+    ("gpt_oss", "GptOssForCausalLM"),
+    ("glm4_moe", "Glm4MoeForCausalLM"),
+    ("deepseek_v2", "DeepseekV2ForCausalLM"),
+    ("deepseek_v3", "DeepseekV3ForCausalLM"),
+    ("llama4", "Llama4ForCausalLM"),
+    ("granitemoe", "GraniteMoeForCausalLM"),
+    ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+    ("qwen3_5_moe", "Qwen3_5MoeForCausalLM"),
+    ("qwen3_next", "Qwen3NextForCausalLM"),
+    ("gemma4", "Gemma4ForCausalLM"),
+    ("gemma4-moe", "Gemma4ForCausalLM"),
+    ("olmoe", "OlmoeForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("name", "class_name"), FAMILIES)
+def test_sound_adapters_of_every_layer(name, class_name, tmp_path, capsys):
+    """What PEFT writes for all linear modules and experts of a base of unlike layers fits it."""
+    parameters = [f"experts.{part}_proj" for part in ("gate_up", "down")]
+    options = {"target_modules": "all-linear", "target_parameters": parameters}
+    folder, base = mixture(tmp_path, name, class_name, **options)
+    report = run(capsys, folder, "--base", base)[1]
+    found = [f for f in report["findings"] if f["severity"] != "info"]
+    assert (report["verdict"], found, report["notes"]) == ("fits", [], [])
+
+
 def exchanged(tensors):
     """The experts' factors in the layout that takes in for out."""
     keys = [k for k in tensors if ".experts" in k and "lora_A" in k]

@@ -570,7 +570,8 @@ def _find_shift(contents: Contents, base: "BaseModel") -> tuple[str, str, int] |
     lost = [path for path in contents.lora if not _is_placed(path, base)]
     if not lost:
         return None
-    first_layers = [path for path in base.modules if layer_zero(path) == path]
+    # Not every kind of module is in the first layer: some have attention in each fourth alone.
+    first_layers = dict.fromkeys(map(layer_zero, base.modules))
     ends = {end: path for path in first_layers for end in _ends(path)}
     shifts = Counter(shift for path in lost if (shift := _shift(layer_zero(path), ends)))
     judged = [path for path in contents.lora if not base.is_open(path)]

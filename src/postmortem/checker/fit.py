@@ -24,7 +24,14 @@ _HEADS_OF_TASK = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 # all-linear leaves the output embedding out, and the head of a classifier.
-_OUTPUTS = ("lm_head", "cls.predictions.decoder", "lm_head.decoder", "score", "classifier")
+_OUTPUTS = (
+    "lm_head",
+    "language_model.lm_head",
+    "cls.predictions.decoder",
+    "lm_head.decoder",
+    "score",
+    "classifier",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -736,7 +743,7 @@ def _check_modules(case: _Case, plain: Mapping[str, list[Place]]) -> list[Findin
     return findings + _missing(case, held)
 
 
-_ONE_EXPERT = re.compile(r"\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)$")
+_ONE_EXPERT = re.compile(r"\.experts\.(\d+)\.(\w+)$")
 _FUSED = ("down_proj", "gate_up_proj")
 
 
@@ -752,7 +759,7 @@ def _judge_experts(case: _Case) -> Iterator[tuple[str, Place]]:
     for path in case.contents.lora:
         if ".experts" in path and path not in single:
             fused.setdefault(path.replace(".base_layer", ""), []).append(path)
-    targeted = {path: _targeted(case.config, path) for path in case.base.expert_paths()}
+    targeted = {path: _targeted(case.config, path) for path in experts.paths}
     for path, levels in fused.items():
         yield from _judge_layer(case, path, levels, targeted)
     for path, names in targeted.items():
@@ -838,10 +845,8 @@ def _expert_kind(a: Shape, b: Shape, wanted: Sequence[tuple[Shape, Shape]]) -> s
 
 def _fused_shapes(case: _Case, path: str, name: str) -> tuple[Shape, Shape]:
     experts = case.base.experts
-    ends = (experts and experts.shape(name)) or (0, 0)
     rank = int(_pattern_values(case.config.rank_pattern, [path]).get(path, case.config.r))
-    width = rank * (experts.count if experts else 0)
-    return (width, ends[0]), (ends[1], width)
+    return experts.factors(name, rank) if experts else ((0, 0), (0, 0))
 
 
 def _misplaced(case: _Case, held: Iterable[str]) -> Iterator[tuple[str, Place]]:
@@ -851,7 +856,7 @@ def _misplaced(case: _Case, held: Iterable[str]) -> Iterator[tuple[str, Place]]:
             continue
         if path in base.modules and (case.is_known or not case.is_shifted):
             yield "unexpected-tensors", (path, "a module that is targeted", "not targeted")
-        elif layer_zero(path) in base.modules and path not in base.modules:
+        elif layer_zero(path) in base.modules and (layer_of(path) or 0) >= base.layers:
             depth = f"layers 0 to {base.layers - 1}"
             yield "layer-out-of-range", (path, depth, f"layer {layer_of(path)}")
         elif path not in base.modules and not any(is_under(path, head) for head in _HEADS):
