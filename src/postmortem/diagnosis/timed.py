@@ -343,10 +343,13 @@ def conclude(diagnosis: TimedDiagnosis) -> Conclusion:
         return Conclusion("named", finding=fatal, warnings=warnings)
     error = diagnosis.error
     ledger, written = diagnosis.ledger, order_written(diagnosis.subject)
-    useful = None if written is None else (written.low or 0.0) > THRESHOLDS.useful
+    useful = written is not None and (written.low or 0.0) > THRESHOLDS.useful
+    known = diagnosis.outcomes
+    # It adds to what the base knows, and nothing that was tried makes it better.
+    helps = known.get("order") == "better" and known.get("mend") == "nothing"
     # However well it ranks: it will not work as saved, or leaves another base behind.
-    spoilt = error is not None or diagnosis.outcomes.get("off") == "is not the base"
-    found = judge(ledger, works=False if spoilt else useful or None)
+    spoilt = error is not None or known.get("off") == "is not the base"
+    found = judge(ledger, works=False if spoilt else (useful or helps) or None)
     if found.word == "cannot tell" and error is not None:
         found = replace(found, word="named", finding=error)
     ahead = tuple(look_ahead(diagnosis, ledger))
@@ -363,8 +366,8 @@ def order_written(subject: Subject) -> Estimate | None:
 def judge(ledger: Ledger, *, works: bool | None, draws: int = DRAWS) -> Conclusion:
     """What beliefs come to: the leading kind of fault, and whether that is enough to name it.
 
-    `works` says whether what the adapter writes orders the rows, None where that is not known or
-    not seen. A run that works has no symptom to explain: unless a fault is named all the same, that
+    `works` says whether the adapter does what it is for, None where that is not known or not seen.
+    A run that works has no symptom to explain: unless a fault is named all the same, that
     is the verdict.
     """
     posterior = ledger.posterior(draws=draws)
