@@ -373,6 +373,8 @@ SHIPPED = Path(__file__).with_name("cause_profiles.jsonl")
 REMEDY = "Restore the file, or run `make cause-profiles` to make it again."
 # What these find follows from the base and the rows, whatever the cause.
 ALONE_TESTS = ("base-alone", "base-ranks")
+# Causes that lie in the base or in the prompt, which the base alone shows as well.
+SHOWN_ALONE = ("merged-twice", "other-markup")
 # Kinds of fault, whose causes call for a look at the same thing.
 FAMILIES = {
     "sound": "no fault in the adapter, its base or the prompt",
@@ -429,6 +431,7 @@ class CauseProfiles(Likelihoods):
         same_cause = self.same_cause.astype(float)
         bases = np.array([hypothesis.base for hypothesis in self.hypotheses])
         same_base = np.equal(bases[:, None], bases).astype(float)
+        shares = [h.cause not in SHOWN_ALONE for h in self.hypotheses]
         found = np.zeros_like(self.counts)
         for experiment in self.experiments:
             block = self.blocks[experiment.name]
@@ -440,6 +443,8 @@ class CauseProfiles(Likelihoods):
                 found[:, block] = of_cause + ANYTHING * usual
             else:
                 found[:, block] = counts + OTHER_BASES * _shares(of_cause + OTHER_CAUSES * usual)
+            if experiment.name in ALONE_TESTS:
+                found[shares, block] = (counts + OTHER_BASES * usual)[shares]
         return found
 
     def draw(self, experiment: str, outcome: str, *, draws: int, seed: int) -> np.ndarray:
@@ -447,8 +452,12 @@ class CauseProfiles(Likelihoods):
         drawn = super().draw(experiment, outcome, draws=draws, seed=seed)
         if experiment not in ALONE_TESTS:
             return drawn
-        bases = [hypothesis.base for hypothesis in self.hypotheses]
-        return drawn[:, [bases.index(base) for base in bases]]
+        first: dict[str, int] = {}
+        own = []
+        for place, (cause, base) in enumerate(self.hypotheses):
+            is_shared = cause not in SHOWN_ALONE
+            own.append(first.setdefault(base, place) if is_shared else place)
+        return drawn[:, own]
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:
@@ -505,10 +514,13 @@ def measure_profiles(replays: Iterable[Replay], experiments: Sequence[Experiment
 def _share_base_counts(table: Likelihoods) -> np.ndarray:
     """The counts, where what the base does alone is the same whatever was done to the adapter."""
     counts = table.counts.copy()
-    bases = np.array([hypothesis.base for hypothesis in table.hypotheses])
+    of = {
+        base: [place for place, h in enumerate(table.hypotheses) if h.base == base]
+        for base in table.bases
+    }
     for name in ALONE_TESTS:
         if name in table.blocks:
-            for base in table.bases:
-                rows = bases == base
+            for places in of.values():
+                rows = [p for p in places if table.hypotheses[p].cause not in SHOWN_ALONE]
                 counts[rows, table.blocks[name]] = counts[rows, table.blocks[name]].mean(axis=0)
     return counts

@@ -18,7 +18,7 @@ import numpy as np
 from postmortem.case.rows import choose_rows
 from postmortem.case.schema import Case
 from postmortem.checker.errors import CaseError, DiagnosisError, Finding, find_entry
-from postmortem.diagnosis.battery import ENOUGH, OF_ADAPTER, SAVED, TESTS, list_experiments
+from postmortem.diagnosis.battery import BASE, ENOUGH, OF_ADAPTER, SAVED, TESTS, list_experiments
 from postmortem.diagnosis.beliefs import DRAWS, Ledger, Prior, plan
 from postmortem.diagnosis.causes import Run
 from postmortem.diagnosis.likelihoods import (
@@ -267,7 +267,7 @@ class TimedDiagnosis:
         """How many rows to ask, about twice as many each time, as far as the time goes."""
         subject, total = self.subject, len(self.subject.rows)
         yield min(FIRST_ROWS, total)
-        while subject.count < total:
+        while subject.count < total and self.seconds_left > 0:
             states = {state for name in self.tests for state in TESTS[name].states}
             count = min(2 * subject.count, total)
             seconds = MARGIN * sum(
@@ -275,7 +275,7 @@ class TimedDiagnosis:
                 for state in states
             )
             if seconds > self.seconds_left:
-                share = max(self.seconds_left, 0.0) / seconds
+                share = self.seconds_left / seconds
                 count = subject.count + int(share * (count - subject.count))
             if count < min(WORTH_ASKING * subject.count, total):
                 return
@@ -663,14 +663,15 @@ def notes_on(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> Iterator[str]
     for found in conclusion.warnings:
         yield f"the checker also warns: {found.id} ({found.evidence})"
     subject = diagnosis.subject
-    answers = subject.asked.get((SAVED, subject.prompt))
-    if answers is not None and subject.contract != "class":
-        open_ended = sum(not prediction.finished for prediction in answers.predictions)
-        if 2 * open_ended > len(answers):
-            yield (
-                f"{open_ended} of {len(answers)} answers do not end within the tokens allowed: "
-                "look for a missing end of turn in the training"
-            )
+    ended = {}
+    for state in (BASE, SAVED):
+        answers = subject.asked.get((state, subject.prompt))
+        ended[state] = [] if answers is None else [p.finished for p in answers.predictions]
+    if 2 * sum(ended[BASE]) > len(ended[BASE]) and 2 * sum(ended[SAVED]) < len(ended[SAVED]):
+        yield (
+            f"only {sum(ended[SAVED])} of {len(ended[SAVED])} answers end within the tokens "
+            "allowed, where the base alone ends most: look for a missing end of turn in the training"
+        )
 
 
 def as_text(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> str:
