@@ -698,7 +698,8 @@ def _is_held(name: str, case: _Case) -> bool:
 
 def _parameter_ends(case: _Case) -> set[str]:
     """Return the ends of the parameters of the base, as far as it is described, and of the file."""
-    experts = [f"{path}.{fused}" for path in case.base.expert_paths() for fused in _FUSED]
+    held = case.base.experts.paths if case.base.experts else ()
+    experts = [f"{path}.{fused}" for path in held for fused in _FUSED]
     weights = [f"{path}.weight" for path in (*case.base.modules, *case.contents.lora)]
     return {end for path in experts + weights for end in ends_of(path)}
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -468,8 +468,9 @@ def _shares(weights: np.ndarray) -> np.ndarray:
 def meanings() -> Mapping[str, Meaning]:
     """What each cause means and what to do, by its name; from cause_profiles.csv."""
     with Path(__file__).with_name("cause_profiles.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row | {"reported": int(row["reported"])} for row in csv.DictReader(file)]
-        return {str(row["cause"]): Meaning(**row) for row in rows}
+        read: Iterable[dict[str, Any]] = csv.DictReader(file)
+        found = [Meaning(**{**row, "reported": int(row["reported"])}) for row in read]
+        return {meaning.cause: meaning for meaning in found}
 
 
 def write_profiles(

@@ -670,7 +670,7 @@ def notes_on(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> Iterator[str]
     if 2 * sum(ended[BASE]) > len(ended[BASE]) and 2 * sum(ended[SAVED]) < len(ended[SAVED]):
         yield (
             f"only {sum(ended[SAVED])} of {len(ended[SAVED])} answers end within the tokens "
-            "allowed, where the base alone ends most: look for a missing end of turn in the training"
+            "allowed, where the base alone ends most: a missing end of turn in the training?"
         )
 
 
