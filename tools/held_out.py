@@ -1,6 +1,6 @@
 """Plant faults in real adapters that took no part in anything here, and count what is made of them.
 
-Usage: python -m tools.held_out --data ROWS.csv [--minutes 3] [--cores 2]
+Usage: python -m tools.held_out --data ROWS.csv [--minutes 10] [--cores 2]
 The adapters are those of SmolLM2, asked in both contracts on real rows with labels, and without.
 The record is what the pages say of the diagnosis elsewhere: `results/embedded/held_out.jsonl`; of
 the rows it holds the number alone.
@@ -223,9 +223,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", default="cases/qwen-lora.yml", type=Path)
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--minutes", default=3.0, type=float)
+    parser.add_argument("--minutes", default=10.0, type=float)
     parser.add_argument("--cores", default=2, type=int)
     parser.add_argument("--contracts", nargs="*", default=[*PROMPTS])
+    parser.add_argument("--unlabelled", nargs="*", default=["yes_no"], help="contracts")
     parser.add_argument("--faults", nargs="*", default=[*FAULTS])
     parser.add_argument("--out", default=RESULTS / "embedded" / HELD_OUT, type=Path)
     chosen = parser.parse_args()
@@ -236,7 +237,9 @@ def main() -> None:
     with ProcessPoolExecutor(chosen.cores, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(work, *pair, labelled=True) for pair in pairs]
         running += [
-            pool.submit(work, *pair, labelled=False) for pair in pairs if pair[1] == "yes_no"
+            pool.submit(work, name, contract, labelled=False)
+            for contract in chosen.unlabelled
+            for name in chosen.faults
         ]
         rows = [found.result() for found in running]
     records = [*count(rows, chosen.minutes)]
