@@ -264,7 +264,7 @@ def test_untrusted_text_is_escaped():
 
 
 SAID = {
-    "incident": ("truth: 5 of 10 are 1", "v1: all 0.0, as recalled", "v2: all 0.0, submitted"),
+    "incident": ("truth: 5 of 10 are 1", "attempt 1: all 0.0, as recalled", "attempt 2: all 0.0"),
     "hero": ("truth: 5 of 10 are 1", "v1 run: suspect, all 0.0", "reference: 2 values"),
     "swap_values": ("base alone: all 0.0", "reference: 2 values"),
     "log_odds": ("base alone: AUC 0.70 [0.63, 0.77]",),
@@ -301,8 +301,8 @@ def test_a_real_base_stands_beside_the_incident():
         for name, found in (("qwen-coder", held), ("smollm2", several))
     }
     drawn, _ = draw(("incident",), FigureSource(files, CASE))
-    assert "Qwen2.5-Coder-1.5B: alone: all 0.0." in drawn["incident"].alt
-    assert "SmolLM2-135M: alone: 4 values." in drawn["incident"].alt
+    assert "Qwen2.5-Coder: alone: all 0.0." in drawn["incident"].alt
+    assert "SmolLM2: alone: 4 values." in drawn["incident"].alt
 
 
 def test_what_a_run_lacks_is_said():

@@ -285,11 +285,10 @@ def test_what_an_adapter_adds_stands_for_generated_and_for_real_rows(recorded):
     ]
     values = empty_values()
     add_gains(values, PROFILE, recorded.model_copy(update={"records": tuple(held)}))
-    rows = {row[0]: row[1:] for row in values["tables"][f"{PROFILE}.gains"]["rows"]}
-    assert rows["numeric adapter, as written"][2::3] == [
-        "unknown",
-        "+0.30 [+0.16,\N{NO-BREAK SPACE}+0.44]",
-    ]
+    rows = values["tables"][f"{PROFILE}.gains"]["rows"]
+    generated = next(n for n, row in enumerate(rows) if row[0] == "numeric adapter, as written")
+    assert rows[generated][1:] == ["generated", "unknown", "unknown", "unknown"]
+    assert rows[generated + 1][::4] == ["", "+0.30 [+0.16,\N{NO-BREAK SPACE}+0.44]"]
     gain = values["measures"][f"{PROFILE}.dev.gain.written"]
     assert (gain["value"], gain["low"]) == pytest.approx((0.3, 0.3 - 0.02**0.5))
     assert values["measures"][f"{PROFILE}.gain.written"]["reason"]

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+<<<<<<< HEAD
 from chapters import recorded, run_chapter
 
 import postmortem
 from postmortem.book.tables import add_case_values
 from postmortem.cli import describe_check
 from postmortem.experiments.records import Measure, Table, Text, Verdict
+=======
+
+import postmortem
+from postmortem.book.tables import add_case_values
+from postmortem.experiments.records import Verdict, read_kept
+>>>>>>> bbbed78600aded18fd3a6b562fd3d9203a29f0af
 
 SOURCE = Path(postmortem.__file__).parent
 BOOK = Path(__file__).parents[1] / "book"
@@ -41,6 +48,7 @@ def typed_numbers(text):
     """Line and digits of each number in the prose, outside roles, directives, code and links."""
     # What is taken out keeps its line ends, so that a line's number stays what it is.
     for pattern in (
+        r"(?ms)\A---$.*?^---$",  # what the page assumes
         r"(?ms)^(`{3,}|~{3,}).*?^\1",  # a code block
         r"(?m)^:{3,}.*$",  # a directive's first and last line
         r"(?m)^:[\w-]+:.*$",  # its options
@@ -151,6 +159,7 @@ def test_no_number_is_typed_by_hand(name):
         ("Qwen2.5-1.5B and a 4B, v1, A1, 0.0 and 1.0, 0.16.0, 2025-10-22, 22 October 2025", []),
         ("``a`1`` {text}`a\n2` `b\n3`", []),
         ("`a\n\n4`", [(3, "4`")]),
+        ("---\nassumes:\n  q2.v: holds\n---\n# T\n5", [(6, "5")]),
     ],
 )
 def test_what_counts_as_typed(text, found):
@@ -197,6 +206,24 @@ def test_each_key_begins_with_what_a_notebook_records(case):
     families = {*case.attempts, "swap", "mismatch", "inventory", "catalogue"}
     families |= {"forensics", "controls", "replay", "diagnosis"}
     assert {key.split(".")[0] for key in keys_of(case)} <= families
+
+
+def test_what_a_page_assumes_is_on_record(case):
+    """A verdict that a page's prose stands on is of a kept run, of the case, or of a notebook."""
+    kept = {
+        f"{profile}.{verdict.key}": verdict.verdict
+        for profile, file in read_kept(case, "real_model").items()
+        for verdict in file.of(Verdict)
+    }
+    decided = (("hypothesis", case.hypotheses), ("claim", case.claims))
+    kept |= {f"case.{kind}.{one.id}": one.verdict for kind, some in decided for one in some}
+    patterns = recorded_patterns()
+    for page in BOOK.glob("*.md"):
+        front = re.match(r"(?s)---\n(.*?)---\n", page.read_text("utf-8"))
+        assumed = yaml.safe_load(front[1])["assumes"] if front else {}
+        for key, word in assumed.items():
+            recorded = any(re.fullmatch(pattern, key) for pattern in patterns)
+            assert kept.get(key, word if recorded else "not recorded") == word, (page.name, key)
 
 
 def test_every_part_of_the_case_that_a_page_quotes_is_there(case):

@@ -186,7 +186,9 @@ def test_an_action_is_closed_by_the_incident_alone(case):
     given = {"forensics_prompts_uncut": "holds", "swap_control_run": "holds"}
     values = values_with(case, **given)
     table = values["tables"]["case.practice.actions"]
-    status = {row[0]: row[table["columns"].index("status")] for row in table["rows"]}
+    column = table["columns"].index("status")
+    pairs = zip(case.practice.actions, table["rows"], strict=True)
+    status = {action.id: row[column] for action, row in pairs}
     assert status["count-tokens"] == "closed"
     assert (status["control-first"], status["find-the-file"]) == ("open", "open")
     assert values["measures"]["case.actions_closed"]["value"] == 1

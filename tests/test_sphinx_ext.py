@@ -222,7 +222,7 @@ def test_entries_name_describe_and_mark(tmp_path):
 
 @pytest.mark.parametrize(("key", "fails"), [("v", False), ("k", True), ("of no record", False)])
 def test_a_page_fails_where_a_record_differs_from_what_it_assumes(tmp_path, key, fails):
-    """A page that names another word than the record's warns; a key of no record is fine."""
+    """A page that names another word than the record warns; what no record decides is fine."""
     page = f"---\nassumes:\n  {key}: cannot tell\n---\n# T\n"
     _, told = build(tmp_path, page)
     assert ("the page assumes that k is 'cannot tell'" in told) == fails

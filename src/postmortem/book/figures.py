@@ -428,19 +428,21 @@ def draw_incident(source: FigureSource, narrow: bool) -> Drawn:
     labels: list[float] = [float(label) for label in facts.labels.values]
     told = f"{sum(labels):g} of {len(rows)} are 1 (shaded)"
     bands = {"truth": Band("truth", dict(zip(rows, labels, strict=True)), told)}
-    for name, attempt in source.case.attempts.items():
+    for number, (name, attempt) in enumerate(source.case.attempts.items(), 1):
         kept = name == facts.attempt
         values = facts.submitted.values if kept else [attempt.reported_value] * len(rows)
         told = f"all {values[0]}" if len(set(values)) == 1 else f"{len(set(values))} values"
         told = f"{told}, {'submitted' if kept else 'as recalled'}"
-        bands[name] = Band("suspect", dict(zip(rows, values, strict=True)), told)
+        bands[f"attempt {number}"] = Band("suspect", dict(zip(rows, values, strict=True)), told)
     for stem in sorted(name for name in source.files if name.startswith(KEPT)):
         profile, found = stem.removeprefix(KEPT), source.measures(stem)
         distinct, value = (found.get(f"test.v2.base.{name}") for name in ("distinct", "top_value"))
         if distinct and value and found["test.rows"].value == len(rows):
             one = distinct.value == 1
             told = f"all {value.value}" if one else f"{distinct.value:g} values"
-            title = source.case.profile(profile).title.removesuffix("-Instruct")
+            # Without the size, for which a phone has no room.
+            whole = source.case.profile(profile).title.removesuffix("-Instruct")
+            title = whole.rpartition("-")[0] or whole
             constant = dict.fromkeys(rows, value.value) if one else {}
             bands[title] = Band("base", constant, f"alone: {told}")
     figure, said = draw_bands(narrow, bands)

@@ -305,15 +305,15 @@ def add_recorded(values: Values, files: Mapping[str, RecordFile]) -> None:
 def add_gains(values: Values, name: str, file: RecordFile) -> None:
     """Add what each adapter adds to the base alone, on generated and on real rows."""
     measures = {record.key: record for record in file.of(Measure)}
-    columns = ["what is read"]
-    table: list[list[Cell]] = [[title] for title, _, _ in GAINS.values()]
-    for place, rows in list(PLACES.items())[:2]:
-        columns += [f"{rows}: base alone", f"{rows}: with it", f"{rows}: difference"]
-        for row, (key, (_, *sides)) in zip(table, GAINS.items(), strict=True):
+    table: list[list[Cell]] = []
+    for key, (title, *sides) in GAINS.items():
+        for place in ("", "dev."):
             adapter, base = (_estimate(measures.get(f"{place}{side}")) for side in sides)
             gain = difference_estimate(adapter, base)
             values["measures"][f"{name}.{place}gain.{key}"] = _measured(gain)
-            row += [say_estimate(base), say_estimate(adapter), say_estimate(gain, "+z.2f")]
+            told = [say_estimate(base), say_estimate(adapter), say_estimate(gain, "+z.2f")]
+            table.append(["" if place else title, PLACES[place], *told])
+    columns = ("what is read", "posts", "base alone", "with it", "difference")
     add_table(values, f"{name}.gains", columns, table)
 
 

@@ -258,7 +258,8 @@ class EntriesDirective(RecordDirective):
             _entry(row[0], dict(zip(names, row[1:], strict=True)), code=code)
             for row in table["rows"]
         ]
-        return [nodes.definition_list("", *entries, classes=["pm-entries"])]
+        looks = ["pm-entries", "pm-quotes"] if code else ["pm-entries"]
+        return [nodes.definition_list("", *entries, classes=looks)]
 
 
 class LedgerDirective(RecordDirective):

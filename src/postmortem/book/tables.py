@@ -15,7 +15,7 @@ TABLES = {
     "timeline": "when what=text grade source",
     "observations": "kind statement=text what_we_see=finding grade",
     "evidence": "title statement=text reading what_it_bears=finding grade",
-    "quotes": "line=text after_the_start=when shows=finding grade",
+    "quotes": "line=text at=when shows=finding",
     "claims": "id section claim=text verdict because grade decided_by would_change "
     "this_run_asks this_run",
     "lessons": "kind title lesson=text amended=finding",
@@ -23,7 +23,7 @@ TABLES = {
     "practice.factors": "what=text grade",
     "practice.went_well": "what=text grade",
     "practice.lucky": "what=text grade",
-    "practice.actions": "id action=text status decided_by this_run_asks this_run",
+    "practice.actions": "action=text status decided_by this_run_asks this_run",
     "hypotheses": "id hypothesis=title statement initial final",
     "standing": "id hypothesis=title verdict because grade decided_by",
     "verdicts": "id hypothesis=title on_the_record=verdict grade this_run_asks this_run",

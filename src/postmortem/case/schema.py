@@ -364,7 +364,7 @@ FORMS = {
         "id kind text finding grade", kinds=("working", "failing", "red flag")
     ),
     "evidence": ItemForm("id title text reading finding grade source"),
-    "quotes": ItemForm("id when text finding grade"),
+    "quotes": ItemForm("id when text finding"),
     "claims": ItemForm("id section text verdict because grade decided_by would_change", may="test"),
     "lessons": ItemForm("id kind title text finding", kinds=("technical", "process")),
     "practice.impact": GRADED,
