@@ -7,19 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-<<<<<<< HEAD
 from chapters import recorded, run_chapter
 
 import postmortem
 from postmortem.book.tables import add_case_values
 from postmortem.cli import describe_check
-from postmortem.experiments.records import Measure, Table, Text, Verdict
-=======
-
-import postmortem
-from postmortem.book.tables import add_case_values
-from postmortem.experiments.records import Verdict, read_kept
->>>>>>> bbbed78600aded18fd3a6b562fd3d9203a29f0af
+from postmortem.experiments.records import Measure, Table, Text, Verdict, read_kept
 
 SOURCE = Path(postmortem.__file__).parent
 BOOK = Path(__file__).parents[1] / "book"
