@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 PROFILE = "smollm2"
 # What is kept of the embedded world beside its training.
 REPLAYED = ("replays/0", "replays/1", "replays/2")
-KEPT = ("attribution", "catalogue", "peft_versions", *REPLAYED, "suite")
+KEPT = ("attribution", "catalogue", "held_out", "peft_versions", *REPLAYED, "suite")
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from postmortem.experiments.metrics import (
     say_interval,
 )
 from postmortem.experiments.records import (
+    HELD_OUT,
     NO_MODEL,
     PEFT_VERSIONS,
     Cell,
@@ -97,7 +98,7 @@ def _add_incident(
     """Add what a case in full holds and the runs that are kept for it; draw its figures."""
     recorded, bench = read_kept(case, "real_model"), read_kept(case, "bench")
     # Each of these has no other like it, so that it stands under its own keys.
-    names = ("suite", "attribution", "catalogue", PEFT_VERSIONS)
+    names = ("suite", "attribution", "catalogue", PEFT_VERSIONS, HELD_OUT)
     single = [read_kept(case, name) for name in names]
     suite, attribution, *_ = single
     values["texts"]["recorded"] = " ".join([*recorded, *(["bench"] if bench else [])])
