@@ -673,9 +673,12 @@ FAMILIES = [
 def test_sound_adapters_of_every_layer(name, class_name, tmp_path, capsys):
     """What PEFT writes for all linear modules and experts of a base of unlike layers fits it."""
     parameters = [f"experts.{part}_proj" for part in ("gate_up", "down")]
-    options = {"target_modules": "all-linear", "target_parameters": parameters}
-    folder, base = mixture(tmp_path, name, class_name, **options)
-    report = run(capsys, folder, "--base", base)[1]
+    model, base = based(tmp_path, name, class_name)
+    # Whether a router is a linear module differs between releases: those are not described.
+    names = [n for n in sound.linear_names(model) if n not in ("gate", "router")]
+    given = {"target_modules": names, "target_parameters": parameters}
+    assert sound.save(model, tmp_path / "a", given)
+    report = run(capsys, tmp_path / "a", "--base", base)[1]
     found = [f for f in report["findings"] if f["severity"] != "info"]
     assert (report["verdict"], found, report["notes"]) == ("fits", [], [])
 

@@ -14,6 +14,7 @@ from postmortem.checker.config import (
     CONFIG_FILE,
     FORMATS,
     PEFT_TYPES,
+    PREFIX,
     AdapterConfig,
     Contents,
     build_config,
@@ -575,9 +576,12 @@ def _find_foreign(
     if not tensors and WEIGHTS_FILE not in beside and not is_peft:
         names = [name for name in beside if name.endswith(".safetensors")]
         tensors = {k: t for name in names[:3] for k, t in read_weights(source, name)[0].items()}
+    # Most keys are as PEFT writes them, and no other tool writes those.
+    own = (".lora_A.weight", ".lora_B.weight")
+    foreign = [k for k in tensors if not (k.startswith(PREFIX) and k.endswith(own))]
     for form in FORMATS:
         setting = next((key for key in form.settings if key in raw and not is_peft), None)
-        key = next((key for key in tensors if form.keys.search(key)), None)
+        key = next((key for key in foreign if form.keys.search(key)), None)
         # A name alone says less than what PEFT itself wrote beside it.
         is_bare = not is_peft and WEIGHTS_FILE not in beside
         file = next((name for name in beside if is_bare and form.files.fullmatch(name)), None)

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from postmortem.checker.errors import Finding, finding, printable
@@ -395,11 +395,9 @@ def place(contents: Contents, base: "BaseModel | None") -> tuple[list[Finding], 
     When the keys are shifted as one, that is the single finding, and the shift is undone so that
     the shapes can still be judged.
     """
-    if base is not None:
-        contents = _unwrap(contents, base)
+    contents, shift = _settle(contents, base) if base else (contents, None)
     findings = _leftover_name(contents)
     stray = [] if base else [p for p in contents.lora if not _is_usual(p)]
-    shift = _find_shift(contents, base) if base else None
     if contents.wrapped:
         findings = [_wrapper_finding(contents.wrapped)]
     elif stray:
@@ -427,8 +425,7 @@ def right_keys(contents: Contents, base: "BaseModel | None") -> dict[str, str]:
         # What stands before PEFT's own prefix is never a part of the model.
         contents = contents.rename(lambda path: path[max(path.find(PREFIX), 0) :])
     else:
-        contents = _unwrap(contents, base)
-        shift = _find_shift(contents, base)
+        contents, shift = _settle(contents, base)
     if base is not None and shift and not _depends_on_version(shift):
         old, new, _ = shift
         right = partial(_put_right, old=old, new=new, base=base)
@@ -479,9 +476,17 @@ def _wrapper_finding(keys: Sequence[str]) -> Finding:
     )
 
 
-def _unwrap(contents: Contents, base: "BaseModel") -> Contents:
-    """Take out names that are those of a wrapper where the paths have a place only without them."""
+def _settle(contents: Contents, base: "BaseModel") -> tuple[Contents, tuple[str, str, int] | None]:
+    """Take wrappers out of the paths, and find the shift of those that still have no place."""
     lost = [path for path in contents.lora if not _is_placed(path, base)]
+    if not lost:
+        return contents, None
+    contents = _unwrap(contents, base, lost)
+    return contents, _find_shift(contents, base)
+
+
+def _unwrap(contents: Contents, base: "BaseModel", lost: Sequence[str]) -> Contents:
+    """Take out names that are those of a wrapper where the paths have a place only without them."""
     cleaned = {path: _ENCLOSING.sub("", path) for path in lost}
     held = [path for path, name in cleaned.items() if path != name and _is_placed(name, base)]
     if not held or 2 * len(held) < len(contents.lora):
@@ -547,6 +552,7 @@ def _leftover_name(contents: Contents) -> list[Finding]:
     ]
 
 
+@lru_cache(100_000)
 def layer_zero(path: str) -> str:
     """Return the path with its first layer index replaced by 0."""
     match = _LAYER.search(path)
@@ -561,7 +567,7 @@ def layer_of(path: str) -> int | None:
 
 def _is_placed(path: str, base: "BaseModel") -> bool:
     inside = path.removeprefix(PREFIX)
-    is_known = layer_zero(inside) in base.modules or inside in base.modules or base.is_open(inside)
+    is_known = inside in base.modules or layer_zero(inside) in base.modules or base.is_open(inside)
     return path.startswith(PREFIX) and is_known
 
 

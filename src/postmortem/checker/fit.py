@@ -160,6 +160,7 @@ def _pattern_values(patterns: Mapping[str, float], names: list[str]) -> dict[str
 
 
 _HEADS = ("score", "classifier", "classification_head", "qa_outputs")
+_HEAD = re.compile(rf"(^|\.)({'|'.join(_HEADS)})(\.|$)")
 _HEAD_KINDS = ("seq_cls", "token_cls", "qa")
 _UNREADABLE = ("corrupt-weights", "missing-weights", "unsafe-pickle")
 _NOTHING = "no such tensor"
@@ -331,6 +332,14 @@ class _Pair:
     inputs: int | None
     outputs: int | None
 
+    def expected(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+        """Return the shapes that A and B should have."""
+        return (self.rank, self.inputs), (self.outputs, self.rank)
+
+    def is_right(self) -> bool:
+        """Tell whether both factors have the shapes that they should have."""
+        return all(map(_fits, (self.a, self.b), self.expected()))
+
 
 def _pairs(case: _Case) -> list[_Pair]:
     found = []
@@ -358,7 +367,7 @@ def _check_layout(case: _Case) -> list[Finding]:
     # The flat parameter of one process can lie wholly outside of one factor, which is then empty.
     if flat and len(flat) >= len(pairs):
         return grouped("saved-in-shards", flat)
-    matrices = [p for p in pairs if len(p.a) == len(p.b) == 2]
+    matrices = [p for p in pairs if not p.is_right() and len(p.a) == len(p.b) == 2]
     for kind, judge in (
         ("saved-in-shards", _cut_by_rows),
         ("factors-transposed", _turned),
@@ -389,8 +398,7 @@ def _turned(pair: _Pair) -> Place | None:
 
 
 def _turned_factors(pair: _Pair) -> Iterator[tuple[str, Shape, tuple[int | None, ...]]]:
-    wanted = ((pair.rank, pair.inputs), (pair.outputs, pair.rank))
-    for key, found, expected in zip(pair.keys, (pair.a, pair.b), wanted, strict=True):
+    for key, found, expected in zip(pair.keys, (pair.a, pair.b), pair.expected(), strict=True):
         if not _fits(found, expected) and _fits(found[::-1], expected):
             yield key, found, expected
 
@@ -504,7 +512,7 @@ def _is_saved_under(path: str, name: str) -> bool:
 def _must_be_saved(name: str, case: _Case) -> bool:
     if case.is_known:
         return any(is_under(path, name) for path in case.base.modules)
-    has_head = any(is_under(path, head) for path in case.contents.plain for head in _HEADS)
+    has_head = any(map(_HEAD.search, case.contents.plain))
     return not (name in _HEADS and has_head)
 
 
@@ -523,7 +531,7 @@ def _judge_plain(path: str, module: str, key: str, case: _Case) -> Place | None:
     """Say what is wrong with a whole weight: its finding, what was expected and what was found."""
     if mismatch := _plain_mismatch(path, module, case.tensors[key], case.base):
         return mismatch
-    if any(is_under(path, head) for head in _HEADS) and not _loads_heads(case.config):
+    if _HEAD.search(path) and not _loads_heads(case.config):
         task = case.config.class_name or f"task_type {case.config.task_type}"
         return "head-dropped", "a task that loads a head", task
     tied = ("lm_head", "embed_tokens") if case.config.ensures_tying else ()
@@ -569,9 +577,10 @@ def _is_output(module: str, base: BaseModel) -> bool:
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    return len(found) == len(expected) and all(
-        wanted in (None, size) for size, wanted in zip(found, expected, strict=True)
-    )
+    if found == expected:
+        return True
+    is_open = None in expected and len(found) == len(expected)
+    return is_open and all(w in (None, size) for size, w in zip(found, expected, strict=True))
 
 
 def _shape(sizes: tuple[int | None, ...]) -> str:
@@ -636,7 +645,7 @@ def _lost_heads(case: _Case) -> list[Place]:
     """Say where the adapter shows a head of which the file has no weight."""
     config = case.config
     saved = (*case.contents.plain, *config.modules_to_save)
-    if any(is_under(path, head) for path in saved for head in _HEADS):
+    if any(map(_HEAD.search, saved)):
         return []
     expected, task, name = (
         "the weights of the head",
@@ -646,7 +655,7 @@ def _lost_heads(case: _Case) -> list[Place]:
     has_task = task in _HEADS_OF_TASK or kind_of_class(name) in _HEAD_KINDS
     # LoRA on a head needs the weights below it; a base of the same class has them.
     has_own = case.base.declared_kind in _HEAD_KINDS and case.is_known
-    under = [p for p in case.contents.lora if any(is_under(p, head) for head in _HEADS)]
+    under = [path for path in case.contents.lora if _HEAD.search(path)]
     is_placed = all(path in case.base.modules for path in under)
     if under and not ((has_own or has_task) and is_placed):
         found = f"LoRA on a head, under task_type {config.task_type}"
@@ -860,7 +869,7 @@ def _misplaced(case: _Case, held: Iterable[str]) -> Iterator[tuple[str, Place]]:
         elif layer_zero(path) in base.modules and (layer_of(path) or 0) >= base.layers:
             depth = f"layers 0 to {base.layers - 1}"
             yield "layer-out-of-range", (path, depth, f"layer {layer_of(path)}")
-        elif path not in base.modules and not any(is_under(path, head) for head in _HEADS):
+        elif path not in base.modules and not _HEAD.search(path):
             yield "target-not-in-base", (path, f"a module of {base.name}", "no such module")
 
 
@@ -883,7 +892,7 @@ def _mismatches(case: _Case, held: Mapping[str, Mapping[str, str]]) -> Iterator[
         shapes = case.targets[path].shapes(case.config) if path in case.targets else {}
         for part, key in parts.items():
             found, expected = case.tensors[key].shape, shapes.get(part)
-            if expected is None or not case.tensors[key].count or _fits(found, expected):
+            if expected is None or _fits(found, expected) or not case.tensors[key].count:
                 continue
             by_tokens = part == "lora_embedding_A" or (
                 part == "lora_B" and _is_output(path, case.base)

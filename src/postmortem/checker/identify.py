@@ -171,6 +171,9 @@ _SPLITTERS = {
 # Bytes of a parameter in the dtypes that adapters are saved in; float16 takes as many as bfloat16.
 BYTES = {"float32": 4, "bfloat16": 2}
 
+# Layers that show every kind of a known base: kinds recur within six, and of those before the
+# first experts there are at most three.
+_SHOWN = 6
 Conflict = tuple[str, str, str]  # The tensor, what the base has, what the adapter has.
 
 
@@ -249,9 +252,10 @@ class _Template:
 @cache
 def _template(model_id: str, kind: str | None) -> _Template | None:
     config = next(base.config for base in known_bases() if base.model_id == model_id)
-    # Where all layers are alike, one of them tells as much in a fraction of the time.
-    given = config if MIXING & config.keys() else {**config, "num_hidden_layers": 1}
-    base = describe(given, name=model_id, kind=kind)
+    # A few layers tell as much as all of them in a fraction of the time, unless the last differ.
+    if "num_kv_shared_layers" not in config:
+        config = {**config, "num_hidden_layers": _SHOWN if MIXING & config.keys() else 1}
+    base = describe(config, name=model_id, kind=kind)
     if base is None:
         return None
     modules: dict[str, dict[Module, None]] = {}
