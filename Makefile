@@ -20,8 +20,8 @@ BIN := $(abspath $(VENV))/bin
 # The graph calls `postmortem` and `snakemake` of this environment by name.
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := book
-.PHONY: book world replay cause-profiles record confirm bench suite membership weights test test-slow lint \
-  clean environment cluster
+.PHONY: book world replay cause-profiles record confirm bench suite membership \
+  peft-versions weights test test-slow lint clean environment cluster
 
 # With uv on the path the environment is there in a third of the time.
 UV := $(shell command -v uv)
@@ -76,6 +76,12 @@ suite: environment
 
 membership: environment
 	@$(BIN)/python -m tools.measure_attribution --case "$(CASE)" --cores "$(CORES)"
+
+held-out: environment
+	@$(BIN)/python -m tools.held_out --case "$(CASE)" --data "$(DATA)"
+
+peft-versions: environment
+	@$(BIN)/python -m tools.peft_versions --case "$(CASE)"
 
 weights: environment
 	@postmortem weights "$(PROFILE)"

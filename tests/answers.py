@@ -48,4 +48,5 @@ def answers_of(values, log_odds, labels):
     )
     rows = len(values)
     first, numbers = np.full((rows, 5), np.log(0.2)), np.full((rows, 11), np.log(1 / 11))
-    return Answers("base", "v2", "number", predictions, first, numbers)
+    pair = np.full((rows, 2), np.log(0.5))
+    return Answers("base", "v2", "number", predictions, first, numbers, pair)

@@ -25,6 +25,15 @@ QWEN = {
     "intermediate_size": 8960,
     "vocab_size": 151936,
 }
+# The sizes of a small decoder, under the names that most architectures have for them.
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 96,
+}
 SHAPES = {"lora_A": [2, 1536], "lora_B": [1536, 2]}
 
 

@@ -15,6 +15,10 @@ VISION = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "gemma4": "Gemma4ForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
 }
 
 
@@ -51,6 +55,30 @@ def test_describes_the_modules_of_the_class(name, class_name):
         inputs, outputs, bias = ours.pop(path)
         assert (inputs, outputs if outputs is not None else sizes[1], bias) == sizes, path
     assert ours == {}
+
+
+def true_experts(class_name, config):
+    """Read the paths and the sizes of fused experts from the transformers class."""
+    with torch.device("meta"):
+        model = getattr(tf, class_name)(config)
+    named = dict(model.named_parameters())
+    downs = {
+        name.removesuffix(".down_proj") for name in named if name.endswith("experts.down_proj")
+    }
+    return {path: sorted(named[f"{path}.down_proj"].shape) for path in downs}
+
+
+MIXTURES = [case for case in CASES if "moe" in case[0] or case[0] in ("gpt_oss", "mixtral")]
+MIXTURES += [case for case in CASES if case[0].startswith(("deepseek_v", "llama4"))]
+
+
+@pytest.mark.parametrize(("name", "class_name"), MIXTURES)
+def test_describes_where_experts_are(name, class_name):
+    """The layers that have experts, their count and both of their widths are those of the class."""
+    config = tiny.configuration(name)
+    experts = described(class_name, config).experts
+    sizes = sorted((experts.count, experts.width, experts.inner))
+    assert dict.fromkeys(experts.paths, sizes) == true_experts(class_name, config)
 
 
 @pytest.mark.parametrize("name", VISION)

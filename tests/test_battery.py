@@ -1,3 +1,5 @@
+from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,14 +8,15 @@ import pytest
 
 from postmortem.case.rows import Rows
 from postmortem.checker.errors import ModelError
-from postmortem.diagnosis.battery import OF_ADAPTER, TESTS
+from postmortem.diagnosis.battery import ENOUGH, FEW, OF_ADAPTER, TESTS
 from postmortem.diagnosis.causes import Run
 from postmortem.diagnosis.subject import (
-    FEW,
+    EVEN,
     RUN,
     Subject,
     _form_of,
     classify_values,
+    evenness,
     run_test,
     spread,
     tell_order,
@@ -84,15 +87,21 @@ def make_rows(labels, count=None):
     return Rows("file", pd.DataFrame({"text": ids}), ids, ("all",) * total, truth)
 
 
-def test_rows_are_spread_over_both_classes():
-    """Of a file sorted by label as many rows of either class are taken, from all over it."""
-    chosen = spread(make_rows([0] * 90 + [1] * 10), 16)
-    assert chosen.labels.tolist() == [0] * 8 + [1] * 8
-    assert chosen.ids[:8] != tuple(map(str, range(8)))
+@pytest.mark.parametrize("count", [2, 8, 20, 64])
+def test_any_beginning_of_spread_rows_is_spread(count):
+    """Of a file sorted by label the classes take turns, each from all over it."""
+    chosen = spread(make_rows([0] * 90 + [1] * 90), 128).head(count)
+    assert chosen.labels.sum() == count // 2
+    places = np.array(sorted(map(int, chosen.ids)))
+    assert np.diff(places).max() <= 2 * 180 / (count / 2)
+    assert len(set(chosen.ids)) == count
+
+
+def test_a_rare_class_and_rows_without_labels_are_spread_too():
+    """All rows of a rare class come early; without labels the rows come from all over the file."""
     assert spread(make_rows([0] * 97 + [1] * 3), 16).labels.sum() == 3
-    assert spread(make_rows(None, 100), 16).ids[-1] == "99"
-    few = make_rows([0, 1])
-    assert spread(few, 16) is few
+    assert max(map(int, spread(make_rows(None, 100), 16).ids)) > 80
+    assert len(spread(make_rows([0, 1]), 16)) == 2
 
 
 @pytest.fixture
@@ -126,15 +135,15 @@ def test_every_test_has_one_of_its_outcomes(subject):
     assert outcomes["off"] == "is the base"
     assert outcomes["effect"] != "none"
     asked = dict(subject.asked)
-    run_test("home", subject)
+    run_test("mend", subject)
     assert subject.asked == asked
-    assert subject.pace > 0
+    assert min(subject.paces.values()) > 0
 
 
 def test_fewer_rows_leave_the_control_of_the_base(subject):
     """Switched off, an adapter is compared with the base on the same rows, whatever rows follow."""
     assert run_test("load", subject).word == "silent"
-    subject.rows = spread(subject.rows, 5)
+    subject.count = 5
     assert run_test("off", subject).word == "is the base"
 
 
@@ -142,7 +151,7 @@ def test_what_cannot_be_had_says_why(subject):
     """Without labels, a reference, an adapter that loads or an effect a test is not run."""
     assert "does not load" in why_not("answers", subject, {"load": "raises"})
     assert not why_not("base-alone", subject, {"load": "raises"})
-    assert "no effect" in why_not("scale", subject, {"effect": "none"})
+    assert "no effect" in why_not("mend", subject, {"effect": "none"})
     subject.reference = None
     assert "sound adapter" in why_not("reference", subject, {})
     subject.rows = make_rows([0, 1] * (FEW - 1))
@@ -169,3 +178,78 @@ def test_a_reference_that_does_not_load_is_an_error_with_its_name(subject):
     subject.reference = subject.session.world.path("donor_adapter")
     with pytest.raises(ModelError, match=r"donor.*an adapter that loads"):
         run_test("reference", subject)
+
+
+@pytest.mark.parametrize(("rank", "trained"), [(16, True), (16, False), (4, True), (4, False)])
+def test_random_numbers_have_no_direction_of_their_own(rank, trained):
+    """The singular values of trained factors fall off; those of random numbers hardly do."""
+    source = np.random.default_rng(rank)
+    factor = source.normal(size=(96, rank))
+    if trained:
+        factor = factor * 0.5 ** np.arange(rank)
+    assert (evenness(factor) > EVEN) is not trained
+    assert evenness(factor[:, :2]) is None
+
+
+def test_more_rows_are_added_to_what_was_asked(subject):
+    """Rows asked in two rounds answer as those asked in one, and none is asked twice."""
+    with replace(subject, asked={}, effects={}, stack=ExitStack()) as fresh:
+        expected, whole = fresh.effect("as saved"), fresh.ask("as saved")
+    subject.count = 5
+    first = subject.ask("as saved")
+    subject.count = 8
+    assert subject.effect("as saved") == pytest.approx(expected, abs=1e-5)
+    answers = subject.ask("as saved")
+    assert answers.predictions[:5] == first.predictions
+    assert answers.log_odds == pytest.approx(whole.log_odds, abs=1e-5)
+    assert subject.missing_rows("as saved", 8) == 0
+    assert subject.missing_rows("at 8", 8) == 8
+    assert subject.missing_rows("at 8", 500) == ENOUGH
+
+
+def told(near=(), kl=()):
+    """A subject with the nearness and the effect of each state given."""
+    return SimpleNamespace(
+        nearness=lambda state: np.array(near[state], dtype=float),
+        effect=lambda state: np.array([kl[state]]),
+    )
+
+
+NEAR = dict.fromkeys(
+    ("as saved", "base", "at 1/8", "at 8", "sign flipped", "layers shifted", "layers shifted back"),
+    [-1.0, -1.1] * 8,
+)
+
+
+@pytest.mark.parametrize(
+    ("near", "word"),
+    [
+        ({}, "nothing"),
+        ({"at 1/8": [-0.2, -0.3] * 8}, "smaller"),
+        ({"at 8": [-0.2, -0.3] * 8}, "larger"),
+        ({"sign flipped": [-0.2, -0.3] * 8}, "flipped"),
+        ({"layers shifted back": [-0.2, -0.3] * 8}, "moved"),
+        ({"base": [-0.2, -0.3] * 8, "at 1/8": [-0.19, -0.29] * 8}, "no adapter"),
+        ({"at 8": [-0.99, -1.09] * 8}, "nothing"),
+        ({"as saved": [np.nan] * 16}, "not finite"),
+        ({"at 8": [np.nan] * 16, "at 1/8": [-0.2, -0.3] * 8}, "smaller"),
+    ],
+)
+def test_a_mend_beats_the_adapter_as_saved_and_no_adapter(near, word):
+    """The change that comes nearest is named where it is no luck and better than none at all."""
+    assert run_test("mend", told(near=NEAR | near)).word == word
+
+
+@pytest.mark.parametrize(
+    ("kl", "word"),
+    [
+        ((1.0, 0.3, 0.2, 0.1), "here"),
+        ((0.3, 0.1, 1.0, 0.1), "elsewhere"),
+        ((0.1, 0.1, 0.1, 0.1), "nowhere"),
+        ((np.nan, 0.1, 0.1, 0.1), "not finite"),
+    ],
+)
+def test_an_adapter_does_most_where_it_belongs(kl, word):
+    """Its effect is held against that of its layers moved and of its weights turned."""
+    states = ("as saved", "layers shifted", "layers shifted back", "rotated at random")
+    assert run_test("place", told(kl=dict(zip(states, kl, strict=True)))).word == word

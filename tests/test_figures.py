@@ -261,6 +261,7 @@ def test_untrusted_text_is_escaped():
 
 
 SAID = {
+    "incident": ("truth: 5 of 10 are 1", "attempt 1: all 0.0, as recalled", "attempt 2: all 0.0"),
     "hero": ("truth: 5 of 10 are 1", "v1 run: suspect, all 0.0", "reference: 2 values"),
     "swap_values": ("base alone: all 0.0", "reference: 2 values"),
     "log_odds": ("base alone: AUC 0.70 [0.63, 0.77]",),
@@ -284,6 +285,21 @@ def test_the_alternative_text_holds_the_numbers(made, name):
     assert places == sorted(places)
 
 
+def test_a_real_base_stands_beside_the_incident():
+    """A base that wrote one value on the incident's rows has it on each; of another the count."""
+    held = {"test.rows": 10, "test.v2.base.distinct": 1, "test.v2.base.top_value": 0.0}
+    several = held | {"test.v2.base.distinct": 4}
+    files = {
+        f"kept.{name}": RecordFile.model_construct(
+            records=tuple(Measure(key=key, value=value) for key, value in found.items())
+        )
+        for name, found in (("qwen-coder", held), ("smollm2", several))
+    }
+    drawn, _ = draw(("incident",), FigureSource(files, CASE))
+    assert "Qwen2.5-Coder: alone: all 0.0." in drawn["incident"].alt
+    assert "SmolLM2: alone: 4 values." in drawn["incident"].alt
+
+
 def test_what_a_run_lacks_is_said():
     """An absent system keeps its band with the words; a figure that needs it says why not."""
     drawn, reasons = draw(("hero", "refits", "kinds", "suite"), make_source(change=base_alone))
@@ -299,10 +315,10 @@ def test_what_a_run_lacks_is_said():
 
 
 def test_without_records_each_figure_says_what_is_missing():
-    """Without records no figure is drawn, and each says why it is not."""
+    """Without records the case's own figure alone is drawn; the others say why they are not."""
     drawn, reasons = draw_all({}, CASE)
-    assert not drawn
-    assert reasons.keys() == FIGURES.keys()
+    assert [drawing.name for drawing in drawn] == ["incident"]
+    assert reasons.keys() == FIGURES.keys() - {"incident"}
     assert "shape_mismatch" in reasons["shapes"]
     own = CASE.model_copy(update={"attempts": {}})
     assert draw_all({}, own)[1].keys() == FIGURES_OWN.keys()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from postmortem.checker.adapter import WEIGHTS_FILE
 from postmortem.checker.config import CONFIG_FILE
 from postmortem.checker.errors import ModelError, catalogue
-from postmortem.checker.serving import runtimes
+from postmortem.checker.serving import rules, runtimes
 from postmortem.experiments import files
 from postmortem.experiments.records import NO_MODEL, Measure, Table, Text, Verdict, read_records
 from postmortem.experiments.session import open_session
@@ -362,9 +362,22 @@ def test_the_catalogue_is_on_record(session):
     table = recorded(session, Table)["catalogue.entries"]
     assert [row[0] for row in table.rows] == list(catalogue())
     assert recorded(session, Measure)["catalogue.entries"].value == len(catalogue())
-    served = recorded(session, Table)["catalogue.serving"]
-    assert all(any(row[1:]) for row in served.rows)
-    assert len(served.columns) == 1 + len(runtimes())
+
+
+def test_each_rule_of_a_runtime_is_on_record(session):
+    """The rules stand under their runtime, all of them; side by side what several do."""
+    files.record_runtimes(session)
+    tables, measures = recorded(session, Table), recorded(session, Measure)
+    listed = [(name, *row[:4]) for name in runtimes() for row in tables[f"check.{name}"].rows]
+    doubt = {"yes": "", "no": ", inferred"}
+    expected = {
+        (r.runtime, r.trait, r.versions, f"{r.effect}{doubt[r.verified]}", r.happens)
+        for r in rules()
+    }
+    assert (set(listed), len(listed)) == (expected, measures["check.rules"].value)
+    matrix = tables["check.matrix"]
+    assert matrix.columns[1:] == runtimes()
+    assert all(len([mark for mark in row[1:] if mark[0] in "RSW"]) > 1 for row in matrix.rows)
 
 
 def test_an_entry_that_nothing_reproduces_is_named(session, tmp_path, monkeypatch):

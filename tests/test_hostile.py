@@ -8,6 +8,8 @@ from handmade import CONFIG, header, write
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postmortem.checker import errors
+from postmortem.checker.errors import UntrustedError, match_names
 from postmortem.cli import main
 
 HANG = 120  # seconds that only a check without an end takes, however busy the machine
@@ -307,3 +309,36 @@ def test_any_json_as_config(config, tmp_path):
     content = {**CONFIG, **config} if isinstance(config, dict) else config
     (folder / "adapter_config.json").write_text(json.dumps(content))
     assert run(str(folder), "--header-only", "--format", "markdown") in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a?" * 40 + "a" * 40 + "b",
+        ".*" + "(a|a)" * 40 + "b",
+        "(?:a|ab?)" * 30 + "c",
+        "(a+)+b",
+        "a*a*a*b",
+    ],
+)
+def test_choices_in_a_row_are_stopped(pattern: str) -> None:
+    """A pattern can be exponential without a repeated group: it ends in time, with a reason."""
+    with pytest.raises(UntrustedError, match="did not finish in time"):
+        match_names([pattern], ["a" * (50 if "?" in pattern or "|" in pattern else 3000)])
+
+
+def test_usual_patterns_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What people write is matched at once, however busy the machine is."""
+    monkeypatch.setattr(errors, "_match_in_child", None)
+    usual = [r"(.*\.)?(layers\.\d+\.mlp)", r"model\.(a|b|c|d|e)\.(q|k|v|o)_proj", r".*_proj"]
+    assert match_names(usual, ["model.a.q_proj"])[usual[1]] == {"model.a.q_proj"}
+
+
+def test_long_lists_take_linear_time(tmp_path, capsys) -> None:
+    """Names are looked up and not compared one by one: a list of many thousands ends in time."""
+    names = [f"experts.p{number}" for number in range(100_000)]
+    folder = write(tmp_path / "adapter", target_parameters=names)
+    with pytest.raises(SystemExit):
+        main(["check", str(folder), "--base", "Qwen/Qwen2.5-1.5B", "--format", "json"])
+    found = {f["id"]: f["evidence"] for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert "experts.p0, experts.p1" in found["target-unmatched"]

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 from answers import PROVENANCE, prediction
 
-from postmortem.book.publish import _made, add_recorded, add_records, add_training, describe_bench
+from postmortem.book.publish import (
+    _made,
+    add_gains,
+    add_recorded,
+    add_records,
+    add_training,
+    add_turned,
+    describe_bench,
+    find_shared,
+)
 from postmortem.case.layout import list_kept
 from postmortem.case.rows import choose_rows
 from postmortem.checker.errors import RecordError
@@ -30,7 +39,8 @@ from tools.train_world import describe_difference
 ROOT = Path(__file__).parents[1]
 PROFILE = "smollm2"
 # What is kept of the embedded world beside its training.
-KEPT = ("attribution", "catalogue", "replays/0", "replays/1", "replays/2", "suite")
+REPLAYED = ("replays/0", "replays/1", "replays/2")
+KEPT = ("attribution", "catalogue", "held_out", "peft_versions", *REPLAYED, "suite")
 
 
 @pytest.fixture
@@ -65,18 +75,25 @@ def test_what_is_shipped_is_as_it_was_made(case):
 
 
 @pytest.mark.usefixtures("_at_a_copy")
-@pytest.mark.parametrize("place", ["embedded/world", "embedded/replays/1", f"{PROFILE}/real_model"])
-def test_an_edited_record_fails(case, place):
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [
+        ("embedded/world", "make world"),
+        ("embedded/replays/1", "make record PROFILE=embedded"),
+        ("embedded/peft_versions", "make peft-versions"),
+        (f"{PROFILE}/real_model", f"make record PROFILE={PROFILE}"),
+    ],
+)
+def test_an_edited_record_fails(case, place, remedy):
     """A record changed by hand breaks its seal, and the remedy says what makes it again."""
     path = Path("results", f"{place}.jsonl")
     path.write_text(re.sub(r'"seed":\d', '"seed":9', path.read_text(), count=1))
-    remedy = "make world" if "world" in place else f"make record PROFILE={place.split('/')[0]}"
     with pytest.raises(RecordError, match=f"changed after the run.*{remedy}"):
         check_kept(case)
 
 
 @pytest.mark.usefixtures("_at_a_copy")
-@pytest.mark.parametrize("name", ["world", "replays/0", "suite"])
+@pytest.mark.parametrize("name", ["world", "replays/0", "suite", "peft_versions"])
 def test_what_the_pages_read_must_be_there(case, name):
     """A record of the embedded world that is missing, or of another case, is told by its path."""
     path = Path("results/embedded", f"{name}.jsonl")
@@ -257,6 +274,55 @@ def test_a_confirmation_that_is_none_is_refused(recorded, text):
     Path(recorded.path).with_suffix(".confirmed.json").write_text(text)
     with pytest.raises(RecordError, match=r"real_model\.confirmed\.json: expected a confirmation"):
         read_confirmation(recorded)
+
+
+def test_what_an_adapter_adds_stands_for_generated_and_for_real_rows(recorded):
+    """Each read-out has both differences with their intervals; what no row was asked has none."""
+    sides = {"v2.base.auc_decoded": 0.5, "v2.reference.auc_decoded": 0.8}
+    held = [
+        Measure(key=f"dev.{key}", value=value, low=value - 0.1, high=value + 0.1)
+        for key, value in sides.items()
+    ]
+    values = empty_values()
+    add_gains(values, PROFILE, recorded.model_copy(update={"records": tuple(held)}))
+    rows = values["tables"][f"{PROFILE}.gains"]["rows"]
+    generated = next(n for n, row in enumerate(rows) if row[0] == "numeric adapter, as written")
+    assert rows[generated][1:] == ["generated", "unknown", "unknown", "unknown"]
+    assert rows[generated + 1][::4] == ["", "+0.30 [+0.16,\N{NO-BREAK SPACE}+0.44]"]
+    gain = values["measures"][f"{PROFILE}.dev.gain.written"]
+    assert (gain["value"], gain["low"]) == pytest.approx((0.3, 0.3 - 0.02**0.5))
+    assert values["measures"][f"{PROFILE}.gain.written"]["reason"]
+
+
+def test_a_swapped_scale_is_counted_both_ways(recorded):
+    """A changed prompt is held against the unchanged one on its rows, and read the other way."""
+    swapped, odds = "v2_meaning_swapped", {"1": 1.0, "2": 0.5, "3": -1.0, "4": 0.0}
+    labels = {"1": 1, "2": 1, "3": 0, "4": 0}
+    asked = [
+        prediction(prompt=prompt, row_id=row, label=labels[row], number_log_odds=odds[row] * sign)
+        for prompt, sign in (("v2", 0.0), (swapped, 1.0))
+        for row in odds
+    ]
+    values = empty_values()
+    values["measures"][f"{PROFILE}.variation.{swapped}.auc_number"] = {"value": 1.0}
+    add_turned(values, PROFILE, recorded.model_copy(update={"records": tuple(asked)}))
+    found = {
+        name: values["measures"][f"{PROFILE}.variation.{swapped}.{name}"]["value"]
+        for name in ("before", "turned", "gain")
+    }
+    assert found == {"before": 0.5, "turned": 0.0, "gain": 0.5}
+
+
+def test_a_cause_stands_for_all_only_where_all_models_show_it(recorded):
+    """The causes that give the whole symptom on every real model are named, and no other."""
+
+    def with_causes(*whole):
+        rows = [(cause, "yes" if cause in whole else "no") for cause in ("one", "two")]
+        causes = Table(key="causes", columns=["cause", "whole"], rows=rows)
+        return recorded.model_copy(update={"records": (causes,)})
+
+    assert find_shared({"a": with_causes("one", "two"), "b": with_causes("two")}) == ["two"]
+    assert find_shared({"a": recorded}) == []
 
 
 def test_a_kept_record_is_read_under_its_profile(recorded):

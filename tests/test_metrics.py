@@ -12,6 +12,7 @@ from postmortem.experiments.metrics import (
     auc_estimate,
     auc_gain_estimate,
     chances_of_order,
+    difference_estimate,
     fit_line,
     kl_divergence,
     least_auc,
@@ -141,6 +142,24 @@ def test_a_paired_gain_is_narrower_than_its_parts():
     assert gain.value == pytest.approx(auc(labels, scores) - auc(labels, control))
     assert gain.low <= gain.value <= gain.high
     assert gain.high - gain.low < (alone.high - alone.low) / 2
+
+
+def test_a_difference_of_intervals_covers_that_of_paired_rows():
+    """From two intervals alone the difference keeps its value, in an interval that is no narrower.
+
+    A control without spread moves the interval and leaves its width, and no value has none.
+    """
+    draws = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    control = labels + draws.normal(size=200)
+    scores = control + draws.normal(size=200)
+    one, other = auc_estimate(labels, scores), auc_estimate(labels, control)
+    found, paired = difference_estimate(one, other), auc_gain_estimate(labels, scores, control)
+    assert found.value == pytest.approx(paired.value)
+    assert found.low < paired.low < paired.high < found.high
+    moved = difference_estimate(one, Estimate(0.5, 0.5, 0.5, 200))
+    assert (moved.low, moved.high) == pytest.approx((one.low - 0.5, one.high - 0.5))
+    assert difference_estimate(one, Estimate(None, None, None, 0)).value is None
 
 
 @pytest.mark.parametrize("statistic", [np.mean, np.median])

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from postmortem.case.load import load_case
 from postmortem.cli import main
-from postmortem.diagnosis.examination import record_diagnosis, say_minutes
+from postmortem.diagnosis.timed import record_diagnosis, say_minutes
 from postmortem.experiments.records import Measure, Table, Text, Verdict
 from postmortem.experiments.session import Session
 from postmortem.models.model_set import resolve_world
@@ -51,10 +51,11 @@ def test_a_zero_b_adapter_is_named(place, tmp_path, capsys):
     out, _, code = diagnose(capsys, path, "--minutes", "2")
     assert code == 0
     assert "inspect: untrained" in out
-    assert "effect: none" in out
+    assert "effect on 16 rows: none" in out
     assert "Named: the adapter changes nothing as it is saved" in out
     assert "lora_B is zero" in out
-    assert "on 48 rows under the prompt sentiment" in out
+    assert "on 16 rows under the prompt sentiment" in out
+    assert "to do: Save the trained adapter again" in out
 
 
 def test_a_dropped_head_is_named_by_the_checker(place, tmp_path, capsys):
@@ -85,7 +86,7 @@ def test_a_classifier_is_examined(place, tmp_path, capsys):
     out, _, code = diagnose(capsys, path, "--format", "json", "--minutes", "2")
     assert code == 0
     found = json.loads(out)
-    tests = {test["exam"]: test["outcome"] for test in found["tests"]}
+    tests = {test["test"]: test["outcome"] for test in found["tests"]}
     assert tests["off"] == "is the base"
     assert tests["effect"] in ("faint", "clear")
 
@@ -94,8 +95,8 @@ def test_without_time_the_next_experiment_is_named(place, tmp_path, capsys):
     """In a time box of nothing only what costs nothing yet is run, and what comes next is told."""
     out, _, code = diagnose(capsys, write(place, tmp_path / "c.yml"), "--minutes", "0")
     assert code == 0
-    assert "Cannot tell yet: run `" in out
-    assert "which separates" in out
+    assert "Cannot tell yet." in out
+    assert "Run `postmortem diagnose CASE --minutes" in out
 
 
 def test_without_labels_they_are_asked_for(place, tmp_path, capsys):
@@ -164,7 +165,9 @@ def test_a_notebook_records_the_diagnosis(place, tmp_path):
     assert found[Table, "diagnosis.causes"].rows[0][0] == "lora_B is zero"
     assert found[Verdict, "diagnosis.settled"].verdict == "holds"
     assert "Named" in found[Text, "diagnosis.conclusion"].text
-    assert found[Measure, "diagnosis.rows"].value == 48
+    assert found[Measure, "diagnosis.rows"].value == 16
+    reasons = found[Table, "diagnosis.reasons"].rows
+    assert ("for", "with it and without it the answers are the same") in reasons
     assert (Table, "diagnosis.next") in found
 
 

@@ -10,7 +10,7 @@ import pytest
 import sound
 import torch
 import transformers as tf
-from handmade import QWEN, header, size_of, write
+from handmade import QWEN, SMALL, header, size_of, write
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -653,6 +653,36 @@ def test_sound_experts_are_compared(name, class_name, options, tmp_path, capsys)
     assert (report["verdict"], report["findings"], report["notes"]) == ("fits", [], [])
 
 
+FAMILIES = [
+    ("gpt_oss", "GptOssForCausalLM"),
+    ("glm4_moe", "Glm4MoeForCausalLM"),
+    ("deepseek_v2", "DeepseekV2ForCausalLM"),
+    ("deepseek_v3", "DeepseekV3ForCausalLM"),
+    ("llama4", "Llama4ForCausalLM"),
+    ("granitemoe", "GraniteMoeForCausalLM"),
+    ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+    ("qwen3_5_moe", "Qwen3_5MoeForCausalLM"),
+    ("qwen3_next", "Qwen3NextForCausalLM"),
+    ("gemma4", "Gemma4ForCausalLM"),
+    ("gemma4-moe", "Gemma4ForCausalLM"),
+    ("olmoe", "OlmoeForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("name", "class_name"), FAMILIES)
+def test_sound_adapters_of_every_layer(name, class_name, tmp_path, capsys):
+    """What PEFT writes for all linear modules and experts of a base of unlike layers fits it."""
+    parameters = [f"experts.{part}_proj" for part in ("gate_up", "down")]
+    model, base = based(tmp_path, name, class_name)
+    # Whether a router is a linear module differs between releases: those are not described.
+    names = [n for n in sound.linear_names(model) if n not in ("gate", "router")]
+    given = {"target_modules": names, "target_parameters": parameters}
+    assert sound.save(model, tmp_path / "a", given)
+    report = run(capsys, tmp_path / "a", "--base", base)[1]
+    found = [f for f in report["findings"] if f["severity"] != "info"]
+    assert (report["verdict"], found, report["notes"]) == ("fits", [], [])
+
+
 def exchanged(tensors):
     """The experts' factors in the layout that takes in for out."""
     keys = [k for k in tensors if ".experts" in k and "lora_A" in k]
@@ -758,3 +788,193 @@ def test_zero_rows_are_counted_across_the_pieces_of_a_file(width, kept, tmp_path
     expected = {0: ((0, 3000),), 1: ((0, 2999),)}.get(len(kept), ())
     assert stats.zero_rows == expected
     assert stats.zero_columns == (() if kept else ((0, width),))
+
+
+def tiny_base(folder, name="qwen2", **sizes):
+    """The config.json of a small base, with sizes changed."""
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({**SMALL, "model_type": name, **sizes}))
+    return path
+
+
+def pairs_of(paths, inputs, outputs, rank=2):
+    """Random factors under these paths."""
+    return {
+        f"base_model.model.{path}.{part}.weight": torch.randn(*shape) / 50
+        for path in paths
+        for part, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank)))
+    }
+
+
+def written(folder, tensors, **config):
+    """An adapter of these tensors."""
+    write(folder, **{"base_model_name_or_path": None, **config})
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+QUERIES = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+KEYS = [path.replace("q_proj", "k_proj") for path in QUERIES]
+
+
+def test_half_the_width_is_another_base_and_no_slice(tmp_path, capsys):
+    """Tensor parallelism cuts q and k by their outputs: half of the inputs is a narrower base."""
+    folder = written(
+        tmp_path / "adapter",
+        {**pairs_of(QUERIES, 16, 32), **pairs_of(KEYS, 16, 16)},
+        target_modules=["q_proj", "k_proj"],
+    )
+    report = run(capsys, folder, "--base", tiny_base(tmp_path))[1]
+    assert found_in(report) == {"shape-mismatch": "error"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "held", "expected"),
+    [
+        (["input_layernorm"], ["0.input_layernorm"], {"modules-to-save-missing": "error"}),
+        (["input_layernorm"], [], {"modules-to-save-missing": "warning"}),
+        (["input_layernorm"], ["0.input_layernorm", "1.input_layernorm"], {}),
+        (["adaptor"], [], {"target-unmatched": "info"}),
+        (["adaptor", "embed_in", "embed_tokens"], ["embed_tokens"], {}),
+    ],
+)
+def test_saved_modules_that_no_config_describes(saved, held, expected, tmp_path, capsys):
+    """A norm that a layer lacks makes PEFT raise; a name that nothing has is only mentioned."""
+    weights = {
+        f"base_model.model.model.{'layers.' * (name[0] in '01')}{name}.weight": torch.ones(
+            *((96, 32) if "embed" in name else (32,))
+        )
+        for name in held
+    }
+    folder = written(
+        tmp_path / "adapter", {**pairs_of(QUERIES, 32, 32), **weights}, modules_to_save=saved
+    )
+    base = tiny_base(tmp_path, tie_word_embeddings=False)
+    assert found_in(run(capsys, folder, "--base", base)[1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"layers_to_transform": [0, 1, 7]}, {"target-unmatched": "info"}),
+        ({"alpha_pattern": {"q_proj": 4000}}, {"scale-unusual": "warning"}),
+        ({"alpha_pattern": {"q_proj": 8}}, {}),
+        ({"target_modules": ["query", "value"]}, {"target-not-in-base": "error"}),
+        ({"trainable_token_indices": [3, 96]}, {"vocab-mismatch": "error"}),
+    ],
+)
+def test_settings_that_the_base_cannot_have(settings, expected, tmp_path, capsys):
+    """Layers, scales, names and tokens are held against the base, those of patterns as well."""
+    tensors = pairs_of(QUERIES, 32, 32)
+    if "trainable_token_indices" in settings:
+        tensors["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = (
+            torch.ones(2, 32)
+        )
+    folder = written(tmp_path / "adapter", tensors, **settings)
+    assert found_in(run(capsys, folder, "--base", tiny_base(tmp_path))[1]) == expected
+
+
+def test_a_lost_list_of_targets_is_told_from_the_file(tmp_path, capsys):
+    """Where the file's modules are the base's, the remedy names them."""
+    folder = written(tmp_path / "adapter", pairs_of(QUERIES, 32, 32), target_modules=["query"])
+    report = run(capsys, folder, "--base", tiny_base(tmp_path))[1]
+    assert report["findings"][0]["remedy"] == "Restore target_modules: the file has q_proj."
+
+
+@pytest.mark.parametrize("key", ["lm_head.weight", "model.norm.weight"])
+def test_whole_weights_beyond_float16(key, tmp_path, capsys):
+    """What is saved whole can overflow as well as the factors."""
+    shape = (96, 32) if "head" in key else (32,)
+    whole = {f"base_model.model.{key}": torch.full(shape, 7e4)}
+    saved = [key.split(".")[-2]]
+    folder = written(
+        tmp_path / "adapter", {**pairs_of(QUERIES, 32, 32), **whole}, modules_to_save=saved
+    )
+    base = tiny_base(tmp_path, tie_word_embeddings=False)
+    assert found_in(run(capsys, folder, "--base", base)[1]) == {"overflow-risk": "warning"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "mend"),
+    [
+        (
+            "base_model.model._fsdp_wrapped_module._checkpoint_wrapped_module.model.{}",
+            "{k.replace('_checkpoint_wrapped_module.', '').replace('_fsdp_wrapped_module.', '')",
+        ),
+        ("module.base_model.model.model.{}", "{k.removeprefix('module.'): v"),
+        ("model.{}", "{'base_model.model.' + k: v"),
+    ],
+)
+def test_the_edit_of_the_keys_is_whole_without_a_base(keys, mend, tmp_path, capsys):
+    """Every wrapper's name stands in the edit, and the edit is named where no base is known."""
+    tensors = {
+        keys.format(key.removeprefix("base_model.model.model.")): value
+        for key, value in pairs_of(QUERIES, 32, 32).items()
+    }
+    folder = written(tmp_path / "adapter", tensors)
+    report = run(capsys, folder)[1]
+    assert found_in(report) == {"key-prefix": "error"}
+    assert mend in report["findings"][0]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "tool"),
+    [
+        ("x.safetensors", "diffusion_model.blocks.0.q.lora_A.weight", "ComfyUI"),
+        ("x.safetensors", "double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"),
+        ("x.safetensors", "lora_unet_blocks_0_q.hada_w1_a", "LyCORIS"),
+        ("adapter_model.safetensors", "layers.0.attn.q_proj.lora_a.weight", "torchtune"),
+        ("adapter_0.pt", "", "torchtune"),
+        ("pytorch_adapter.bin", "", "AdapterHub"),
+        ("run.nemo", "", "NeMo"),
+    ],
+)
+def test_formats_of_further_tools(file, key, tool, tmp_path, capsys):
+    """One finding names the tool, from a key or from the name of a file."""
+    (tmp_path / file).write_bytes(b"x")
+    if key:
+        save_file({key: torch.ones(2, 4)}, tmp_path / file)
+    report = run(capsys, tmp_path)[1]
+    assert found_in(report) == {"foreign-format": "error"}
+    assert tool in report["findings"][0]["evidence"]
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("zero_to_fp32.py", "zero_to_fp32.py"),
+        ("__0_0.distcp", "merge-weights"),
+        ("adapter.zip", "Unpack"),
+        ("consolidated.00.pth", "needs no adapter"),
+    ],
+)
+def test_checkpoints_and_archives_are_no_adapters(file, remedy, tmp_path, capsys):
+    """One line says what the folder holds and what makes an adapter of it."""
+    (tmp_path / file).write_bytes(b"x")
+    (tmp_path / "config.json").write_text("{}")
+    code, report = run(capsys, tmp_path)
+    assert (code, remedy in report["error"]["message"]) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t: {k: v for k, v in t.items() if "1.mlp" not in k}, {"missing-tensors": "error"}),
+        (
+            lambda t: {k: v.T if ".experts" in k else v for k, v in t.items()},
+            {"factors-transposed": "error"},
+        ),
+        (
+            lambda t: {
+                **t,
+                **{k.replace("rs.1", "rs.2"): v for k, v in t.items() if "rs.1.mlp" in k},
+            },
+            {"layer-out-of-range": "error"},
+        ),
+    ],
+)
+def test_fused_experts_lost_turned_or_too_deep(change, expected, tmp_path, capsys):
+    """A layer without its pair, transposed pairs and a layer too many are told by their kinds."""
+    folder, base = mixture(tmp_path, *MIXTURES[0])
+    edit_tensors(folder, change)
+    assert found_in(run(capsys, folder, "--base", base)[1]) == expected

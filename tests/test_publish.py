@@ -182,13 +182,16 @@ def test_the_ledger_shows_the_run_beside_the_record(case):
     assert sum(counted) == values["measures"]["case.claims"]["value"] == len(case.claims)
 
 
-def test_an_action_is_closed_by_its_verdict_alone(case):
-    """An item is closed where its verdict holds, and open on any other word or without one."""
-    values = values_with(case, swap_control_run="holds", v2_flagged="refuted")
+def test_an_action_is_closed_by_the_incident_alone(case):
+    """An item is closed where its verdict is of the incident's record and holds, else open."""
+    given = {"forensics_prompts_uncut": "holds", "swap_control_run": "holds"}
+    values = values_with(case, **given)
     table = values["tables"]["case.practice.actions"]
-    status = {row[0]: row[table["columns"].index("status")] for row in table["rows"]}
-    assert status["control-first"] == "closed"
-    assert (status["alarm-on-ties"], status["find-the-file"]) == ("open", "open")
+    column = table["columns"].index("status")
+    pairs = zip(case.practice.actions, table["rows"], strict=True)
+    status = {action.id: row[column] for action, row in pairs}
+    assert status["count-tokens"] == "closed"
+    assert (status["control-first"], status["find-the-file"]) == ("open", "open")
     assert values["measures"]["case.actions_closed"]["value"] == 1
     assert values["measures"]["case.actions_open"]["value"] == len(case.practice.actions) - 1
 

@@ -285,6 +285,49 @@ def test_what_cannot_be_mended_is_left_with_its_remedy(base, save, tmp_path, cap
     assert "non-finite" in left
 
 
+def lose_path(adapter):
+    """Keys without PEFT's prefix, under a path that no base is known to have."""
+    edit_tensors(adapter, lambda t: {k.replace(PREFIX, "x."): v for k, v in t.items()})
+
+
+@pytest.mark.parametrize(
+    ("break_it", "runtimes", "reason"),
+    [
+        (lose_path, (), "left   key-prefix: no path of the base is certain"),
+        (
+            lambda folder: edit_config(folder, use_rslora=True, init_lora_weights="pissa"),
+            ("--for", "sglang"),
+            "left   serving-rescales: scales are not folded beside init-rewrites-base",
+        ),
+    ],
+)
+def test_why_a_fix_is_declined_is_said(break_it, runtimes, reason, save, tmp_path, capsys):
+    """What looks mechanical and is left has its reason, also where nothing is written."""
+    adapter = save()
+    edit_config(adapter, base_model_name_or_path=None)
+    break_it(adapter)
+    run(adapter, *runtimes, "--fix", tmp_path / "out")
+    assert reason in capsys.readouterr().out
+
+
+def test_a_fixed_configuration_is_written_as_peft_writes_it(base, save, tmp_path):
+    """One key a line, in order, so that it can be compared with the one before."""
+    adapter, out = save(), tmp_path / "out"
+    before = (adapter / "adapter_config.json").read_text()
+    edit_config(adapter, _note="x")
+    assert run(adapter, "--base", base, "--fix", out) == 0
+    assert (out / "adapter_config.json").read_text() == before
+
+
+def test_what_stands_before_the_prefix_is_dropped_without_a_base(save, tmp_path):
+    """No model has PEFT's prefix inside of it, whatever the base is."""
+    adapter, out = save(), tmp_path / "out"
+    edit_config(adapter, base_model_name_or_path=None)
+    edit_tensors(adapter, lambda tensors: {f"state_dict.{k}": v for k, v in tensors.items()})
+    assert run(adapter, "--fix", out) == 0
+    assert all(key.startswith(PREFIX) for key in load_file(out / WEIGHTS))
+
+
 def test_a_pickle_that_takes_too_long_is_refused(base, save, tmp_path, capsys, monkeypatch):
     """The process that reads a pickle is ended after its time."""
     monkeypatch.setattr("postmortem.models.repair.PICKLE_SECONDS", 0.01)

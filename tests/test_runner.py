@@ -298,7 +298,7 @@ OWN_ROWS = {"bench", "real_model"}
 def test_there_are_notebooks():
     """The notebooks that the following tests look at are there."""
     names = {"files", "attempt", "shape_mismatch", "adapter_swap", "controls", "replay"}
-    assert {path.stem for path in BUILT} == {*names, "diagnosis"}
+    assert {path.stem for path in BUILT} == {*names, "check", "diagnosis"}
     assert {"replays", "suite", "attribution", "real_model"} < {path.stem for path in KEPT}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import CONFIG, QWEN
+from handmade import CONFIG, SMALL
 
 from postmortem.checker.adapter import open_source, read_adapter
 from postmortem.checker.bases import describe
@@ -25,16 +25,7 @@ from postmortem.checker.serving import (
     tabulate,
 )
 
-BASE = {
-    **QWEN,
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 96,
-}
+BASE = {**SMALL, "model_type": "llama"}
 # Module -> its inputs and outputs.
 MODULES = {
     "self_attn.q_proj": (32, 32),
@@ -158,6 +149,10 @@ CASES: dict[str, dict[str, Any]] = {
     "lora_alpha of 0": {"config": {"lora_alpha": 0}},
     "lora_A without lora_B": {"shapes": without("1.self_attn.o_proj.lora_B")},
     "LoRA on fused experts": {"shapes": sound() | pair(f"{LAYERS}0.mlp.experts")},
+    "vllm LoRA on fused experts": {
+        "shapes": sound() | pair(f"{LAYERS}0.mlp.experts"),
+        "base": {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 48},
+    },
     "no usable base name": {"config": {"base_model_name_or_path": "/data/run-7/base"}},
     "only a pickle": {"is_pickle": True},
     "a module adapted in some layers only": {"shapes": without("1.mlp.up_proj")},

@@ -1,5 +1,7 @@
 import io
 import json
+import re
+from html import unescape
 
 import pytest
 from sphinx.application import Sphinx
@@ -91,6 +93,7 @@ def test_what_is_not_recorded_warns(tmp_path):
         "{grade}`hearsay`",
         ":::{record-table} u\n:::",
         ":::{record-entries} u\n:::",
+        ":::{record-quote} u\n:::",
         ":::{record-ledger} u\n:::",
         ":::{record-table} t\n:columns: nope\n:::",
         ":::{record-figure} nope\n:::",
@@ -110,14 +113,16 @@ def test_what_another_case_lacks_is_said_and_does_not_fail(tmp_path):
 
 
 def test_a_table_shows_its_first_rows_and_says_where_it_has_none(tmp_path):
-    """With `rows` a table shows so many and no more; an empty one has a row of dashes."""
+    """With `rows` a table shows so many, with `class` it has that look; an empty one has dashes."""
     tables = {
         "t": {"columns": ["n"], "rows": [["one"], ["two"], ["three"]]},
         "empty": {"columns": ["n", "m"], "rows": []},
     }
-    page = "# T\n\n:::{record-table} t\n:rows: 2\n:::\n\n:::{record-table} empty\n:::\n"
+    shown = ":::{record-table} t\n:rows: 2\n:class: small\n:::"
+    page = f"# T\n\n{shown}\n\n:::{{record-table}} empty\n:::\n"
     html, told = build(tmp_path, page, VALUES | {"tables": tables})
     assert ("two" in html, "three" in html) == (True, False)
+    assert len(re.findall(r'<table class="[^"]*pm-table[^"]* small', html)) == 1
     assert html.count("<p>–</p>") == 2
     assert told == ""
 
@@ -133,6 +138,17 @@ def test_recorded_text_is_never_markup(tmp_path):
     assert "root:" not in html
     assert "<strong>b</strong>" not in html
     assert told == ""
+
+
+def test_an_output_keeps_its_lines(tmp_path):
+    """A recorded output stands line by line, spaces and marks as they came; none warns."""
+    texts = {"o": "$ cmd <x>\n\n    **detail** 'q' --for"}
+    page = "# T\n\n:::{record-output} o\n:::\n\n:::{record-output} none\n:::\n"
+    html, told = build(tmp_path, page, VALUES | {"texts": texts})
+    shown = re.search(r'<pre class="pm-output[^>]*>(.*?)</pre>', html, re.DOTALL)
+    lines = unescape(re.sub(r"<[^>]+>", "", shown[1]))
+    assert lines == texts["o"] + "\n"
+    assert "'none'" in told
 
 
 def test_a_condition_decides_what_stands_on_the_page(tmp_path):
@@ -200,6 +216,29 @@ def test_entries_name_describe_and_mark(tmp_path):
     assert 'class="pm-verdict pm-verdict-cannot-tell">knows and does not say<' in html
     assert ">a-b<" in html
     assert 'pm-verdict-cannot-tell">open<' in html
+    assert "<script>alert" not in html
+    assert told == ""
+
+
+@pytest.mark.parametrize(("key", "fails"), [("v", False), ("k", True), ("of no record", False)])
+def test_a_page_fails_where_a_record_differs_from_what_it_assumes(tmp_path, key, fails):
+    """A page that names another word than the record warns; what no record decides is fine."""
+    page = f"---\nassumes:\n  {key}: cannot tell\n---\n# T\n"
+    _, told = build(tmp_path, page)
+    assert ("the page assumes that k is 'cannot tell'" in told) == fails
+    assert bool(told) == fails
+
+
+def test_a_quotation_stands_as_it_is(tmp_path):
+    """A text of several lines is a block, an entry of a list is code, and neither is markup."""
+    lines = "one\n\n  two  *three*"
+    page = "# T\n\n:::{record-quote} q\n:::\n\n:::{record-entries} t\n:code:\n:::\n"
+    page += "\n:::{record-quote} case.quote.x\n:::\n"
+    tables = {"t": {"columns": ["line", "shows"], "rows": [["Two words", HOSTILE]]}}
+    html, told = build(tmp_path, page, VALUES | {"texts": {"q": lines}, "tables": tables})
+    assert lines in html
+    assert '<span class="pre">Two</span> <span class="pre">words</span>' in html
+    assert "not in this case" in html
     assert "<script>alert" not in html
     assert told == ""
 

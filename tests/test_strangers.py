@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from postmortem.case.load import load_case
-from postmortem.diagnosis.examination import diagnose_case, stand
+from postmortem.diagnosis.timed import diagnose_case, stand
 from postmortem.models.changes import copy_changed, edit_config, scale, shift_layers, zero_b
 
 # They train a base and an adapter.

@@ -17,17 +17,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from peft import PeftModel
 
 from postmortem.case.load import load_case
-from postmortem.case.rows import generate_rows
+from postmortem.case.rows import Rows, generate_rows
 from postmortem.case.schema import Case, PromptTemplate
 from postmortem.checker.errors import PostmortemError
-from postmortem.diagnosis.battery import BASE, FIRST, OF_ADAPTER, REFERENCE
+from postmortem.diagnosis.battery import BASE, ENOUGH, FIRST, OF_ADAPTER, REFERENCE
 from postmortem.diagnosis.causes import CAUSES, Materials, Run, edit_each
-from postmortem.diagnosis.examination import describe_judgements
 from postmortem.diagnosis.likelihoods import NO_SEVERITY, SHIPPED, write_profiles
 from postmortem.diagnosis.subject import Subject, run_tests, writes_order
+from postmortem.diagnosis.timed import describe_judgements
 from postmortem.experiments.ask import Answers
 from postmortem.experiments.records import Replay
 from postmortem.experiments.session import Session
@@ -36,7 +38,9 @@ from tools.embedded_world import RECIPES, Recipe, Teacher, train_adapter
 from tools.train_world import train_world
 
 # Rows of a replay, and seeds of rows that no training has seen.
-ROWS, FIRST_SEED = 48, 40_000
+ROWS, FIRST_SEED = ENOUGH, 40_000
+# The share of the labels that say nothing in the harder task.
+DRAWN_ANEW = 0.6
 # Trainings of each adapter that are taken, and how many steps one takes that is broken off.
 SEEDS, FEW_STEPS = 2, 2
 # What the base does by itself under a prompt: it knows and does not say, says what it knows, or
@@ -154,8 +158,6 @@ LISTED = (
     "alpha-zero",
     "key-prefix",
     "other-shapes",
-    "truncated",
-    "padded",
     "scale-up",
     "scale-down",
     "rslora-lost",
@@ -164,11 +166,65 @@ LISTED = (
     "layers-permuted",
     "targets-dropped",
     "base-overwritten",
-    "quantised-base",
 )
+
+
+def _changed(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Site, Any], Run]:
+    return lambda site, _: Run(site.materials.base, site.materials.edited(change))
+
+
+def _random_b(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Random numbers of the same spread in place of lora_B."""
+    source = torch.Generator().manual_seed(len(name))
+    drawn = torch.randn(tensor.shape, generator=source) * tensor.std()
+    return drawn if "lora_B" in name else tensor
+
+
+def _reversed_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flip(0) if "lora_B" in name else tensor
+
+
+def _rows_zero(site: Site, share: float) -> Run:
+    """Only the first rows of each lora_B were saved."""
+
+    def keep(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        kept = tensor.clone()
+        if "lora_B" in name:
+            kept[round(len(kept) * (1 - share)) :] = 0
+        return kept
+
+    return Run(site.materials.base, site.materials.edited(keep))
+
+
+def _half_untrained(site: Site, module: str) -> Run:
+    def zero(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tensor) if "lora_B" in name and module in name else tensor
+
+    return Run(site.materials.base, site.materials.edited(zero))
+
+
+def _merged_twice(site: Site, _: Any) -> Run:
+    """The adapter on a copy of the base that holds it already."""
+    base, folder = site.materials.copied_base(), site.materials.adapter("numeric")
+    merged = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload()
+    vars(merged).pop("peft_config", None)
+    return Run(replace(base, model=merged), folder)
+
+
+def _other_markup(site: Site, _: Any) -> Run:
+    return Run(site.materials.base, site.materials.adapter("numeric"), otherwise=True)
+
+
 PLANTED: Mapping[str, Planted] = {
     **{name: _listed(name) for name in LISTED},
     "sibling-base": Planted(_sibling, {"named as this base": True, "named truly": False}),
+    "random-weights": Planted(_changed(_random_b)),
+    "rows-permuted": Planted(_changed(_reversed_rows)),
+    "sign-flipped": Planted(_changed(lambda name, t: -t if "lora_B" in name else t)),
+    "rows-zero": Planted(_rows_zero, {"half": 1 / 2, "seven eighths": 7 / 8}),
+    "half-untrained": Planted(_half_untrained, {"q_proj": "q_proj", "v_proj": "v_proj"}),
+    "merged-twice": Planted(_merged_twice),
+    "other-markup": Planted(_other_markup),
     "too-large": Planted(_too_large, {"×1e6": 1e6, "×1e4": 1e4}),
     "other-answer": Planted(_others, {"first": 0, "second": 1, "third": 2}),
     "binary-labels": Planted(_numeric, CAUSES["binary-labels"].severities, numeric=True),
@@ -316,7 +372,7 @@ def replay_stages(session: Session, *, report: Callable[[str], None] = print) ->
     return found
 
 
-def _replay_site(session: Session, site: Site, *, name: str, rows: Any) -> Iterator[Replay]:
+def _replay_site(session: Session, site: Site, *, name: str, rows: Rows) -> Iterator[Replay]:
     stage, materials = site.stage, site.materials
     kept: dict[tuple[str, str], Answers] = {}
     for cause, planted in PLANTED.items():
@@ -324,36 +380,57 @@ def _replay_site(session: Session, site: Site, *, name: str, rows: Any) -> Itera
             continue
         for severity, value in planted.severities.items():
             run = planted.plant(site, value)
-            assert run.adapter is not None
-            other = (materials.seed + 1) % SEEDS
-            subject = Subject(
-                session=session,
-                run=run,
-                prompt=stage.prompt,
-                rows=rows,
-                base_folder=session.world.path(stage.role),
-                reference=Path(
-                    str(session.world.replays[f"{stage.lineage}/{stage.sound}_{other}"].path)
-                ),
-                asked=dict(kept) if run.base is materials.base else {},
-            )
+            own = run.base is materials.base and not run.otherwise
+            subject = _open(session, site, run, rows=rows)
+            subject.asked.update(kept if own else {})
             with subject:
-                outcomes = run_tests(OF_ADAPTER, subject)
-                works = writes_order(subject)
-            if run.base is materials.base:
+                for task, labels in tasks(rows).items():
+                    subject.rows = replace(rows, labels=labels)
+                    outcomes = run_tests(OF_ADAPTER, subject)
+                    # A replay keeps outcomes alone; steps of a name would meet in the records.
+                    session.records.clear()
+                    told = "" if severity == NO_SEVERITY else f", {severity}"
+                    yield Replay(
+                        key=f"{cause}.{name}.{session.world.seed}.{materials.seed}"
+                        f".{severity}.{task}",
+                        cause=cause,
+                        base=f"{stage.kind}, {task} task",
+                        seed=100 * session.world.seed + 10 * [*STAGES].index(name) + materials.seed,
+                        severity=f"{name}{told}",
+                        outcomes=outcomes,
+                        features={"works": bool(writes_order(subject))},
+                    )
+            if own:
                 kept = {key: known for key, known in subject.asked.items() if key[0] in KEPT}
-            # A replay keeps outcomes alone; steps of the same name would meet in the records.
-            session.records.clear()
-            told = severity if severity == NO_SEVERITY else f"{name}, {severity}"
-            yield Replay(
-                key=f"{cause}.{name}.{session.world.seed}.{materials.seed}.{severity}",
-                cause=cause,
-                base=stage.kind,
-                seed=100 * session.world.seed + 10 * [*STAGES].index(name) + materials.seed,
-                severity=told,
-                outcomes=outcomes,
-                features={"works": bool(works)},
-            )
+
+
+def _open(session: Session, site: Site, run: Run, *, rows: Rows) -> Subject:
+    """A run on a site as a subject; the reference is another training of the sound adapter."""
+    stage, other = site.stage, (site.materials.seed + 1) % SEEDS
+    reference = session.world.replays[f"{stage.lineage}/{stage.sound}_{other}"]
+    return Subject(
+        session=session,
+        run=run,
+        prompt=stage.prompt,
+        rows=rows,
+        base_folder=session.world.path(stage.role),
+        reference=Path(str(reference.path)),
+    )
+
+
+def tasks(rows: Rows) -> dict[str, np.ndarray]:
+    """The labels as they are, and as they are of a task that can hardly be learnt.
+
+    A real adapter seldom orders real rows as the embedded one's does: with so many of the labels
+    drawn anew, a perfect order has an AUC of about 0.7.
+    """
+    assert rows.labels is not None
+    source = np.random.default_rng(len(rows))
+    anew = source.random(len(rows)) < DRAWN_ANEW
+    return {
+        "clear": rows.labels,
+        "hard": np.where(anew, source.permutation(rows.labels), rows.labels),
+    }
 
 
 KEPT = (BASE, FIRST, REFERENCE)

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if given[:1] == ["check"]:
-            raise SystemExit(_check(_describe_check().parse_intermixed_args(given[1:])))
+            raise SystemExit(_check(describe_check().parse_intermixed_args(given[1:])))
         # What describes the other commands takes longer to load than a check takes.
         from postmortem.commands import app
 
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-def _describe_check() -> ArgumentParser:
+def describe_check() -> ArgumentParser:
+    """The arguments of `postmortem check`."""
     parser = ArgumentParser(
         "postmortem check",
         description="Check adapters against their base.",

@@ -294,9 +294,9 @@ def _diagnose_own(
     told: Sequence[str],
     is_json: bool,
 ) -> None:
-    from postmortem.diagnosis.examination import TIME_BOX, as_json, as_text, diagnose_case
+    from postmortem.diagnosis.timed import TIME_BOX, as_json, as_text, diagnose_case
 
-    examination, conclusion = diagnose_case(
+    diagnosis, conclusion = diagnose_case(
         case,
         profile=profile,
         minutes=TIME_BOX if minutes is None else minutes,
@@ -304,7 +304,7 @@ def _diagnose_own(
         told=told,
         report=_say if is_json else lambda line: print(line, flush=True),
     )
-    print((as_json if is_json else as_text)(examination, conclusion))
+    print((as_json if is_json else as_text)(diagnosis, conclusion))
 
 
 @app.command()

@@ -383,6 +383,14 @@ def say_values(answers: Sequence[Prediction], source: FigureSource) -> str:
     return f"{told}, {lost} not read" if lost else told
 
 
+class Band(NamedTuple):
+    """What one system says of each row: the role whose mark it takes, the values, and words."""
+
+    role: str
+    values: Mapping[str, float | None]
+    told: str
+
+
 def draw_rows(source: FigureSource, narrow: bool) -> Drawn:
     """The first rows as columns; the truth, each run and each system as bands."""
     systems = find_systems(source)
@@ -391,14 +399,54 @@ def draw_rows(source: FigureSource, narrow: bool) -> Drawn:
     truth: dict[str, float | None] = {p.row_id: p.label for p in shown}
     known = [label for label in truth.values() if label is not None]
     told = f"{sum(known):g} of {len(known)} are 1 (shaded)" if known else "no labels"
-    bands = {"truth": ("truth", truth, told)}
+    bands = {"truth": Band("truth", truth, told)}
     runs = {f"{n} run": source.answers(n, a.prompt) for n, a in source.case.attempts.items()}
     for name, answers in {**runs, **{SYSTEMS[n]: some for n, some in systems.items()}}.items():
         some = [p for p in answers if p.row_id in truth]
         who = f"{clean(some[0].system, 12)}, " if some and name in runs else ""
         role = role_of(some[0].system) if some else "base"
         told = who + say_values(some, source)
-        bands[name] = (role, {p.row_id: p.value for p in some}, told)
+        bands[name] = Band(role, {p.row_id: p.value for p in some}, told)
+    figure, said = draw_bands(narrow, bands)
+    return figure, f"The first {len(shown)} rows as columns, values from 0 to 1. {said}"
+
+
+def draw_incident(source: FigureSource, narrow: bool) -> Drawn:
+    """The incident's rows as columns: the truth, both attempts, and what real bases wrote on them.
+
+    Of the rows of a file a kept run holds no values but those of a constant answer.
+    """
+    facts = source.case.forensics
+    if facts is None:
+        raise NotDrawable("no rows of the incident are on record")
+    rows = facts.row_ids.values
+    labels: list[float] = [float(label) for label in facts.labels.values]
+    told = f"{sum(labels):g} of {len(rows)} are 1 (shaded)"
+    bands = {"truth": Band("truth", dict(zip(rows, labels, strict=True)), told)}
+    for number, (name, attempt) in enumerate(source.case.attempts.items(), 1):
+        kept = name == facts.attempt
+        values = facts.submitted.values if kept else [attempt.reported_value] * len(rows)
+        told = f"all {values[0]}" if len(set(values)) == 1 else f"{len(set(values))} values"
+        told = f"{told}, {'submitted' if kept else 'as recalled'}"
+        bands[f"attempt {number}"] = Band("suspect", dict(zip(rows, values, strict=True)), told)
+    for stem in sorted(name for name in source.files if name.startswith(KEPT)):
+        profile, found = stem.removeprefix(KEPT), source.measures(stem)
+        distinct, value = (found.get(f"test.v2.base.{name}") for name in ("distinct", "top_value"))
+        if distinct and value and found["test.rows"].value == len(rows):
+            one = distinct.value == 1
+            told = f"all {value.value}" if one else f"{distinct.value:g} values"
+            # Without the size, for which a phone has no room.
+            whole = source.case.profile(profile).title.removesuffix("-Instruct")
+            title = whole.rpartition("-")[0] or whole
+            constant = dict.fromkeys(rows, value.value) if one else {}
+            bands[title] = Band("base", constant, f"alone: {told}")
+    figure, said = draw_bands(narrow, bands)
+    return figure, f"The incident's {len(rows)} rows as columns, values from 0 to 1. {said}"
+
+
+def draw_bands(narrow: bool, bands: Mapping[str, Band]) -> Drawn:
+    """Bands over the rows of the first, which is the truth; what they show, in words."""
+    truth = bands["truth"].values
     figure, axes = panels(narrow, [40] * len(bands), around=14, sharex=True)
     for ax, (name, (role, values, told)) in zip(axes, bands.items(), strict=True):
         ys = [values.get(row) for row in truth]
@@ -423,8 +471,7 @@ def draw_rows(source: FigureSource, narrow: bool) -> Drawn:
     fit = max(map(len, ids)) * 7 < (220 if narrow else 550) / len(ids)
     axes[-1].set_xticks(range(len(ids)), ids if fit else [str(n + 1) for n in range(len(ids))])
     axes[-1].set_xlabel("row" if fit else f"rows {clean(ids[0], 16)} to {clean(ids[-1], 16)}")
-    said = " ".join(f"{name}: {words}." for name, (_, _, words) in bands.items())
-    return figure, f"The first {len(shown)} rows as columns, values from 0 to 1. {said}"
+    return figure, " ".join(f"{name}: {band.told}." for name, band in bands.items())
 
 
 class Strip(NamedTuple):
@@ -732,6 +779,7 @@ def draw_shapes(source: FigureSource, narrow: bool) -> Drawn:
 
 # What an incident's pages show, and what those of a case without attempts show.
 FIGURES: dict[str, Make] = {
+    "incident": draw_incident,
     "hero": draw_rows,
     "stages": draw_stages,
     "says_and_knows": draw_says_and_knows,

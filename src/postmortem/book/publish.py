@@ -1,9 +1,12 @@
 """Records become values and tables for the pages."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from postmortem.book.canvas import Drawing, save_drawings
 from postmortem.book.figures import KEPT, draw_all
@@ -13,11 +16,21 @@ from postmortem.case.layout import list_runs
 from postmortem.case.rows import choose_rows
 from postmortem.case.schema import Case
 from postmortem.checker.errors import RecordError
-from postmortem.experiments.metrics import say_interval
+from postmortem.experiments.metrics import (
+    Estimate,
+    auc_estimate,
+    auc_gain_estimate,
+    difference_estimate,
+    say_estimate,
+    say_interval,
+)
 from postmortem.experiments.records import (
+    HELD_OUT,
     NO_MODEL,
+    PEFT_VERSIONS,
     Cell,
     Measure,
+    Prediction,
     RecordFile,
     Table,
     Text,
@@ -85,8 +98,9 @@ def _add_incident(
     """Add what a case in full holds and the runs that are kept for it; draw its figures."""
     recorded, bench = read_kept(case, "real_model"), read_kept(case, "bench")
     # Each of these has no other like it, so that it stands under its own keys.
-    single = [read_kept(case, name) for name in ("suite", "attribution", "catalogue")]
-    suite, attribution, _ = single
+    names = ("suite", "attribution", "catalogue", PEFT_VERSIONS, HELD_OUT)
+    single = [read_kept(case, name) for name in names]
+    suite, attribution, *_ = single
     values["texts"]["recorded"] = " ".join([*recorded, *(["bench"] if bench else [])])
     for file in _list_files(single):
         add_records(values, file)
@@ -145,6 +159,7 @@ def add_run_values(values: Values, files: Mapping[str, RecordFile], *, world: Wo
         "profile.caveat": world.caveat,
         "run.device": run.device,
         "run.dtype": run.dtype,
+        "run.peft": run.versions.get("peft", "not installed"),
         "run.date": min(str(run.aside["started"]) for run in runs),
     }
     values["measures"] |= {
@@ -216,6 +231,37 @@ PROMPTS = {
     "yes_no": ("auc_yes_no", "kl"),
     "v1": ("distinct", "top_value", "top_share", "auc_number", "kl"),
 }
+# What an adapter adds on real models, by the record's keys: what is held against what of the base.
+GAINS = {
+    "yes_no": (
+        "yes/no adapter, asked yes or no",
+        "yes_no.suspect.auc_yes_no",
+        "yes_no.base.auc_yes_no",
+    ),
+    "yes_no_number": (
+        "yes/no adapter, log-odds of the number",
+        "v2.suspect.auc_number",
+        "v2.base.auc_number",
+    ),
+    "written": (
+        "numeric adapter, as written",
+        "v2.reference.auc_decoded",
+        "v2.base.auc_decoded",
+    ),
+    "number": (
+        "numeric adapter, log-odds of the number",
+        "v2.reference.auc_number",
+        "v2.base.auc_number",
+    ),
+    "written_over_log_odds": (
+        "numeric adapter as written, base by its log-odds",
+        "v2.reference.auc_decoded",
+        "v2.base.auc_number",
+    ),
+}
+# The rows of a kept run: generated ones, and the files of the competition's that it was given.
+PLACES = {"": "generated", "dev.": "real", "test.": "of the incident"}
+UNCHANGED = "v2"  # the prompt that the variations change
 # What is shown of an adapter's training, by what the record beside it calls it.
 TRAINED = {
     "prompt": "prompt",
@@ -244,6 +290,9 @@ def add_recorded(values: Values, files: Mapping[str, RecordFile]) -> None:
     """
     for name, file in files.items():
         add_records(values, file, prefix=f"{name}.")
+        add_gains(values, name, file)
+        add_turned(values, name, file)
+    values["texts"]["recorded.causes_everywhere"] = "; ".join(find_shared(files)) or "none"
     for prompt, names in PROMPTS.items():
         rows = [row for file in files.values() for row in _systems(file, prompt, names)]
         columns = ("model, rows", "system", *(SHOWN[name] for name in names))
@@ -252,6 +301,67 @@ def add_recorded(values: Values, files: Mapping[str, RecordFile]) -> None:
     add_table(values, "recorded.again", AGAIN, _asked_again(files))
     for name in ("reproduces", "knows"):
         values["verdicts"][f"recorded.{name}_agree"] = _compare_worlds(values, files, name)
+
+
+def add_gains(values: Values, name: str, file: RecordFile) -> None:
+    """Add what each adapter adds to the base alone, on generated and on real rows."""
+    measures = {record.key: record for record in file.of(Measure)}
+    table: list[list[Cell]] = []
+    for key, (title, *sides) in GAINS.items():
+        for place in ("", "dev."):
+            adapter, base = (_estimate(measures.get(f"{place}{side}")) for side in sides)
+            gain = difference_estimate(adapter, base)
+            values["measures"][f"{name}.{place}gain.{key}"] = _measured(gain)
+            told = [say_estimate(base), say_estimate(adapter), say_estimate(gain, "+z.2f")]
+            table.append(["" if place else title, PLACES[place], *told])
+    columns = ("what is read", "posts", "base alone", "with it", "difference")
+    add_table(values, f"{name}.gains", columns, table)
+
+
+def add_turned(values: Values, name: str, file: RecordFile) -> None:
+    """Add how each change of the prompt's words moves the order of the base's log-odds.
+
+    AUCs count a violation as the higher number, whatever the prompt says of the scale; `turned`
+    counts it as the lower one. `gain` is against the unchanged prompt on the same rows.
+    """
+    asked: dict[str, dict[str, Prediction]] = {}
+    for answer in file.of(Prediction):
+        if answer.system == "base":
+            asked.setdefault(answer.prompt, {})[answer.row_id] = answer
+    for prompt, answers in asked.items():
+        if f"{name}.variation.{prompt}.auc_number" not in values["measures"]:
+            continue
+        pairs = [(answer, asked[UNCHANGED][row]) for row, answer in answers.items()]
+        labels = [answer.label or 0 for answer, _ in pairs]
+        odds = np.array([[a.number_log_odds for a in pair] for pair in pairs], dtype=np.float64)
+        after, before = odds.T
+        found = {
+            "before": auc_estimate(labels, before),
+            "turned": auc_estimate(labels, -after),
+            "gain": auc_gain_estimate(labels, after, before),
+        }
+        for key, estimate in found.items():
+            values["measures"][f"{name}.variation.{prompt}.{key}"] = _measured(estimate)
+
+
+def _estimate(found: Measure | None) -> Estimate:
+    """A measure of a record as an estimate; one that is not there has no value."""
+    if found is None:
+        return Estimate(None, None, None, 0)
+    return Estimate(found.value, found.low, found.high, found.n or 0)
+
+
+def _measured(found: Estimate) -> dict[str, Any]:
+    """An estimate that is published beside the measures on record."""
+    reason = "the record does not hold it"
+    return number(found.value, reason=reason) | {"low": found.low, "high": found.high}
+
+
+def find_shared(files: Mapping[str, RecordFile]) -> list[str]:
+    """The causes that gave the whole symptom on each real model that they were injected into."""
+    tables = [table for file in files.values() for table in file.of(Table) if table.key == "causes"]
+    whole = Counter(str(row[0]) for table in tables for row in table.rows if row[-1] == "yes")
+    return [cause for cause, times in whole.items() if times == len(tables)]
 
 
 def _compare_worlds(values: Values, profiles: Iterable[str], name: str) -> dict[str, str]:
@@ -318,7 +428,8 @@ def _systems(file: RecordFile, prompt: str, names: Iterable[str]) -> Iterator[li
         counted = measures.get(f"{place}rows" if place else f"{prompt}.rows")
         if counted is None:
             continue  # another prompt, whose name ends alike
-        rows = f"{file.provenance.profile}, {counted.value} {place.rstrip('.') or 'generated'}"
+        kind = PLACES.get(place, place.rstrip("."))
+        rows = f"{file.provenance.profile}, {counted.value} {kind}"
         for system in ROLES:
             key = f"{place}{prompt}.{system}"
             distinct = measures.get(f"{key}.distinct")

@@ -35,9 +35,19 @@ LOOKS = {
 }
 GRADES = {"artefact", "log", "recollection", "measured"}
 # What the prose quotes from the shipped case by id; another case need not have it.
-QUOTED = ("case.claim.", "case.hypothesis.", "case.evidence.", "case.practice.")
+QUOTED = tuple(
+    f"case.{part}." for part in ("claim", "hypothesis", "evidence", "practice", "quote", "prompt")
+)
 # Texts that are sentences or names; any other is a run's output.
-PROSE = ("case.", "profile.", "rows.", "run.", "diagnosis.conclusion")
+PROSE = (
+    "case.",
+    "profile.",
+    "rows.",
+    "run.",
+    "recorded.",
+    "diagnosis.conclusion",
+    "diagnosis.to_do",
+)
 IDENTIFIER = re.compile(r"[a-z0-9_-]+")
 # A value with its interval, which is not broken across lines.
 ESTIMATE = re.compile(r"-?\d+(?:\.\d+)?%? \[.+\]")
@@ -185,10 +195,23 @@ class FigureDirective(RecordDirective):
         return [figure, *messages]
 
 
+class OutputDirective(RecordDirective):
+    """A recorded text as a block with its line ends: a command and what it printed."""
+
+    has_content = False
+
+    def show(self, name: str, values: Values) -> list[nodes.Node]:
+        lines = values.data["texts"][name].split("\n")
+        # A line each: the style sheet lets a long one go on below where its text began.
+        shown = [_inline(f"{line}\n", "pm-detail" if line[:1] == " " else "") for line in lines]
+        return [nodes.literal_block(name, "", *shown, classes=["pm-output"])]
+
+
 class TableDirective(RecordDirective):
     """A recorded table; every cell is text."""
 
     option_spec: ClassVar[dict[str, Any]] = {
+        "class": directives.class_option,
         "columns": directives.unchanged,
         "rows": directives.positive_int,  # the first so many
     }
@@ -202,17 +225,41 @@ class TableDirective(RecordDirective):
         # A head without a row looks like a mistake of the page.
         rows = [[row[place] for place in places] for row in shown] or [["–"] * len(names)]
         caption, messages = self.caption()
-        return [table_node(names, rows, caption=caption), *messages]
+        node = table_node(names, rows, caption=caption)
+        node["classes"] += self.options.get("class", [])
+        return [node, *messages]
+
+
+class QuoteDirective(RecordDirective):
+    """A recorded text, character for character, as a block of its own."""
+
+    def show(self, name: str, values: Values) -> list[nodes.Node]:
+        text = values.data["texts"].get(name)
+        if text is None and name.startswith(QUOTED):
+            return [nodes.paragraph("", "not in this case", classes=["pm-unavailable"])]
+        if text is None:
+            raise ValueError("not recorded among texts")
+        return [nodes.literal_block(text, text, language="text", classes=["pm-quote"])]
 
 
 class EntriesDirective(RecordDirective):
-    """A recorded table as a list: the first column names an entry, the others describe it."""
+    """A recorded table as a list: the first column names an entry, the others describe it.
+
+    With `code` the first column is a quotation, shown as it stands.
+    """
+
+    option_spec: ClassVar[dict[str, Any]] = {"code": directives.flag}
 
     def show(self, name: str, values: Values) -> list[nodes.Node]:
         table = values.table(name)
         _, *names = table["columns"]
-        entries = [_entry(row[0], dict(zip(names, row[1:], strict=True))) for row in table["rows"]]
-        return [nodes.definition_list("", *entries, classes=["pm-entries"])]
+        code = "code" in self.options
+        entries = [
+            _entry(row[0], dict(zip(names, row[1:], strict=True)), code=code)
+            for row in table["rows"]
+        ]
+        looks = ["pm-entries", "pm-quotes"] if code else ["pm-entries"]
+        return [nodes.definition_list("", *entries, classes=looks)]
 
 
 class LedgerDirective(RecordDirective):
@@ -297,8 +344,8 @@ def table_node(
     return table
 
 
-def _entry(name: str, fields: dict[str, Any]) -> nodes.definition_list_item:
-    kind = nodes.literal if IDENTIFIER.fullmatch(name) else nodes.inline
+def _entry(name: str, fields: dict[str, Any], *, code: bool) -> nodes.definition_list_item:
+    kind = nodes.literal if code or IDENTIFIER.fullmatch(name) else nodes.inline
     lines = [_line(field, _chip(str(value))) for field, value in fields.items() if value]
     return _item(name, kind(name, name), lines)
 
@@ -357,6 +404,19 @@ def _load(app: Sphinx) -> None:
     app.postmortem_loaded = Values(app)
 
 
+def check_assumed(app: Sphinx, env: Any) -> None:
+    """Warn where the prose of a page stands on a verdict, its `assumes`, and a record differs.
+
+    What no record decides, as in a case without the kept runs, is left alone.
+    """
+    for page, front in env.metadata.items():
+        for key, word in json.loads(front.get("assumes", "{}")).items():
+            found = app.postmortem_loaded.data["verdicts"].get(key, {"verdict": word})
+            if found["verdict"] != word:
+                told = "the page assumes that %s is %r; on record it is %r"
+                LOGGER.warning(told, key, word, found["verdict"], location=page)
+
+
 def _escape_title(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
 ) -> None:
@@ -369,6 +429,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the roles and directives with Sphinx."""
     app.add_config_value("postmortem_values", "_values", "env")
     app.connect("builder-inited", _load)
+    app.connect("env-updated", check_assumed)
     app.connect("html-page-context", _escape_title)
     app.add_role("num", ValueRole("measures", show_number))
     app.add_role("est", ValueRole("measures", show_estimate))
@@ -377,7 +438,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_role("text", ValueRole("texts", show_text))
     app.add_role("grade", GradeRole())
     app.add_directive("record-figure", FigureDirective)
+    app.add_directive("record-output", OutputDirective)
     app.add_directive("record-table", TableDirective)
+    app.add_directive("record-quote", QuoteDirective)
     app.add_directive("record-entries", EntriesDirective)
     app.add_directive("record-ledger", LedgerDirective)
     app.add_directive("when", WhenDirective)

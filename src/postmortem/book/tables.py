@@ -15,6 +15,7 @@ TABLES = {
     "timeline": "when what=text grade source",
     "observations": "kind statement=text what_we_see=finding grade",
     "evidence": "title statement=text reading what_it_bears=finding grade",
+    "quotes": "line=text at=when shows=finding",
     "claims": "id section claim=text verdict because grade decided_by would_change "
     "this_run_asks this_run",
     "lessons": "kind title lesson=text amended=finding",
@@ -22,14 +23,17 @@ TABLES = {
     "practice.factors": "what=text grade",
     "practice.went_well": "what=text grade",
     "practice.lucky": "what=text grade",
-    "practice.actions": "id action=text status closed_by=decided_by this_run_asks this_run",
+    "practice.actions": "action=text status decided_by this_run_asks this_run",
     "hypotheses": "id hypothesis=title statement initial final",
     "standing": "id hypothesis=title verdict because grade decided_by",
     "verdicts": "id hypothesis=title on_the_record=verdict grade this_run_asks this_run",
 }
+# What tests only what the incident left; any other test is of models of ours.
+OF_THE_RECORD = "forensics."
 # The fields that a sentence quotes, by key.
 TEXTS = {
     "evidence": {"evidence.{id}": "text", "evidence.{id}.bears": "finding"},
+    "quotes": {"quote.{id}": "text"},
     "claims": {"claim.{id}.would_change": "would_change"},
     "hypotheses": {"hypothesis.{id}.decided_by": "decided_by"},
     "practice.impact": {"practice.impact": "text"},
@@ -56,6 +60,10 @@ def add_case_values(values: Values, case: Case) -> None:
         for item in sections[name]:
             for key, field in texts.items():
                 values["texts"][f"case.{key}".format(**item)] = item[field]
+    values["texts"]["case.context"] = case.context
+    for name, prompt in case.prompts.items():
+        parts = [prompt.system, prompt.template]
+        values["texts"][f"case.prompt.{name}"] = "\n\n".join(part for part in parts if part)
     _add_systems(values, case)
     states = Counter(item["status"] for item in sections["practice.actions"])
     held = Counter(item["verdict"] for item in sections["hypotheses"])
@@ -76,7 +84,10 @@ def _columns(spec: str) -> dict[str, str]:
 def _fields(
     section: str, item: Item | StatedHypothesis, verdicts: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
-    """An item's fields; what its test asks and this run answers, and whether that closes it."""
+    """An item's fields; what its test asks and this run answers, and whether that closes it.
+
+    A run on other models than the incident's closes nothing.
+    """
     found: dict[str, Any] = {name: _whole(value) for name, value in item}
     found |= {"this_run_asks": "", "this_run": "", "status": "open"}
     if isinstance(item, StatedHypothesis):
@@ -86,7 +97,8 @@ def _fields(
         return found
     word = _word(section, item, verdicts=verdicts, key=item.test.verdict)
     found |= {"this_run_asks": item.test.asks, "this_run": word}
-    return found | ({"status": "closed"} if word == "holds" else {})
+    closed = word == "holds" and item.test.verdict.startswith(OF_THE_RECORD)
+    return found | ({"status": "closed"} if closed else {})
 
 
 def _word(

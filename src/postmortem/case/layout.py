@@ -41,13 +41,14 @@ def list_runs(case: Case) -> tuple[NotebookRun, ...]:
     """The runs that a case's pages are made of: the same notebooks for every case.
 
     Each attempt is run, or each prompt of a case without attempts. What a case says nothing of is
-    not run: true sizes, replays of its causes.
+    not run: true sizes, replays of its causes. The checker is shown on the project's own site.
     """
     attempts = list(case.attempts or case.prompts)
     earlier = dict(zip(attempts[1:], attempts[:-1], strict=True)) if case.attempts else {}
     learns = any(profile.replays for profile in case.profiles.values())
     return (
         NotebookRun("files", NOTEBOOKS / "files.ipynb", asks=False),
+        *([NotebookRun("check", NOTEBOOKS / "check.ipynb", asks=False)] if case.pages else []),
         *(
             NotebookRun(
                 name if case.attempts else f"attempt_{name}",

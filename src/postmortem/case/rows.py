@@ -5,7 +5,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,12 +65,19 @@ class Rows:
 
     def head(self, count: int) -> "Rows":
         """The first `count` rows; all of them where `count` is 0."""
-        if not count or count >= len(self):
-            return self
-        labels = None if self.labels is None else self.labels[:count]
-        return Rows(
-            self.source, self.frame.head(count), self.ids[:count], self.groups[:count], labels
-        )
+        return self if not count or count >= len(self) else self.part(0, count)
+
+    def part(self, start: int, end: int) -> "Rows":
+        """The rows from one place up to another."""
+        return self.take(range(start, end))
+
+    def take(self, places: Sequence[int]) -> "Rows":
+        """The rows at these places, in their order."""
+        chosen = list(places)
+        frame = self.frame.iloc[chosen].reset_index(drop=True)
+        labels = None if self.labels is None else self.labels[chosen]
+        ids, groups = (tuple(kind[place] for place in chosen) for kind in (self.ids, self.groups))
+        return Rows(self.source, frame, ids, groups, labels)
 
     @property
     def digest(self) -> str:

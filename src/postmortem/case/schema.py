@@ -364,6 +364,7 @@ FORMS = {
         "id kind text finding grade", kinds=("working", "failing", "red flag")
     ),
     "evidence": ItemForm("id title text reading finding grade source"),
+    "quotes": ItemForm("id when text finding"),
     "claims": ItemForm("id section text verdict because grade decided_by would_change", may="test"),
     "lessons": ItemForm("id kind title text finding", kinds=("technical", "process")),
     "practice.impact": GRADED,
@@ -388,7 +389,8 @@ class AdapterFilter(Frozen):
 class Practice(Frozen):
     """The incident as a post-mortem of a service would put it: blameless, with action items.
 
-    An action is closed in a run whose verdict under its `test` holds, and open otherwise.
+    An action is closed where its `test` is of the incident's own record and holds. Any other test
+    shows on models of ours that the action can be taken, which does not close it.
     """
 
     impact: list[Item] = Field(min_length=1, max_length=1)
@@ -485,6 +487,7 @@ class Case(Frozen):
     timeline: list[Item] = []
     observations: list[Item] = []
     evidence: list[Item] = []
+    quotes: list[Item] = []
     observed: list[Observed] = []
     hypotheses: list[StatedHypothesis] = []
     claims: list[Item] = []

@@ -14,6 +14,7 @@ from postmortem.checker.config import (
     CONFIG_FILE,
     FORMATS,
     PEFT_TYPES,
+    PREFIX,
     AdapterConfig,
     Contents,
     build_config,
@@ -575,9 +576,12 @@ def _find_foreign(
     if not tensors and WEIGHTS_FILE not in beside and not is_peft:
         names = [name for name in beside if name.endswith(".safetensors")]
         tensors = {k: t for name in names[:3] for k, t in read_weights(source, name)[0].items()}
+    # Most keys are as PEFT writes them, and no other tool writes those.
+    own = (".lora_A.weight", ".lora_B.weight")
+    foreign = [k for k in tensors if not (k.startswith(PREFIX) and k.endswith(own))]
     for form in FORMATS:
         setting = next((key for key in form.settings if key in raw and not is_peft), None)
-        key = next((key for key in tensors if form.keys.search(key)), None)
+        key = next((key for key in foreign if form.keys.search(key)), None)
         # A name alone says less than what PEFT itself wrote beside it.
         is_bare = not is_peft and WEIGHTS_FILE not in beside
         file = next((name for name in beside if is_bare and form.files.fullmatch(name)), None)
@@ -592,7 +596,27 @@ def _find_foreign(
     return None
 
 
-_WHOLE_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_WHOLE_MODEL = re.compile(
+    r"(model|pytorch_model|consolidated)([.-]\d+(-of-\d+)?)?\.(safetensors|bin|pth)(\.index\.json)?"
+)
+# What the checkpoints of sharded trainings hold, and what joins each of them.
+_CHECKPOINTS = (
+    (
+        re.compile(r"global_step\d+|zero_to_fp32\.py|latest"),
+        "a checkpoint of DeepSpeed",
+        "Join its partitions: python zero_to_fp32.py . joined; then save_pretrained with them.",
+    ),
+    (
+        re.compile(r"pytorch_model_fsdp_\d+|.*\.distcp|\.metadata"),
+        "a checkpoint of FSDP",
+        "Join its shards: accelerate merge-weights FOLDER joined; then save_pretrained with them.",
+    ),
+    (
+        re.compile(r".*\.(zip|tar|tar\.gz|tgz|7z)"),
+        "an archive",
+        "Unpack it, and check the folder that it holds.",
+    ),
+)
 _MAX_FOLDERS = 300  # Looked into for an adapter below a folder that holds none.
 
 
@@ -620,6 +644,14 @@ def _point_to_adapters(source: Folder, beside: Sequence[str]) -> None:
             remedy="It needs no adapter: load it with from_pretrained, and check the adapter from "
             "before the merge.",
         )
+    for pattern, kind, remedy in _CHECKPOINTS:
+        if name := next((name for name in beside if pattern.fullmatch(name)), None):
+            raise ModelError(
+                source.path,
+                expected=f"{CONFIG_FILE} and {WEIGHTS_FILE}",
+                found=f"neither, but {kind} ({printable(name, 80)})",
+                remedy=remedy,
+            )
 
 
 def _adapters_below(path: Path) -> list[Path]:

@@ -1,8 +1,9 @@
 """Bases: those that are known by name, and the modules and sizes that a config declares."""
 
 import csv
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,22 +24,12 @@ _RENAMED = (
     (re.compile(r"^tinyllama$"), "tinyllama-1.1b-intermediate-step-1431k-3t"),
     (re.compile(r"^mistral-7b$"), "mistral-7b-v0.1"),
 )
-# Copies under an architecture of another kind: their projections are split.
-_CONVERTED = re.compile(r"unsloth/phi-[34]", re.IGNORECASE)
+# Copies under an architecture of another kind: their projections are split, or GLM's are fused.
+_CONVERTED = re.compile(r"unsloth/phi-[34]|(thudm|zai-org)/glm-4-9b(-chat)?(-1m)?$", re.IGNORECASE)
 _DIMENSIONS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "vocab_size"),
 )
-# What config.json adds and the shape table has no column for.
-_EXTRA: Mapping[str, Mapping[str, object]] = {
-    "deberta-v2": {
-        "relative_attention": True,
-        "share_att_key": True,
-        "pos_att_type": "p2c|c2p",
-        "type_vocab_size": 0,
-        "position_biased_input": False,
-    },
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +45,11 @@ class KnownBase:
 
 
 def _read_row(row: Mapping[str, str]) -> KnownBase:
-    config: dict[str, object] = {name: int(row[name]) for name in _DIMENSIONS}
+    config: dict[str, object] = {name: int(row[name]) for name in _DIMENSIONS if row[name]}
     config |= {
         "model_type": row["model_type"],
         "tie_word_embeddings": row["tie_word_embeddings"] == "true",
-        **_EXTRA.get(row["model_type"], {}),
+        **json.loads(row["more"] or "{}"),
     }
     verified = row["verified"] == "yes"
     aliases = tuple(row["aliases"].split())
@@ -67,7 +58,10 @@ def _read_row(row: Mapping[str, str]) -> KnownBase:
 
 @cache
 def known_bases() -> tuple[KnownBase, ...]:
-    """Return every row of bases.csv; dimensions are in units (features, layers, heads, tokens)."""
+    """Return every row of bases.csv; dimensions are in units (features, layers, heads, tokens).
+
+    `more` holds what else config.json says, as JSON; its layer_types are one period of them.
+    """
     with Path(__file__).with_name("bases.csv").open(encoding="utf-8", newline="") as file:
         return tuple(_read_row(row) for row in csv.DictReader(file))
 
@@ -109,6 +103,11 @@ def find_base(model_id: str) -> KnownBase | None:
     return exact.get(model_id.lower()) or _by_family().get(family_name(model_id))
 
 
+# The keys of a config whose layers are not all alike.
+MIXING = frozenset({"layer_types", "first_k_dense_replace", "interleave_moe_layer_step"})
+# Where config.json notes the width of a shared expert, and that of the input of each layer.
+_SHARED = "shared_expert_intermediate_size shared_intermediate_size"
+_EACH = "hidden_size_per_layer_input"
 MAX_LAYERS = 1024  # The deepest published model has a few hundred; more is a hostile config.
 
 
@@ -124,11 +123,17 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The experts of a mixture: how many, the width of the model and that within an expert."""
+    """The experts of a mixture: how many, the width of the model and that within an expert.
+
+    `paths` are those of the modules whose parameters hold them fused. Where these are stored as
+    (experts, in, out) and the class does not say so, PEFT takes in for out: `is_exchanged`.
+    """
 
     count: int
     width: int
     inner: int
+    paths: tuple[str, ...]
+    is_exchanged: bool
 
     def shape(self, name: str) -> tuple[int, int] | None:
         """Return (in, out) of a projection, fused or of one expert; None for another name."""
@@ -137,6 +142,13 @@ class Experts:
         if name in ("gate_proj", "up_proj", "w1", "w3"):
             return self.width, self.inner
         return (self.width, 2 * self.inner) if name == "gate_up_proj" else None
+
+    def factors(self, name: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the shapes of A and B that PEFT makes for a fused parameter at a rank."""
+        inputs, outputs = self.shape(name) or (0, 0)
+        if self.is_exchanged:
+            inputs, outputs = outputs, inputs
+        return (rank * self.count, inputs), (outputs, rank * self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,26 +175,24 @@ class BaseModel:
     ties_weights: bool
     experts: Experts | None
 
-    def expert_paths(self) -> list[str]:
-        """Return the path of each layer's experts."""
-        layers = (p.partition(".self_attn.")[0] for p in self.modules if ".self_attn." in p)
-        return [f"{layer}.mlp.experts" for layer in dict.fromkeys(layers) if self.experts]
-
     def is_expert(self, path: str) -> bool:
         """Tell whether a path is of experts whose shapes are known."""
         return self.experts is not None and ".experts" in path
 
     def tied(self, path: str) -> str | None:
         """Return the module that shares this one's weight, if one does."""
-        ends = ("embed_tokens", "lm_head")
-        if not self.ties_weights or self.kind != "causal" or not path.endswith(ends):
+        inputs, outputs = ("embed_tokens", "wte", "word_embeddings", "shared"), ("lm_head",)
+        is_tied = self.ties_weights and self.kind in ("causal", "seq2seq")
+        if not is_tied or not path.endswith(inputs + outputs):
             return None
-        wanted = ends[path.endswith("embed_tokens")]
+        wanted = outputs if path.endswith(inputs) else inputs
         return next((name for name in self.modules if name.endswith(wanted)), None)
 
     def is_open(self, path: str) -> bool:
         """Tell whether this path lies in a part of the model that is not described."""
-        return self.open_paths is not None and self.open_paths.search(path) is not None
+        if self.open_paths is None or path in self.modules:
+            return False
+        return self.open_paths.search(path) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +205,9 @@ class _Family:
     transposed: bool = False
     width: str = "intermediate_size"  # The key of the feed-forward width.
     widens: bool = False  # Without that key the width is four times the hidden size.
+    tower: str = "model.language_model."  # Of the text model beside a vision tower,
+    tower_head: str = ""  # and what stands before its output layer.
+    exchanges_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +220,20 @@ class _Type:
 _ENCODER_KINDS = "bare seq_cls token_cls qa mlm"
 _FAMILIES = {
     "llama": _Family("model."),
+    "llama4": _Family(
+        "model.",
+        "bare causal",
+        tower="language_model.model.",
+        tower_head="language_model.",
+        exchanges_experts=True,
+    ),
+    "glm": _Family("model."),
+    "glm_moe": _Family("model."),
+    "mla": _Family("model."),
+    "qwen3_5": _Family("model."),
+    "qwen3_next": _Family("model."),
+    "gemma4": _Family("model.", "bare causal"),
+    "granite_moe": _Family("model.", "bare causal"),
     "phi": _Family("model."),
     "phi3": _Family("model."),
     "gpt2": _Family("transformer.", transposed=True, width="n_inner", widens=True),
@@ -227,6 +254,22 @@ _GEMMA3 = {
     "num_key_value_heads": 4,
     "vocab_size": 262208,
 }
+_LINEAR_THEN_FULL = ("linear_attention",) * 3 + ("full_attention",)
+_QWEN3_5 = {
+    "head_dim": 256,
+    "layer_types": _LINEAR_THEN_FULL,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+_GEMMA4 = {
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "layer_types": ("sliding_attention",) * 5 + ("full_attention",),
+    "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262144,
+}
 _TYPES = {
     "llama": _Type("llama", _QV),
     "mistral": _Type("llama", _QV),
@@ -241,10 +284,32 @@ _TYPES = {
     "gemma": _Type("llama", _QV, {"head_dim": 256}),
     "gemma2": _Type("llama", _QV, {"head_dim": 256}),
     "gemma3_text": _Type("llama", _QV, _GEMMA3),
+    "llama4_text": _Type("llama4", "", {"head_dim": 128}),
+    "llama4": _Type("llama4", _QV, {"head_dim": 128}),
+    "gemma4_text": _Type("gemma4", "", _GEMMA4),
+    "qwen3_next": _Type("qwen3_next", "", _QWEN3_5),
+    "qwen3_5_text": _Type("qwen3_5", "", _QWEN3_5),
+    "qwen3_5_moe_text": _Type("qwen3_5", "", _QWEN3_5),
+    "ministral": _Type("llama"),
+    "ministral3": _Type("llama", "", {"head_dim": 128}),
+    "gpt_oss": _Type("llama", "", {"attention_bias": True, "head_dim": 64}),
+    "glm": _Type("glm", "", {"attention_bias": True, "head_dim": 128}),
+    "glm4": _Type("glm", "", {"attention_bias": True, "head_dim": 128}),
+    "glm4_moe": _Type("glm_moe"),
+    "seed_oss": _Type("glm_moe", "", {"attention_bias": True, "head_dim": 128}),
+    "deepseek_v2": _Type("mla"),
+    "deepseek_v3": _Type("mla"),
+    "kimi_k2": _Type("mla"),
+    "glm4_moe_lite": _Type("mla"),
+    "granite": _Type("llama"),
+    "granitemoe": _Type("granite_moe"),
+    "granitemoehybrid": _Type("granite_moe", "", {"layer_types": ("mamba",)}),
     "smollm3": _Type("llama"),
     "stablelm": _Type("llama", _QV),
     "olmo": _Type("llama"),
     "olmo2": _Type("llama"),
+    "olmo3": _Type("llama"),
+    "olmoe": _Type("llama"),
     "phi": _Type("phi", "q_proj v_proj fc1 fc2"),
     "phi3": _Type("phi3"),
     "gpt2": _Type("gpt2", "c_attn"),
@@ -261,7 +326,7 @@ _TYPES = {
 }
 # Types whose class ties lm_head to the embedding where config.json does not say.
 _TIED = (
-    *("gemma", "gemma2", "gemma3_text", "smollm3", "gpt2", "opt", "falcon", "bloom"),
+    *("gemma", "gemma2", "gemma3_text", "gemma4_text", "smollm3", "gpt2", "opt", "falcon", "bloom"),
     *("bert", "roberta", "xlm-roberta", "deberta", "deberta-v2", "t5"),
 )
 # The text tower of these sits under language_model; everything visual stays undescribed.
@@ -270,6 +335,10 @@ _VISION_TYPES = {
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
+    "llama4": "llama4_text",
+    "gemma4": "gemma4_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
     "llava": "llama",
     "mistral3": "mistral",
 }
@@ -281,10 +350,11 @@ _FLAT_TYPES = {
     "llava_qwen": "qwen2",
 }
 _VISION_PATHS = re.compile(
-    r"(^|\.)(visual|vision\w*|image\w*|resampler"
+    r"(^|\.)(visual|vision\w*|image\w*|audio\w*|embed_(vision|audio)|resampler"
     r"|m(ulti_)?m(odal)?_(projector|connector))(\.|$)"
 )
-_EXPERT_PATHS = re.compile(r"\.(mlp|block_sparse_moe)(\.|$)")
+_EXPERT_PATHS = re.compile(r"\.(mlp|block_sparse_moe|feed_forward|router|experts)(\.|$)")
+_ANY_OPEN = re.compile(f"{_VISION_PATHS.pattern}|{_EXPERT_PATHS.pattern}")
 
 _KIND_OF_TASK = {
     "CAUSAL_LM": "causal",
@@ -336,39 +406,46 @@ def describe(config: Mapping[str, object], *, name: str, kind: str | None) -> Ba
     kind = _effective_kind(config, kind, family, is_vision)
     if kind is None or kind not in family.kinds.split():
         return None
-    full = {**(entry.defaults or {}), **{k: v for k, v in text.items() if v is not None}}
+    given = {k: v for k, v in text.items() if v is not None}
+    full = {**(entry.defaults or {}), **given, **_read_full_attention(given)}
     sizes, flags = _read_sizes(full, name, family), _read_flags(full, kind)
     rows = _rows(entry.family, kind)
-    prefix = _prefix(family, kind, is_vision)
+    prefixes = _prefix(family, kind, is_vision), family.tower_head if is_vision else ""
+    layers = _read_layers(full, flags, sizes["L"])
+    found = dict(_expand(rows, prefixes, sizes=sizes, flags=(flags, layers), config=full))
+    experts = tuple(path for path, module in found.items() if module is None)
     return BaseModel(
         name=name,
         model_type=outer_type,
         kind=kind,
-        modules=dict(_expand(rows, prefix, sizes=sizes, flags=flags, config=full)),
+        modules={path: module for path, module in found.items() if module is not None},
         layers=sizes["L"],
         default_targets=tuple(entry.targets.split()),
-        heads=tuple(row["path"] for row in rows if row["kind"]),
+        heads=tuple(prefixes[1] + row["path"] for row in rows if row["kind"]),
         open_paths=_open_paths(is_vision or is_flat, flags),
         transposed=family.transposed,
         declared_kind=_declared_kind(config),
         quantization=_quantization(config),
         ties_weights=_is_tied(config, full),
-        experts=_read_experts(full, name) if "dense" not in flags else None,
+        experts=Experts(sizes["N"], sizes["W"], sizes["I"], experts, family.exchanges_experts)
+        if experts
+        else None,
     )
 
 
-def _read_experts(config: Mapping[str, object], subject: str) -> Experts:
-    def read(names: str) -> int:
-        return _number(config, names, None, subject)
-
-    inner = read("moe_intermediate_size intermediate_size")
-    return Experts(read("num_experts num_local_experts"), read("hidden_size"), inner)
+def _read_full_attention(config: Mapping[str, object]) -> dict[str, object]:
+    """Read what transformers 5 writes of the layers of full attention, under the older names."""
+    by_layer = config.get("per_layer_config")
+    first = next(iter(by_layer.values()), None) if isinstance(by_layer, Mapping) else None
+    names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    own = first if isinstance(first, Mapping) else {}
+    return {name: own[key] for key, name in names.items() if key in own}
 
 
 def _open_paths(is_vision: bool, flags: frozenset[str]) -> re.Pattern[str] | None:
     if is_vision:
-        return _VISION_PATHS
-    return None if "dense" in flags else _EXPERT_PATHS
+        return _ANY_OPEN if "experts" in flags else _VISION_PATHS
+    return _EXPERT_PATHS if "experts" in flags else None
 
 
 def _is_tied(config: Mapping[str, object], text: Mapping[str, object]) -> bool:
@@ -408,7 +485,7 @@ def _effective_kind(
 
 def _prefix(family: _Family, kind: str, is_vision: bool) -> str:
     if is_vision:
-        return "language_model." if kind == "bare" else "model.language_model."
+        return "language_model." if kind == "bare" else family.tower
     if kind == "bare":
         return ""
     has_own = family.head_prefix and kind in ("seq_cls", "token_cls")
@@ -456,12 +533,56 @@ def _read_sizes(config: Mapping[str, object], subject: str, family: _Family) -> 
         "Q": heads * dim,
         "K": shared * dim,
         "G": _fused_width(config, hidden, dim, heads + 2 * shared),
-        "F": read(family.width, 4 * hidden if family.widens else None),
+        # Where every layer has experts, some configs have no width beside theirs.
+        "F": read(f"{family.width} moe_intermediate_size", 4 * hidden if family.widens else None),
         "V": read("vocab_size"),
         "E": read("word_embed_proj_dim embedding_size", hidden),
         "P": read("max_position_embeddings n_positions", 0),
         "T": read("type_vocab_size", 0),
         "R": read("relative_attention_num_buckets", 32),
+        **_read_widths(config, read, heads=heads, shared=shared, layers=layers),
+    }
+
+
+def _read_widths(
+    config: Mapping[str, object],
+    read: Callable[[str, int], int],
+    *,
+    heads: int,
+    shared: int,
+    layers: int,
+) -> dict[str, int]:
+    """Read the sizes of experts, latent and linear attention, and of layers unlike their others."""
+    nope, rope, value = (read(f"{k}_head_dim", 0) for k in ("qk_nope", "qk_rope", "v"))
+    inner, wide, each = (read(k, 0) for k in ("moe_intermediate_size", "global_head_dim", _EACH))
+    linear, state = read("linear_num_value_heads", 0), read("mamba_d_state", 0)
+    hidden, width = read("hidden_size n_embd n_embed d_model", 0), read("intermediate_size", 0)
+    mamba = read("mamba_expand", 2) * hidden
+    # Where values are keys, layers of full attention have heads of their own number.
+    apart = read("num_global_key_value_heads", shared) if config.get("attention_k_eq_v") else shared
+    return {
+        "N": read("num_experts num_local_experts n_routed_experts", 0),
+        "W": hidden,
+        "I": inner or width,
+        "S": read(_SHARED, 0) or read("n_shared_experts", 0) * inner,
+        "Fd": read("intermediate_size_mlp", 0),
+        "Mq": heads * (nope + rope),
+        "Mk": heads * (nope + value),
+        "Mv": heads * value,
+        "Mr": rope,
+        "Rq": read("q_lora_rank", 0),
+        "Rk": read("kv_lora_rank", 0),
+        "Lk": read("linear_num_key_heads", 0) * read("linear_key_head_dim", 0),
+        "Lv": linear * read("linear_value_head_dim", 0),
+        "Lh": linear,
+        "Qg": heads * wide,
+        "Kg": wide * apart,
+        "D": each,
+        "Ld": each * layers,
+        "Vd": read("vocab_size_per_layer_input", 0),
+        "Y": mamba,
+        "Yg": read("mamba_n_groups", 1) * state,
+        "Yh": read("mamba_n_heads", 0),
     }
 
 
@@ -475,10 +596,16 @@ def _read_flags(config: Mapping[str, object], kind: str) -> frozenset[str]:
     attention = config.get("pos_att_type") if config.get("relative_attention") else None
     positions = attention if isinstance(attention, str | list) else ""
     own = not config.get("share_att_key")
-    has_decoder = kind not in ("encoder", "token_cls")
     gated = str(config.get("feed_forward_proj", "")).startswith("gated")
+    counts = (config.get(k) for k in ("num_experts", "num_local_experts", "n_routed_experts"))
     flags = {
-        "dense": "num_experts" not in config and "num_local_experts" not in config,
+        "experts": any(counts) and config.get("enable_moe_block", True),
+        "shared": config.get("n_shared_experts") or config.get("shared_intermediate_size"),
+        "shared_expert": config.get("shared_expert_intermediate_size"),
+        "split_query": config.get("q_lora_rank"),
+        "whole_query": not config.get("q_lora_rank"),
+        "own_values": not config.get("attention_k_eq_v"),
+        "per_layer": config.get(_EACH),
         "project": config.get("word_embed_proj_dim") not in (None, config.get("hidden_size")),
         "positions": config.get("position_biased_input", True),
         "types": config.get("type_vocab_size"),
@@ -488,36 +615,83 @@ def _read_flags(config: Mapping[str, object], kind: str) -> frozenset[str]:
         "p2c_own": own and "p2c" in positions,
         "gated": gated,
         "plain": not gated,
-        "decoder": has_decoder,
-        "gated decoder": gated and has_decoder,
-        "plain decoder": not gated and has_decoder,
+        "decoder": kind not in ("encoder", "token_cls"),
     }
     return frozenset(name for name, is_set in flags.items() if is_set)
 
 
+def _read_layers(
+    config: Mapping[str, object], flags: frozenset[str], count: int
+) -> list[frozenset[str]]:
+    """Return the flags of each layer: its attention, and what follows it."""
+    types = config.get("layer_types")
+    types = types if isinstance(types, list | tuple) and types else ["full_attention"]
+    first, step = _start_of_experts(config)
+    dense = config.get("mlp_only_layers")
+    dense = dense if isinstance(dense, list) else []
+    last_own = count - _count(config.get("num_kv_shared_layers"), 0)
+    found = []
+    for index in range(count):
+        kind = str(types[index % len(types)]).removesuffix("_attention")
+        is_mixed = index >= first and (index + 1) % step == 0 and index not in dense
+        is_wide = index >= last_own and config.get("use_double_wide_mlp")
+        found.append(
+            flags
+            | {kind, "attention" if kind not in ("mamba", "linear") else "recurrent"}
+            | {"sparse" if "experts" in flags and is_mixed else "dense"}
+            | ({"own_keys"} if index < last_own else set())
+            | {"wide" if is_wide else "narrow"}
+        )
+    return found
+
+
+def _start_of_experts(config: Mapping[str, object]) -> tuple[int, int]:
+    step = config.get("interleave_moe_layer_step") or config.get("decoder_sparse_step")
+    return _count(config.get("first_k_dense_replace"), 0), _count(step, 1) or 1
+
+
+def _count(value: object, default: int) -> int:
+    return value if isinstance(value, int) else default
+
+
 def _expand(
     rows: Iterable[Mapping[str, str]],
-    prefix: str,
+    prefixes: tuple[str, str],
     *,
     sizes: Mapping[str, int],
-    flags: frozenset[str],
+    flags: tuple[frozenset[str], Sequence[frozenset[str]]],
     config: Mapping[str, object],
-) -> Iterator[tuple[str, Module]]:
+) -> Iterator[tuple[str, Module | None]]:
+    """Write out the rows whose conditions hold; a module of None holds experts."""
     for row in rows:
-        path, bias = row["path"], row["bias"]
-        if row["condition"] and row["condition"] not in flags:
-            continue
+        bias, wanted = row["bias"], set(row["condition"].split())
         has_bias = bias == "+" or any(config.get(key) for key in bias.split("|"))
         inputs, outputs = _evaluate(row["inputs"], sizes), _evaluate(row["outputs"], sizes)
         module = Module(inputs, outputs, bias=has_bias, is_embedding=bias == "embedding")
-        path = path if row["kind"] else prefix + path
-        count = re.search(r"\{([LM])\}", path)
-        for index in range(sizes[count[1]] if count else 1):
-            yield (path.replace(count[0], str(index)) if count else path), module
+        path = prefixes[bool(row["kind"])] + row["path"]
+        for name in _names(path, wanted, flags=flags, sizes=sizes):
+            yield name, None if bias == "experts" else module
+
+
+def _names(
+    path: str,
+    wanted: set[str],
+    *,
+    flags: tuple[frozenset[str], Sequence[frozenset[str]]],
+    sizes: Mapping[str, int],
+) -> Iterator[str]:
+    everywhere, layers = flags
+    before, has_layer, after = path.partition("{L}")
+    if has_layer:
+        yield from (f"{before}{i}{after}" for i, held in enumerate(layers) if wanted <= held)
+    elif wanted <= everywhere:
+        before, has_layer, after = path.partition("{M}")
+        count = sizes["M"] if has_layer else 1
+        yield from (f"{before}{i}{after}" if has_layer else path for i in range(count))
 
 
 def _evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
     if expression == "*":
         return None
-    terms = (re.fullmatch(r"(\d*)([A-Z]?)", term) for term in expression.split("+"))
+    terms = (re.fullmatch(r"(\d*)([A-Za-z]*)", term) for term in expression.split("+"))
     return sum(int(t[1] or 1) * sizes.get(t[2], 1) for t in terms if t)

@@ -185,15 +185,19 @@ def _check_keys(adapter: Adapter) -> list[Finding]:
 
 
 def _check_scale(config: AdapterConfig) -> list[Finding]:
-    scale = scale_of(config.alpha, config.r, use_rslora=config.use_rslora)
     low, high = limits.RSLORA_SCALE_LIMITS if config.use_rslora else limits.SCALE_LIMITS
-    found = f"alpha {config.alpha:g} on r {config.r}, a scale of {scale:g}"
+    zeros, unusual = [], []
     named = {"lora_alpha": config.alpha, **config.alpha_pattern}
-    zeros = [(name, "other than 0", found) for name, alpha in named.items() if alpha == 0]
+    for name, alpha in named.items():
+        rank = config.rank_pattern.get(name, config.r)
+        scale = scale_of(alpha, rank, use_rslora=config.use_rslora)
+        found = f"alpha {alpha:g} on r {rank}, a scale of {scale:g}"
+        if alpha == 0:
+            zeros.append((name, "other than 0", found))
+        elif not low <= scale <= high and alpha != limits.CONSTANT_ALPHA:
+            unusual.append((name, f"{low:g} to {high:g}", found))
     findings = grouped("scale-zero", zeros, "" if len(zeros) == len(named) else "warning")
-    is_usual = low <= scale <= high or config.alpha == limits.CONSTANT_ALPHA
-    if config.alpha != 0 and not is_usual:
-        findings += grouped("scale-unusual", [("lora_alpha", f"{low:g} to {high:g}", found)])
+    findings += grouped("scale-unusual", unusual)
     if config.init.startswith(_REWRITING):
         expected = "an initialisation that leaves the base alone"
         findings += grouped("init-rewrites-base", [("init_lora_weights", expected, config.init)])
@@ -212,6 +216,12 @@ def _check_bytes(
         if parts.get(a) in stats and parts.get(b) in stats
     }
     large = [place for a, b in pairs.values() if (place := _overflow(a, b, stats, scale))]
+    factors = {key for pair in pairs.values() for key in pair}
+    large += [
+        (key, f"at most {FLOAT16_LIMIT:g}", f"largest value {found.largest:.3g}")
+        for key, found in stats.items()
+        if key not in factors and found.is_finite and found.largest > FLOAT16_LIMIT
+    ]
     unsaved = _check_slices(adapter, pairs, stats)
     return [
         *grouped("non-finite", broken),

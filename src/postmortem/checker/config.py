@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from postmortem.checker.errors import Finding, finding, printable
@@ -256,6 +256,18 @@ FORMATS = (
         "lora_alpha is the scale times r.",
     ),
     ForeignFormat(
+        "ComfyUI, XLabs or LyCORIS",
+        re.compile(
+            r"^diffusion_model\.|\.processor\.\w*lora\d+\.(down|up)\.|^lycoris_"
+            r"|\.(hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_blocks|oft_diag)$"
+        ),
+        _NONE,
+        (),
+        "Load it with ComfyUI or the trainer that wrote it, or with diffusers' load_lora_weights "
+        "where it reads this kind; PEFT has another name for each key, and hada_w and lokr_w are "
+        "of LoHa and LoKr, which are no LoRA.",
+    ),
+    ForeignFormat(
         "kohya's scripts",
         re.compile(r"^lora_(unet|te\d?|transformer)_|\.lora_(up|down)\."),
         _NONE,
@@ -275,6 +287,31 @@ FORMATS = (
         "Load it with pipeline.load_lora_weights; for PEFT's own loading put base_model.model. in "
         "place of the component's name, call the factors lora_A and lora_B, and write r, "
         "lora_alpha and target_modules into an adapter_config.json; nothing is transposed.",
+    ),
+    ForeignFormat(
+        "AdapterHub's adapters library",
+        re.compile(r"\.loras\.\w+\.lora_[AB]$"),
+        re.compile(r"pytorch_adapter\.bin|pytorch_model_head\.bin|head_config\.json"),
+        ("model_class", "hidden_size"),
+        "Load it with adapters: model.load_adapter(folder); PEFT cannot read it. Train anew with "
+        "PEFT where it is needed there.",
+    ),
+    ForeignFormat(
+        "torchtune",
+        re.compile(r"\.lora_[ab]\.weight$"),
+        re.compile(r"adapter_\d+\.(pt|safetensors)"),
+        (),
+        "Save it again from torchtune as PEFT's: its checkpointer writes adapter_config.json and "
+        "adapter_model.safetensors with save_adapter_weights_only=True; or use torchtune's "
+        "tune_to_peft_adapter_weights, which renames the keys and permutes q and k.",
+    ),
+    ForeignFormat(
+        "NeMo",
+        _NONE,
+        re.compile(r".*\.nemo"),
+        (),
+        "Convert it with NeMo's own script for PEFT checkpoints, or merge it there; its fused "
+        "projections are laid out otherwise than PEFT's.",
     ),
     ForeignFormat(
         "llama.cpp",
@@ -358,11 +395,9 @@ def place(contents: Contents, base: "BaseModel | None") -> tuple[list[Finding], 
     When the keys are shifted as one, that is the single finding, and the shift is undone so that
     the shapes can still be judged.
     """
-    if base is not None:
-        contents = _unwrap(contents, base)
+    contents, shift = _settle(contents, base) if base else (contents, None)
     findings = _leftover_name(contents)
     stray = [] if base else [p for p in contents.lora if not _is_usual(p)]
-    shift = _find_shift(contents, base) if base else None
     if contents.wrapped:
         findings = [_wrapper_finding(contents.wrapped)]
     elif stray:
@@ -386,9 +421,11 @@ def right_keys(contents: Contents, base: "BaseModel | None") -> dict[str, str]:
     A key of another's place is missing here. Paths that depend on the release are left.
     """
     shift = None
-    if base is not None:
-        contents = _unwrap(contents, base)
-        shift = _find_shift(contents, base)
+    if base is None:
+        # What stands before PEFT's own prefix is never a part of the model.
+        contents = contents.rename(lambda path: path[max(path.find(PREFIX), 0) :])
+    else:
+        contents, shift = _settle(contents, base)
     if base is not None and shift and not _depends_on_version(shift):
         old, new, _ = shift
         right = partial(_put_right, old=old, new=new, base=base)
@@ -423,9 +460,12 @@ def _is_usual(path: str) -> bool:
 
 
 def _wrapper_finding(keys: Sequence[str]) -> Finding:
-    match = _WRAPPER.search(keys[0]) or _ENCLOSING.search(keys[0])
-    name = match[1] if match else "module"
-    mend = f"{{k.replace('{name}.', ''): v for k, v in tensors.items()}}"
+    matches = [*_WRAPPER.finditer(keys[0])] or [*_ENCLOSING.finditer(keys[0])]
+    names = list(dict.fromkeys(match[1] for match in matches)) or ["module"]
+    name = " and ".join(names)
+    # The longest first: one name can be the end of another.
+    calls = "".join(f".replace('{n}.', '')" for n in sorted(names, key=len, reverse=True))
+    mend = f"{{k{calls}: v for k, v in tensors.items()}}"
     return finding(
         "key-prefix",
         evidence=keys[0],
@@ -436,9 +476,17 @@ def _wrapper_finding(keys: Sequence[str]) -> Finding:
     )
 
 
-def _unwrap(contents: Contents, base: "BaseModel") -> Contents:
-    """Take out names that are those of a wrapper where the paths have a place only without them."""
+def _settle(contents: Contents, base: "BaseModel") -> tuple[Contents, tuple[str, str, int] | None]:
+    """Take wrappers out of the paths, and find the shift of those that still have no place."""
     lost = [path for path in contents.lora if not _is_placed(path, base)]
+    if not lost:
+        return contents, None
+    contents = _unwrap(contents, base, lost)
+    return contents, _find_shift(contents, base)
+
+
+def _unwrap(contents: Contents, base: "BaseModel", lost: Sequence[str]) -> Contents:
+    """Take out names that are those of a wrapper where the paths have a place only without them."""
     cleaned = {path: _ENCLOSING.sub("", path) for path in lost}
     held = [path for path, name in cleaned.items() if path != name and _is_placed(name, base)]
     if not held or 2 * len(held) < len(contents.lora):
@@ -448,13 +496,30 @@ def _unwrap(contents: Contents, base: "BaseModel") -> Contents:
 
 
 def _prefix_finding(where: str, expected: str, count: int, severity: str = "") -> Finding:
+    before, is_inside, _ = where.partition(PREFIX)
+    change = f"k.removeprefix({before!r})" if is_inside else f"{PREFIX!r} + k"
+    remedy = _renaming(change) if before else ""
     return finding(
-        "key-prefix", evidence=where, expected=expected, found=where, count=count, severity=severity
+        "key-prefix",
+        evidence=where,
+        expected=expected,
+        found=where,
+        count=count,
+        severity=severity,
+        remedy=remedy,
+    )
+
+
+def _renaming(change: str) -> str:
+    return printable(
+        f"Rename the keys, {{{change}: v for k, v in tensors.items()}}, and save the file again; "
+        "or load with the model class that was used in training.",
+        600,
     )
 
 
 def _shift_finding(path: str, old: str, new: str, *, count: int, severity: str) -> Finding:
-    change = f"{new!r} + k.removeprefix({old!r})"
+    change = f"{new!r} + k" + (f".removeprefix({old!r})" if old else "")
     return finding(
         "key-prefix",
         evidence=path,
@@ -462,11 +527,7 @@ def _shift_finding(path: str, old: str, new: str, *, count: int, severity: str) 
         found=path,
         count=count,
         severity=severity,
-        remedy=printable(
-            f"Rename the keys, {{{change}: v for k, v in tensors.items()}}, and save the file "
-            "again; or load with the model class that was used in training.",
-            600,
-        ),
+        remedy=_renaming(change),
     )
 
 
@@ -476,9 +537,22 @@ def _leftover_name(contents: Contents) -> list[Finding]:
     found = f"the adapter name {contents.adapter_name}"
     expected = "no adapter name between lora_A and weight"
     where = next(iter(next(iter(contents.lora.values())).values()))
-    return [finding("key-prefix", evidence=where, expected=expected, found=found, severity="info")]
+    remedy = "Nothing to mend on PEFT 0.21; for releases up to 0.17.1: " + _renaming(
+        f"k.replace('.{contents.adapter_name}.', '.')"
+    )
+    return [
+        finding(
+            "key-prefix",
+            evidence=where,
+            expected=expected,
+            found=found,
+            severity="info",
+            remedy=remedy,
+        )
+    ]
 
 
+@lru_cache(100_000)
 def layer_zero(path: str) -> str:
     """Return the path with its first layer index replaced by 0."""
     match = _LAYER.search(path)
@@ -493,7 +567,7 @@ def layer_of(path: str) -> int | None:
 
 def _is_placed(path: str, base: "BaseModel") -> bool:
     inside = path.removeprefix(PREFIX)
-    is_known = layer_zero(inside) in base.modules or inside in base.modules or base.is_open(inside)
+    is_known = inside in base.modules or layer_zero(inside) in base.modules or base.is_open(inside)
     return path.startswith(PREFIX) and is_known
 
 
@@ -502,7 +576,8 @@ def _find_shift(contents: Contents, base: "BaseModel") -> tuple[str, str, int] |
     lost = [path for path in contents.lora if not _is_placed(path, base)]
     if not lost:
         return None
-    first_layers = [path for path in base.modules if layer_zero(path) == path]
+    # Not every kind of module is in the first layer: some have attention in each fourth alone.
+    first_layers = dict.fromkeys(map(layer_zero, base.modules))
     ends = {end: path for path in first_layers for end in _ends(path)}
     shifts = Counter(shift for path in lost if (shift := _shift(layer_zero(path), ends)))
     judged = [path for path in contents.lora if not base.is_open(path)]

@@ -91,14 +91,21 @@ class BookError(PostmortemError):
 
 
 MAX_PATTERN = 2_000  # Characters; regexes that PEFT users write stay under a few hundred.
-# A usable pattern needs microseconds a name; a check meets at most four patterns in turn.
+# A usable pattern needs microseconds a name; a check meets at most four patterns in turn. The time
+# is the processor's: on a busy machine the child alone can take longer to start.
 PATTERN_SECONDS = 0.4
+_PATTERN_WAIT = 10 * PATTERN_SECONDS  # By the clock, where the system has no such timer.
 _LITERAL = re.compile(r"[\w.\-]+")
 _UNBOUNDED = re.compile(r"[*+]|\{\d*,\d*\}")
-# A quantified group or a back-reference is where matching can become exponential.
-_RISKY = re.compile(r"\)[*+?{]|\\\d|\(\?P=")
+# A repeated group or a back-reference is where matching can become exponential; so are choices in
+# a row, of which patterns in use have a few.
+_RISKY = re.compile(r"\)[*+{]|\\\d|\(\?P=")
+_CHOICE = re.compile(r"[?|]")
+_MAX_CHOICES = 12
 _MATCHER = """
-import json, re, sys
+import json, re, signal, sys
+if hasattr(signal, "setitimer"):
+    signal.setitimer(signal.ITIMER_VIRTUAL, float(sys.argv[1]))
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
@@ -156,13 +163,19 @@ def match_names(patterns: Iterable[str], names: Sequence[str]) -> dict[str, froz
     Raises UntrustedError for a pattern that is invalid, too long or too slow.
     """
     compiled = {pattern: _compile(pattern) for pattern in set(patterns)}
-    risky = [p for p in compiled if _RISKY.search(p) or len(_UNBOUNDED.findall(p)) > 2]
+    risky = [p for p in compiled if _is_risky(p)]
     found = {
         pattern: frozenset(n for n in names if regex.fullmatch(n))
         for pattern, regex in compiled.items()
         if regex is not None and pattern not in risky
     }
     return found | (_match_in_child(risky, names) if risky else {})
+
+
+def _is_risky(pattern: str) -> bool:
+    choices = len(_CHOICE.findall(pattern))
+    is_long = len(_UNBOUNDED.findall(pattern)) > 2 or choices > _MAX_CHOICES
+    return is_long or _RISKY.search(pattern) is not None
 
 
 def _compile(pattern: str) -> re.Pattern[str] | None:
@@ -178,20 +191,23 @@ def _compile(pattern: str) -> re.Pattern[str] | None:
 
 
 def _match_in_child(patterns: list[str], names: Sequence[str]) -> dict[str, frozenset[str]]:
+    import signal
     import subprocess  # Rarely needed, and a tenth of the start-up time.
 
     shown = printable(patterns[0], 60)
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MATCHER],
+            [sys.executable, "-I", "-S", "-c", _MATCHER, str(PATTERN_SECONDS)],
             input=json.dumps([patterns, list(names)]).encode(),
             capture_output=True,
-            timeout=PATTERN_SECONDS,
+            timeout=_PATTERN_WAIT,
             check=True,
         )
     except subprocess.TimeoutExpired:
         raise UntrustedError(f"the regex '{shown}' did not finish in time") from None
-    except subprocess.CalledProcessError:
+    except subprocess.CalledProcessError as error:
+        if error.returncode == -getattr(signal, "SIGVTALRM", 0) < 0:
+            raise UntrustedError(f"the regex '{shown}' did not finish in time") from None
         raise UntrustedError(f"the regex '{shown}' is not valid or needs too much memory") from None
     return {p: frozenset(n) for p, n in zip(patterns, json.loads(done.stdout), strict=True)}
 

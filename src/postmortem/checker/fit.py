@@ -9,7 +9,14 @@ from postmortem.checker.adapter import Adapter, Tensor
 from postmortem.checker.bases import BaseModel, Module, kind_of_class, kind_of_task
 from postmortem.checker.config import AdapterConfig, Contents, ends_of, layer_of, layer_zero
 from postmortem.checker.config import place as place_keys
-from postmortem.checker.errors import Finding, Place, grouped, is_literal, match_names
+from postmortem.checker.errors import (
+    Finding,
+    Place,
+    grouped,
+    is_literal,
+    match_names,
+    printable,
+)
 
 _HEADS_OF_TASK = {
     "SEQ_CLS": ("classifier", "score"),
@@ -17,7 +24,14 @@ _HEADS_OF_TASK = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 # all-linear leaves the output embedding out, and the head of a classifier.
-_OUTPUTS = ("lm_head", "cls.predictions.decoder", "lm_head.decoder", "score", "classifier")
+_OUTPUTS = (
+    "lm_head",
+    "language_model.lm_head",
+    "cls.predictions.decoder",
+    "lm_head.decoder",
+    "score",
+    "classifier",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +81,8 @@ def find_targets(config: AdapterConfig, base: BaseModel) -> dict[str, Target]:
     excluded |= {n for n in names if any(is_under(n, m) for m in saved)}
     chosen = [n for n in _select(config, base, names) if n not in excluded]
     # A weight can be targeted as a parameter: of two dimensions it is what its module is.
-    named = {f".{name}" for name in config.target_parameters}
-    weights = [n for n in names if any(f".{n}.weight".endswith(name) for name in named)]
+    named = frozenset(config.target_parameters)
+    weights = [n for n in names if named and not named.isdisjoint(ends_of(f"{n}.weight"))]
     chosen += [n for n in weights if n not in chosen]
     if config.ensures_tying:
         chosen += [n for t in chosen if (n := base.tied(t)) and n not in chosen]
@@ -146,6 +160,7 @@ def _pattern_values(patterns: Mapping[str, float], names: list[str]) -> dict[str
 
 
 _HEADS = ("score", "classifier", "classification_head", "qa_outputs")
+_HEAD = re.compile(rf"(^|\.)({'|'.join(_HEADS)})(\.|$)")
 _HEAD_KINDS = ("seq_cls", "token_cls", "qa")
 _UNREADABLE = ("corrupt-weights", "missing-weights", "unsafe-pickle")
 _NOTHING = "no such tensor"
@@ -180,11 +195,14 @@ def check_fit(
         is_explained = any(f.id in _UNREADABLE for f in adapter.findings)
         return [] if is_explained else grouped("missing-tensors", nothing)
     findings, case = _build_case(adapter, config, base, targets)
+    plain = _judge_plain_weights(case)
+    # A task that was lost also makes PEFT wrap another class, whose keys lie elsewhere.
+    if case.base.kind == "bare" and "head-dropped" in plain:
+        findings = []
     if layout := _check_layout(case):
         return findings + layout
     findings += [*_check_flags(case), *_check_tokens(case), *_check_saved(case)]
     findings += [*_check_class(case), *_check_tied(case), *_check_head(case)]
-    plain = _judge_plain_weights(case)
     return findings + (_findings(plain) if config.unmodelled else _check_modules(case, plain))
 
 
@@ -242,11 +260,19 @@ _EXCHANGED = (
 )
 
 
+_UNNAMED = (
+    "Restore target_parameters, mostly mlp.experts.gate_up_proj and mlp.experts.down_proj; "
+    "target_modules does not reach fused experts."
+)
+
+
 def _findings(places: Mapping[str, list[Place]]) -> list[Finding]:
+    unnamed = grouped("unexpected-tensors", places.get("unnamed", []), remedy=_UNNAMED)
     usual = grouped("base-weights-in-adapter", places.get("usual", []), severity="info")
     exchanged = grouped("factors-transposed", places.get("exchanged", []), remedy=_EXCHANGED)
-    kinds = (kind for kind in places if kind not in ("usual", "exchanged"))
-    return [*(f for kind in kinds for f in grouped(kind, places[kind])), *exchanged, *usual]
+    kinds = (kind for kind in places if kind not in ("usual", "exchanged", "unnamed"))
+    found = [f for kind in kinds for f in grouped(kind, places[kind])]
+    return [*found, *exchanged, *unnamed, *usual]
 
 
 def _own_modules(contents: Contents, tensors: Mapping[str, Tensor]) -> BaseModel:
@@ -283,7 +309,11 @@ def _check_flags(case: _Case) -> list[Finding]:
     bias = [(key, "lora_bias true", "false") for key, part in parts if part == "lora_B.bias"]
     return [
         *grouped("dora-flag-lost", [] if config.use_dora else dora),
-        *grouped("unexpected-tensors", [] if config.lora_bias else bias),
+        *grouped(
+            "unexpected-tensors",
+            [] if config.lora_bias else bias,
+            remedy="Set lora_bias to true, as it was in training.",
+        ),
     ]
 
 
@@ -301,6 +331,14 @@ class _Pair:
     rank: int
     inputs: int | None
     outputs: int | None
+
+    def expected(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+        """Return the shapes that A and B should have."""
+        return (self.rank, self.inputs), (self.outputs, self.rank)
+
+    def is_right(self) -> bool:
+        """Tell whether both factors have the shapes that they should have."""
+        return all(map(_fits, (self.a, self.b), self.expected()))
 
 
 def _pairs(case: _Case) -> list[_Pair]:
@@ -329,7 +367,7 @@ def _check_layout(case: _Case) -> list[Finding]:
     # The flat parameter of one process can lie wholly outside of one factor, which is then empty.
     if flat and len(flat) >= len(pairs):
         return grouped("saved-in-shards", flat)
-    matrices = [p for p in pairs if len(p.a) == len(p.b) == 2]
+    matrices = [p for p in pairs if not p.is_right() and len(p.a) == len(p.b) == 2]
     for kind, judge in (
         ("saved-in-shards", _cut_by_rows),
         ("factors-transposed", _turned),
@@ -360,10 +398,14 @@ def _turned(pair: _Pair) -> Place | None:
 
 
 def _turned_factors(pair: _Pair) -> Iterator[tuple[str, Shape, tuple[int | None, ...]]]:
-    wanted = ((pair.rank, pair.inputs), (pair.outputs, pair.rank))
-    for key, found, expected in zip(pair.keys, (pair.a, pair.b), wanted, strict=True):
+    for key, found, expected in zip(pair.keys, (pair.a, pair.b), pair.expected(), strict=True):
         if not _fits(found, expected) and _fits(found[::-1], expected):
             yield key, found, expected
+
+
+_ENDS_A_BLOCK = re.compile(
+    r"\.(o|o_proj|out_proj|down_proj|c_proj|wo|w2|fc2|dense_4h_to_h|dense)\.lora_"
+)
 
 
 def _cut_by_ends(pair: _Pair) -> Place | None:
@@ -373,7 +415,11 @@ def _cut_by_ends(pair: _Pair) -> Place | None:
     ranks = (pair.a[0], pair.b[1]) == (pair.rank, pair.rank)
     cut_in, cut_out = pair.inputs / pair.a[1], pair.outputs / pair.b[0]
     is_share = max(cut_in, cut_out) >= 2 and (cut_in * cut_out).is_integer()
-    if not ranks or not is_share or 1 not in (cut_in, cut_out):
+    # Modules that end a block are cut by their inputs, all others by their outputs: the other way
+    # round it is a base of another width whose heads happen to have the same sizes.
+    is_cut_in = cut_out == 1 and _ENDS_A_BLOCK.search(pair.keys[0])
+    is_cut_out = cut_in == 1 and not _ENDS_A_BLOCK.search(pair.keys[0])
+    if not ranks or not is_share or not (is_cut_in or is_cut_out):
         return None
     key, expected, found = (
         (pair.keys[0], (pair.rank, pair.inputs), pair.a)
@@ -387,7 +433,10 @@ def _check_tokens(case: _Case) -> list[Finding]:
     held, wanted = case.contents.tokens, case.config.trainable_tokens
     if wanted is None:
         places = [(key, "trainable_token_indices", "null") for key in held.values()]
-        return grouped("unexpected-tensors", places)
+        remedy = "Restore trainable_token_indices: the indices of the tokens, one for each row."
+        return grouped("unexpected-tensors", places, remedy=remedy)
+    if beyond := _tokens_beyond(case, wanted):
+        return beyond
     if not held:
         expected = "embed_tokens.token_adapter.trainable_tokens_delta"
         return grouped("missing-tensors", [("trainable_token_indices", expected, _NOTHING)])
@@ -402,6 +451,17 @@ def _check_tokens(case: _Case) -> list[Finding]:
     )
 
 
+def _tokens_beyond(case: _Case, wanted: Mapping[str, list[int]] | tuple[int, ...]) -> list[Finding]:
+    """Find indices that the base's vocabulary does not have: PEFT raises IndexError."""
+    sizes = [m.inputs for m in case.base.modules.values() if m.is_embedding and m.inputs]
+    lists = [wanted] if isinstance(wanted, tuple) else wanted.values()
+    largest = max((index for listed in lists for index in listed), default=-1)
+    if not case.is_known or not sizes or largest < max(sizes):
+        return []
+    expected = f"indices below {max(sizes)}, the base's vocabulary"
+    return grouped("vocab-mismatch", [("trainable_token_indices", expected, f"{largest}")])
+
+
 def _check_saved(case: _Case) -> list[Finding]:
     plain = case.contents.plain
     missing = [
@@ -410,6 +470,7 @@ def _check_saved(case: _Case) -> list[Finding]:
         if not any(_is_saved_under(path, name) for path in plain)
         if _must_be_saved(name, case)
     ]
+    missing += _missing_layers(case)
     # Without a base, a listed module may be one that this base does not have.
     is_certain = case.is_known or not {n for n, *_ in missing} <= set(case.config.modules_to_save)
     biased = case.targets if case.config.bias == "lora_only" else case.base.modules
@@ -418,8 +479,29 @@ def _check_saved(case: _Case) -> list[Finding]:
     lost = [("bias", f"the biases, as bias is {case.config.bias}", _NOTHING)] if is_lost else []
     return [
         *grouped("modules-to-save-missing", missing, "" if is_certain else "warning"),
+        *grouped("modules-to-save-missing", [] if missing else _lost_norms(case), "warning"),
         *grouped("missing-tensors", lost, severity="warning"),
     ]
+
+
+def _missing_layers(case: _Case) -> Iterator[Place]:
+    """Say which module saved whole, in layers that no config.json describes, some layers lack."""
+    held = [path.rpartition(".")[0] for path in case.contents.plain if not case.base.is_open(path)]
+    for name in dict.fromkeys(case.config.modules_to_save if case.is_known else ()):
+        layers = {layer_of(path) for path in held if path.rpartition(".")[2] == name} - {None}
+        lost = [layer for layer in range(case.base.layers) if layer not in layers]
+        if layers and lost:
+            yield name, f"its weights in layers 0 to {case.base.layers - 1}", f"none in {lost[0]}"
+
+
+_NORMS = re.compile(r"norm|(^|\.)ln_")
+
+
+def _lost_norms(case: _Case) -> list[Place]:
+    """Name the listed norms of which the file has none: no config.json says what a base has."""
+    names = [n for n in dict.fromkeys(case.config.modules_to_save) if _NORMS.search(n)]
+    names = [n for n in names if not any(_is_saved_under(path, n) for path in case.contents.plain)]
+    return [(n, f"the weights of {n}, if the base has it", _NOTHING) for n in names]
 
 
 def _is_saved_under(path: str, name: str) -> bool:
@@ -430,7 +512,7 @@ def _is_saved_under(path: str, name: str) -> bool:
 def _must_be_saved(name: str, case: _Case) -> bool:
     if case.is_known:
         return any(is_under(path, name) for path in case.base.modules)
-    has_head = any(is_under(path, head) for path in case.contents.plain for head in _HEADS)
+    has_head = any(map(_HEAD.search, case.contents.plain))
     return not (name in _HEADS and has_head)
 
 
@@ -449,7 +531,7 @@ def _judge_plain(path: str, module: str, key: str, case: _Case) -> Place | None:
     """Say what is wrong with a whole weight: its finding, what was expected and what was found."""
     if mismatch := _plain_mismatch(path, module, case.tensors[key], case.base):
         return mismatch
-    if any(is_under(path, head) for head in _HEADS) and not _loads_heads(case.config):
+    if _HEAD.search(path) and not _loads_heads(case.config):
         task = case.config.class_name or f"task_type {case.config.task_type}"
         return "head-dropped", "a task that loads a head", task
     tied = ("lm_head", "embed_tokens") if case.config.ensures_tying else ()
@@ -495,9 +577,10 @@ def _is_output(module: str, base: BaseModel) -> bool:
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    return len(found) == len(expected) and all(
-        wanted in (None, size) for size, wanted in zip(found, expected, strict=True)
-    )
+    if found == expected:
+        return True
+    is_open = None in expected and len(found) == len(expected)
+    return is_open and all(w in (None, size) for size, w in zip(found, expected, strict=True))
 
 
 def _shape(sizes: tuple[int | None, ...]) -> str:
@@ -527,8 +610,8 @@ _HEAD_FILE = re.compile(
     r"\w*(head|classifier|score|qa_outputs)\w*\.(bin|pt|pth|safetensors|npz)", re.IGNORECASE
 )
 _SIDE_FILE = re.compile(
-    r"(non_lora\w*|\w*(projector|connector|resampler|merger|embeddings?|embeds)\w*"
-    r"|trainable_params|vit|vision_tower\w*)\.(bin|pt|pth|safetensors|npz)",
+    r"(non_lora\w*|\w*(projector|connector|resampler|merger|embed(ding)?s?|pooler)\w*"
+    r"|embed_tokens|trainable_(params|weights)|vit|vision_tower\w*)\.(bin|pt|pth|safetensors|npz)",
     re.IGNORECASE,
 )
 
@@ -562,7 +645,7 @@ def _lost_heads(case: _Case) -> list[Place]:
     """Say where the adapter shows a head of which the file has no weight."""
     config = case.config
     saved = (*case.contents.plain, *config.modules_to_save)
-    if any(is_under(path, head) for path in saved for head in _HEADS):
+    if any(map(_HEAD.search, saved)):
         return []
     expected, task, name = (
         "the weights of the head",
@@ -572,7 +655,7 @@ def _lost_heads(case: _Case) -> list[Place]:
     has_task = task in _HEADS_OF_TASK or kind_of_class(name) in _HEAD_KINDS
     # LoRA on a head needs the weights below it; a base of the same class has them.
     has_own = case.base.declared_kind in _HEAD_KINDS and case.is_known
-    under = [p for p in case.contents.lora if any(is_under(p, head) for head in _HEADS)]
+    under = [path for path in case.contents.lora if _HEAD.search(path)]
     is_placed = all(path in case.base.modules for path in under)
     if under and not ((has_own or has_task) and is_placed):
         found = f"LoRA on a head, under task_type {config.task_type}"
@@ -583,23 +666,60 @@ def _lost_heads(case: _Case) -> list[Place]:
 
 
 def _check_unmatched(case: _Case) -> list[Finding]:
-    """Name the entries of target_modules that no module of the base ends with."""
-    wanted = case.config.target_modules
-    if not case.is_known or case.base.open_paths or not isinstance(wanted, tuple):
+    """Name what the configuration lists and neither the base nor the file has."""
+    config, base = case.config, case.base
+    if not case.is_known:
         return []
-    ends = {end for name in case.base.modules for end in ends_of(name)}
+    listed = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    ends = {end for name in base.modules for end in ends_of(name)}
     held = {end for path in case.contents.lora for end in ends_of(path)}
-    names = [name for name in wanted if name not in ends | held]
-    listed = ", ".join(names[:8]) + (" and others" if len(names) > 8 else "")
-    # Where none matches, that is the finding.
-    places = [("target_modules", f"modules of {case.base.name}", listed)] * bool(ends & {*wanted})
-    return grouped("target-unmatched", places if names else [])
+    if base.experts is not None and any(".experts." in path for path in case.contents.lora):
+        # A class whose experts are modules of their own has these, trained or not.
+        ends |= {name for name in listed if base.experts.shape(name)}
+    saved = [n for n in config.modules_to_save if n not in _HEADS]
+    # A list with names for several architectures is usual where one of them is the base's.
+    saved = [] if any(_is_held(name, case) for name in saved) else saved
+    layers = [n for n in config.layers_to_transform or () if n >= base.layers][:9]
+    parameters = _parameter_ends(case) if config.target_parameters else set()
+    unmatched: dict[str, list[str]] = {
+        # Where no name matches, that is the finding.
+        "target_modules": [n for n in listed if n not in ends | held] if ends & {*listed} else [],
+        "target_parameters": [n for n in config.target_parameters if n not in parameters],
+        "modules_to_save": saved,
+        "layers_to_transform": [f"layer {n} of {base.layers}" for n in layers],
+    }
+    return grouped(
+        "target-unmatched",
+        [(key, f"what {base.name} has", _some(names)) for key, names in unmatched.items() if names],
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (" and others" if len(names) > 8 else "")
+
+
+def _is_held(name: str, case: _Case) -> bool:
+    """Tell whether the base, as far as it is described, or the file has a module of this name."""
+    paths = (*case.base.modules, *case.contents.plain)
+    is_norm = _NORMS.search(name) is not None  # These are judged by _lost_norms.
+    return is_norm or any(is_under(p, name) or _is_saved_under(p, name) for p in paths)
+
+
+def _parameter_ends(case: _Case) -> set[str]:
+    """Return the ends of the parameters of the base, as far as it is described, and of the file."""
+    held = case.base.experts.paths if case.base.experts else ()
+    experts = [f"{path}.{fused}" for path in held for fused in _FUSED]
+    weights = [f"{path}.weight" for path in (*case.base.modules, *case.contents.lora)]
+    return {end for path in experts + weights for end in ends_of(path)}
 
 
 def _check_class(case: _Case) -> list[Finding]:
-    """Warn when the adapter was made on the bare class of a base that names a class with a head."""
+    """Warn when the adapter was made on the bare class of a base that names a class with a head.
+
+    Encoders name their pretraining's class, and are mostly used without its head.
+    """
     declared, class_name = case.base.declared_kind, case.config.class_name
-    if case.config.task_type or class_name is None or declared in (None, "bare"):
+    if case.config.task_type or class_name is None or declared in (None, "bare", "mlm"):
         return []
     if case.base.kind != "bare":
         return []
@@ -633,7 +753,7 @@ def _check_modules(case: _Case, plain: Mapping[str, list[Place]]) -> list[Findin
     return findings + _missing(case, held)
 
 
-_ONE_EXPERT = re.compile(r"\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)$")
+_ONE_EXPERT = re.compile(r"\.experts\.(\d+)\.(\w+)$")
 _FUSED = ("down_proj", "gate_up_proj")
 
 
@@ -649,11 +769,11 @@ def _judge_experts(case: _Case) -> Iterator[tuple[str, Place]]:
     for path in case.contents.lora:
         if ".experts" in path and path not in single:
             fused.setdefault(path.replace(".base_layer", ""), []).append(path)
-    targeted = {path: _targeted(case.config, path) for path in case.base.expert_paths()}
+    targeted = {path: _targeted(case.config, path) for path in experts.paths}
     for path, levels in fused.items():
         yield from _judge_layer(case, path, levels, targeted)
     for path, names in targeted.items():
-        if names and not fused and not single:
+        if names and path not in fused and not single and (not fused or targeted.keys() & fused):
             yield "missing-tensors", (path, f"LoRA on {' and '.join(names)}", _NOTHING)
 
 
@@ -661,10 +781,13 @@ def _judge_layer(
     case: _Case, path: str, levels: Sequence[str], targeted: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str, Place]]:
     key = _first_key(case, levels[0])
-    if path not in targeted:
+    if path not in targeted and layer_zero(path) in targeted:
+        depth = f"layers 0 to {case.base.layers - 1}"
+        yield "layer-out-of-range", (key, depth, f"layer {layer_of(path)}")
+    elif path not in targeted:
         yield "key-prefix", (key, f"{next(iter(targeted), 'experts')}, as in the base", path)
     elif not targeted[path]:
-        yield "unexpected-tensors", (key, "target_parameters that name experts", "none")
+        yield "unnamed", (key, "target_parameters that name experts", "none")
     else:
         yield from _judge_fused(case, path, levels, targeted[path])
 
@@ -675,8 +798,8 @@ def _first_key(case: _Case, path: str) -> str:
 
 def _targeted(config: AdapterConfig, path: str) -> list[str]:
     """Return the fused parameters of one layer's experts that the configuration names."""
-    wanted = tuple(f".{name}" for name in config.target_parameters)
-    return [name for name in _FUSED if f".{path}.{name}".endswith(wanted)]
+    wanted = frozenset(config.target_parameters)
+    return [name for name in _FUSED if not wanted.isdisjoint(ends_of(f"{path}.{name}"))]
 
 
 def _judge_expert(
@@ -699,7 +822,7 @@ def _judge_fused(
 ) -> Iterator[tuple[str, Place]]:
     """Hold the nested pairs of one layer's experts against the parameters that are targeted."""
     if len(levels) != len(names):
-        kind = "missing-tensors" if len(levels) < len(names) else "unexpected-tensors"
+        kind = "missing-tensors" if len(levels) < len(names) else "unnamed"
         expected = f"one pair for each of {', '.join(names)}"
         yield kind, (_first_key(case, levels[0]), expected, f"{len(levels)}")
         return
@@ -723,6 +846,8 @@ def _judge_fused(
 def _expert_kind(a: Shape, b: Shape, wanted: Sequence[tuple[Shape, Shape]]) -> str:
     """Tell exchanged in and out sizes, and a wrong rank, from other sizes."""
     ends = [(p[1], q[0]) for p, q in wanted]
+    if (a[::-1], b[::-1]) in wanted:
+        return "factors-transposed"
     if (b[0], a[-1]) in ends and a[0] in [p[0] for p, _ in wanted]:
         return "exchanged"
     return "rank-mismatch" if (a[-1], b[0]) in ends else "shape-mismatch"
@@ -730,10 +855,8 @@ def _expert_kind(a: Shape, b: Shape, wanted: Sequence[tuple[Shape, Shape]]) -> s
 
 def _fused_shapes(case: _Case, path: str, name: str) -> tuple[Shape, Shape]:
     experts = case.base.experts
-    ends = (experts and experts.shape(name)) or (0, 0)
     rank = int(_pattern_values(case.config.rank_pattern, [path]).get(path, case.config.r))
-    width = rank * (experts.count if experts else 0)
-    return (width, ends[0]), (ends[1], width)
+    return experts.factors(name, rank) if experts else ((0, 0), (0, 0))
 
 
 def _misplaced(case: _Case, held: Iterable[str]) -> Iterator[tuple[str, Place]]:
@@ -743,10 +866,10 @@ def _misplaced(case: _Case, held: Iterable[str]) -> Iterator[tuple[str, Place]]:
             continue
         if path in base.modules and (case.is_known or not case.is_shifted):
             yield "unexpected-tensors", (path, "a module that is targeted", "not targeted")
-        elif layer_zero(path) in base.modules and path not in base.modules:
+        elif layer_zero(path) in base.modules and (layer_of(path) or 0) >= base.layers:
             depth = f"layers 0 to {base.layers - 1}"
             yield "layer-out-of-range", (path, depth, f"layer {layer_of(path)}")
-        elif path not in base.modules and not any(is_under(path, head) for head in _HEADS):
+        elif path not in base.modules and not _HEAD.search(path):
             yield "target-not-in-base", (path, f"a module of {base.name}", "no such module")
 
 
@@ -757,9 +880,11 @@ def _no_targets(case: _Case) -> list[Finding]:
     if wanted is None and not case.is_known:
         return []
     named = wanted if wanted is not None else f"PEFT's default for {case.base.model_type}"
-    return grouped(
-        "target-not-in-base", [("target_modules", f"modules of {case.base.name}", str(named))]
-    )
+    # Where the file's own modules are the base's, the list was edited and not the base changed.
+    held = dict.fromkeys(p.rpartition(".")[2] for p in case.contents.lora if p in case.base.modules)
+    remedy = f"Restore target_modules: the file has {_some([*held])}." if held else ""
+    place = ("target_modules", f"modules of {case.base.name}", str(named))
+    return grouped("target-not-in-base", [place], remedy=printable(remedy, 400))
 
 
 def _mismatches(case: _Case, held: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, Place]]:
@@ -767,7 +892,7 @@ def _mismatches(case: _Case, held: Mapping[str, Mapping[str, str]]) -> Iterator[
         shapes = case.targets[path].shapes(case.config) if path in case.targets else {}
         for part, key in parts.items():
             found, expected = case.tensors[key].shape, shapes.get(part)
-            if expected is None or not case.tensors[key].count or _fits(found, expected):
+            if expected is None or _fits(found, expected) or not case.tensors[key].count:
                 continue
             by_tokens = part == "lora_embedding_A" or (
                 part == "lora_B" and _is_output(path, case.base)

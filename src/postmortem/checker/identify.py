@@ -10,6 +10,7 @@ from pathlib import Path
 
 from postmortem.checker.adapter import Adapter
 from postmortem.checker.bases import (
+    MIXING,
     BaseModel,
     KnownBase,
     Module,
@@ -170,6 +171,9 @@ _SPLITTERS = {
 # Bytes of a parameter in the dtypes that adapters are saved in; float16 takes as many as bfloat16.
 BYTES = {"float32": 4, "bfloat16": 2}
 
+# Layers that show every kind of a known base: kinds recur within six, and of those before the
+# first experts there are at most three.
+_SHOWN = 6
 Conflict = tuple[str, str, str]  # The tensor, what the base has, what the adapter has.
 
 
@@ -237,12 +241,27 @@ def kind_of(adapter: Adapter) -> str | None:
     return by_class or (kind_of_task(config.task_type) if config and config.task_type else None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """A known base with its modules under the paths of layer 0, in each shape that a layer has."""
+
+    base: BaseModel
+    modules: Mapping[str, tuple[Module, ...]]
+
+
 @cache
-def _template(model_id: str, kind: str | None) -> BaseModel | None:
-    """Describe one layer of a known base: every layer has the shapes of the first."""
+def _template(model_id: str, kind: str | None) -> _Template | None:
     config = next(base.config for base in known_bases() if base.model_id == model_id)
-    one_layer = {**config, "num_hidden_layers": 1}
-    return describe(one_layer, name=model_id, kind=kind)
+    # A few layers tell as much as all of them in a fraction of the time, unless the last differ.
+    if "num_kv_shared_layers" not in config:
+        config = {**config, "num_hidden_layers": _SHOWN if MIXING & config.keys() else 1}
+    base = describe(config, name=model_id, kind=kind)
+    if base is None:
+        return None
+    modules: dict[str, dict[Module, None]] = {}
+    for path, module in base.modules.items():
+        modules.setdefault(layer_zero(path), {})[module] = None
+    return _Template(base, {path: tuple(shapes) for path, shapes in modules.items()})
 
 
 def identify(adapter: Adapter) -> Identification:
@@ -295,11 +314,13 @@ def _first_conflict(traits: _Traits, base: KnownBase) -> Conflict | None:
     if template is None:
         return "adapter_config.json", "a class that this architecture has", str(traits.kind)
     for (path, part, shape), key in traits.shapes.items():
-        module = template.modules.get(path)
+        modules = template.modules.get(path, ())
         # Norms and other whole weights are not described; only known ones can conflict.
-        is_judged = part != "weight" or (module is not None and not template.transposed)
-        if is_judged and not template.is_open(path) and (found := _conflict(module, part, shape)):
-            return key, *found
+        is_judged = part != "weight" or (modules and not template.base.transposed)
+        if is_judged and (modules or not template.base.is_open(path)):
+            found = [_conflict(module, part, shape) for module in modules or (None,)]
+            if found[0] and all(found):
+                return key, *found[0]
     layers = int(str(base.config["num_hidden_layers"]))
     if traits.layer >= layers:
         return traits.deepest, f"layers 0 to {layers - 1}", f"layer {traits.layer}"
@@ -325,7 +346,7 @@ def _splits(fits: list[KnownBase]) -> Iterator[Split]:
     for field, shown_by in _SPLITTERS.items():
         groups: dict[str, list[str]] = {}
         for base in fits:
-            groups.setdefault(str(base.config[field]), []).append(base.model_id)
+            groups.setdefault(str(base.config.get(field)), []).append(base.model_id)
         if len(groups) > 1:
             yield Split(field, shown_by, {value: tuple(ids) for value, ids in groups.items()})
 

@@ -233,10 +233,15 @@ def _over(subject: ServedAdapter, bound: str) -> list[str]:
 
 
 def _ranks(subject: ServedAdapter) -> dict[str, int]:
-    """Rows of lora_A by module path: what the file has for a rank."""
+    """Rows of lora_A by module path: what the file has for a rank.
+
+    Fused experts have one pair for all, of as many ranks as there are experts: left out.
+    """
     tensors, lora = subject.adapter.tensors, subject.adapter.contents.lora
     shapes = {
-        path: tensors[parts["lora_A"]].shape for path, parts in lora.items() if "lora_A" in parts
+        path: tensors[parts["lora_A"]].shape
+        for path, parts in lora.items()
+        if "lora_A" in parts and not path.removesuffix(".base_layer").endswith(".experts")
     }
     return {path: shape[0] for path, shape in shapes.items() if shape}
 

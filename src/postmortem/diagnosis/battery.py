@@ -17,8 +17,14 @@ from postmortem.diagnosis.likelihoods import Experiment
 BASE, FIRST, SAVED, STARTED = "base", "base on few rows", "as saved", "as saved, on few rows"
 OFF = "off"
 EIGHTH, EIGHTFOLD, FLIPPED = "at 1/8", "at 8", "sign flipped"
-SHIFTED, REFERENCE = "layers shifted", "reference"
+SHIFTED, BACK, ROTATED = "layers shifted", "layers shifted back", "rotated at random"
+OTHERWISE, REFERENCE = "in the other markup", "reference"
 ALONE = (BASE, FIRST)
+# States that are asked on a few rows, and those whose effect shows on as many as a replay has: what
+# more rows can decide is the order of the rows with the adapter and without.
+ON_FEW = (FIRST, STARTED, OFF)
+ON_ENOUGH = (EIGHTH, EIGHTFOLD, FLIPPED, SHIFTED, BACK, ROTATED, OTHERWISE)
+FEW, ENOUGH = 4, 48
 # What a base answers; and an adapter, whose texts of another form are held against the base's.
 VALUES = ("one value", "varies", "only 0 and 1")
 ANSWERED = (*VALUES, "as the base", "a tag", "another form", "few texts", "many texts")
@@ -50,6 +56,10 @@ class Test:
     hands: float = 0.0
     loads: int = 0
     passes: float = 0.0
+
+    def rows(self, count: int) -> int:
+        """How many of so many rows it takes."""
+        return min(count, ENOUGH) if set(self.states) & set(ON_ENOUGH) else count
 
 
 # The files, the base without the adapter, then the adapter: some bring weights that change the base
@@ -95,6 +105,14 @@ TESTS: Mapping[str, Test] = {
         loads=1,
         passes=1,
     ),
+    "markup": Test(
+        title="ask in the other markup: through the chat template, or without it",
+        outcomes=("no better", "better", "not finite"),
+        states=(SAVED, OTHERWISE),
+        hands=5,
+        loads=1,
+        passes=1,
+    ),
     "reference": Test(
         title="put a sound adapter through the same steps",
         outcomes=("works", "does not work"),
@@ -112,6 +130,12 @@ TESTS: Mapping[str, Test] = {
         loaded=False,
         hands=1,
         loads=1,
+    ),
+    "weights": Test(
+        title="look whether the weights look trained or drawn at random",
+        outcomes=("trained", "as drawn at random", "all zero", "not finite", "no adapter"),
+        pooled=True,
+        hands=2,
     ),
     "status": Test(
         title="ask PEFT which adapter answers",
@@ -160,6 +184,14 @@ TESTS: Mapping[str, Test] = {
         loads=1,
         passes=2,
     ),
+    "form": Test(
+        title="compare how likely an answer of the form asked for is with the adapter and without",
+        outcomes=("likelier", "as the base", "less likely", "not finite"),
+        states=(BASE, SAVED),
+        hands=3,
+        loads=1,
+        passes=2,
+    ),
     "off": Test(
         title="switch the adapter off and compare with the base",
         outcomes=("is the base", "is not the base"),
@@ -192,25 +224,23 @@ TESTS: Mapping[str, Test] = {
         loads=1,
         passes=0.3,
     ),
-    "scale": Test(
-        title="scale the adapter to an eighth, and eightfold",
-        outcomes=("no better", "better at 1/8", "better at 8"),
-        states=(SAVED, EIGHTH, EIGHTFOLD),
-        labels=True,
+    "place": Test(
+        title="hold its effect against that of its layers moved, and of its weights turned",
+        outcomes=("here", "elsewhere", "nowhere", "not finite"),
+        states=(BASE, SAVED, SHIFTED, BACK, ROTATED),
         effect=True,
-        hands=4,
+        hands=5,
         loads=1,
-        passes=2,
+        passes=5,
     ),
-    "home": Test(
-        title="hold it against its own sign flipped and its layers shifted",
-        outcomes=("at home", "not at home", "not finite"),
-        states=(SAVED, FLIPPED, SHIFTED),
-        labels=True,
+    "mend": Test(
+        title="scale it, flip its sign, move its layers, and see what comes nearer to the truth",
+        outcomes=("nothing", "smaller", "larger", "flipped", "moved", "no adapter", "not finite"),
+        states=(BASE, SAVED, EIGHTH, EIGHTFOLD, FLIPPED, SHIFTED, BACK),
         effect=True,
         hands=10,
         loads=1,
-        passes=4,
+        passes=7,
     ),
 }
 # What is run on an adapter at hand. The other tests ask what only an incident's run leaves open:
@@ -220,16 +250,19 @@ OF_ADAPTER = (
     "base-alone",
     "base-ranks",
     "load",
+    "weights",
     "answers",
     "effect",
+    "form",
     "off",
     "order",
-    "scale",
-    "home",
+    "place",
+    "mend",
+    "markup",
     "reference",
 )
 # What is run on each replay of an incident, whose own words tell more of what is written.
-OF_INCIDENT = tuple(name for name in TESTS if name != "answers")
+OF_INCIDENT = tuple(name for name in TESTS if name not in ("answers", "markup"))
 
 
 def list_experiments(

@@ -36,8 +36,9 @@ class Run:
     """A model as it is loaded and asked; a sound one unless a cause has changed it.
 
     `base` is loaded, or a role of the session's models. `status` says which adapter answers,
-    `rewrite` changes a prompt on its way to the model, and `parse` turns the generated text into a
-    value, where the prompt's own parser does not.
+    `rewrite` changes a prompt on its way to the model; `otherwise` sends it without the chat
+    template where the case has it in one, and the other way round. `parse` turns the generated text
+    into a value, where the prompt's own parser does not.
     """
 
     base: LoadedBase | str
@@ -45,6 +46,7 @@ class Run:
     ignore_mismatched_sizes: bool = False
     status: Literal["active", "disabled", "another"] = "active"
     rewrite: Rewrite | None = None
+    otherwise: bool = False
     parse: Callable[[str], float] | None = None
 
 

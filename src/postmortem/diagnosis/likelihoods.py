@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -373,12 +373,14 @@ SHIPPED = Path(__file__).with_name("cause_profiles.jsonl")
 REMEDY = "Restore the file, or run `make cause-profiles` to make it again."
 # What these find follows from the base and the rows, whatever the cause.
 ALONE_TESTS = (ALONE, "base-ranks")
+# Causes that lie in the base or in the prompt, which the base alone shows as well.
+SHOWN_ALONE = ("merged-twice", "other-markup")
 # Kinds of fault, whose causes call for a look at the same thing.
 FAMILIES = {
     "sound": "no fault in the adapter, its base or the prompt",
     "inert": "the adapter changes nothing as it is saved",
-    "foreign": "its weights do not belong on this base, or not in this place",
-    "incomplete": "the file holds more than the configuration uses, or weights of a base",
+    "foreign": "its weights have nothing to do with this base, or stand in the wrong place",
+    "incomplete": "part of the adapter is missing, or the file brings weights of a base along",
     "strong": "its update is too large",
     "weak": "its update is too small",
     "training": "it was trained for something else",
@@ -389,13 +391,16 @@ SERVING = {
     "disabled": "it is loaded and does not answer",
     "parser": "the parser makes the values",
     "prompt-cut": "the prompt is cut on its way to the model",
-    "other-template": "the prompt comes in another markup than the model's own",
+    "other-template": "the prompt comes in another markup than here",
 }
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What is said of a cause: its family, what it means, what settles it and what to do."""
+    """What is said of a cause: its family, what it means, what settles it and what to do.
+
+    `reported` public threads had this cause, of those that were read; `threads` names them.
+    """
 
     cause: str
     family: str
@@ -403,25 +408,69 @@ class Meaning:
     means: str
     settles: str
     remedy: str
+    reported: int
+    threads: str
+
+
+# The weight, in replays, of what a cause does on other bases on what it does on one; that of what
+# other causes do on this base; and that of the latter where the base cannot matter, since what the
+# files or their loading show follows from the cause.
+OTHER_BASES, OTHER_CAUSES, ANYTHING = 2.0, 1.0, 0.1
 
 
 class CauseProfiles(Likelihoods):
-    """A table in which what the base does alone is one quantity for each kind of base."""
+    """A table of causes that were each replayed on few bases of a kind.
+
+    A cause does on one kind of base about what it does on the others, and where it was seen too
+    little to tell, what other causes do. What the base does alone is one quantity for each kind.
+    """
+
+    @cached_property
+    def concentrations(self) -> np.ndarray:
+        """Parameters of the Dirichlet posterior of each row, shaped as `counts`."""
+        same_cause = self.same_cause.astype(float)
+        bases = np.array([hypothesis.base for hypothesis in self.hypotheses])
+        same_base = np.equal(bases[:, None], bases).astype(float)
+        shares = [h.cause not in SHOWN_ALONE for h in self.hypotheses]
+        found = np.zeros_like(self.counts)
+        for experiment in self.experiments:
+            block = self.blocks[experiment.name]
+            counts = self.counts[:, block]
+            anywhere = counts.sum(axis=0) + 1 / counts.shape[1]
+            usual = _shares(same_base @ counts + _shares(anywhere))
+            of_cause = same_cause @ counts
+            if experiment.pooled:
+                found[:, block] = of_cause + ANYTHING * usual
+            else:
+                found[:, block] = counts + OTHER_BASES * _shares(of_cause + OTHER_CAUSES * usual)
+            if experiment.name in ALONE_TESTS:
+                found[shares, block] = (counts + OTHER_BASES * usual)[shares]
+        return found
 
     def draw(self, experiment: str, outcome: str, *, draws: int, seed: int) -> np.ndarray:
         """As of any table; what is one quantity is drawn once."""
         drawn = super().draw(experiment, outcome, draws=draws, seed=seed)
         if experiment not in ALONE_TESTS:
             return drawn
-        bases = [hypothesis.base for hypothesis in self.hypotheses]
-        return drawn[:, [bases.index(base) for base in bases]]
+        first: dict[str, int] = {}
+        own = []
+        for place, (cause, base) in enumerate(self.hypotheses):
+            is_shared = cause not in SHOWN_ALONE
+            own.append(first.setdefault(base, place) if is_shared else place)
+        return drawn[:, own]
+
+
+def _shares(weights: np.ndarray) -> np.ndarray:
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 @cache
 def meanings() -> Mapping[str, Meaning]:
     """What each cause means and what to do, by its name; from cause_profiles.csv."""
     with Path(__file__).with_name("cause_profiles.csv").open(encoding="utf-8", newline="") as file:
-        return {row["cause"]: Meaning(**row) for row in csv.DictReader(file)}
+        read: Iterable[dict[str, Any]] = csv.DictReader(file)
+        found = [Meaning(**{**row, "reported": int(row["reported"])}) for row in read]
+        return {meaning.cause: meaning for meaning in found}
 
 
 def write_profiles(
@@ -466,10 +515,13 @@ def measure_profiles(replays: Iterable[Replay], experiments: Sequence[Experiment
 def _share_base_counts(table: Likelihoods) -> np.ndarray:
     """The counts, where what the base does alone is the same whatever was done to the adapter."""
     counts = table.counts.copy()
-    bases = np.array([hypothesis.base for hypothesis in table.hypotheses])
+    of = {
+        base: [place for place, h in enumerate(table.hypotheses) if h.base == base]
+        for base in table.bases
+    }
     for name in ALONE_TESTS:
         if name in table.blocks:
-            for base in table.bases:
-                rows = bases == base
+            for places in of.values():
+                rows = [p for p in places if table.hypotheses[p].cause not in SHOWN_ALONE]
                 counts[rows, table.blocks[name]] = counts[rows, table.blocks[name]].mean(axis=0)
     return counts

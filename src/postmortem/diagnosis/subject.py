@@ -10,38 +10,55 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig
-from scipy.special import log_softmax
+from scipy.special import log_expit, log_softmax
 from scipy.stats import mannwhitneyu, ttest_1samp
 
 from postmortem.case.prompts import Prompt, encode_rows, parse_strict
 from postmortem.case.rows import Rows
+from postmortem.case.schema import PromptTemplate
 from postmortem.checker.checks import inspect_adapter
 from postmortem.checker.errors import Finding, ModelError
 from postmortem.diagnosis.battery import (
     ALONE,
+    BACK,
     BASE,
     EIGHTFOLD,
     EIGHTH,
+    ENOUGH,
+    FEW,
     FIRST,
     FLIPPED,
     NO_ANSWER,
     OFF,
+    ON_ENOUGH,
+    ON_FEW,
+    OTHERWISE,
     REFERENCE,
+    ROTATED,
     SAVED,
     SHIFTED,
     STARTED,
     TESTS,
 )
 from postmortem.diagnosis.causes import Run
-from postmortem.experiments.ask import Answers, NoAnswer, PutOn, System, put_on, score_rows
+from postmortem.experiments.ask import (
+    Answers,
+    NoAnswer,
+    PutOn,
+    System,
+    join_answers,
+    put_on,
+    score_rows,
+)
 from postmortem.experiments.metrics import (
     THRESHOLDS,
     auc,
@@ -57,8 +74,6 @@ from postmortem.models.loading import LoadedBase
 NO_EFFECT, FAINT_EFFECT = 1e-6, 1e-2
 # An AUC is better, and not by luck alone, when it rises by more than this.
 GAIN = 0.1
-# Rows that show whether a switched-off adapter leaves the base as it was.
-FEW = 4
 # One row in twenty may differ and the others still have one value.
 ALIKE = 0.95
 # So many texts, that come in nine of ten rows, are answers to some question.
@@ -68,13 +83,29 @@ LEVEL = 0.05
 # The name under which PEFT loads an adapter that is given none.
 ADAPTER = "default"
 # The change of the adapter behind a state.
-CHANGED = {EIGHTH: "eighth", EIGHTFOLD: "eightfold", FLIPPED: "flipped", SHIFTED: "shifted"}
-# What is compared by its whole distribution and not by its answers.
-COMPARED = (*ALONE, SAVED, OFF)
+CHANGED = {
+    EIGHTH: "eighth",
+    EIGHTFOLD: "eightfold",
+    FLIPPED: "flipped",
+    SHIFTED: "shifted",
+    BACK: "shifted_back",
+    ROTATED: "rotated",
+}
 # States of which the log-odds alone are looked at, not what is written.
-UNWRITTEN = (FIRST, STARTED, OFF, FLIPPED, SHIFTED)
-# States that are asked on a few rows.
-ON_FEW = (FIRST, STARTED, OFF)
+UNWRITTEN = (FIRST, STARTED, OFF, *CHANGED, OTHERWISE)
+# States that are not held against the base under the same prompt.
+UNHELD = (REFERENCE, OTHERWISE)
+# An effect is larger than another where it is so many times as large: the sizes of two adapters of
+# one recipe differ by less, those of a trained one and of chance by powers of ten.
+LARGER = 2.0
+# The spread of the singular values of lora_B against that of as large a matrix of random numbers:
+# those of 60 trained adapters had 0.02 to 0.2 in the median of their modules, random ones 1. Of
+# fewer than four values chance says nothing.
+EVEN, LEAST_RANK = 0.5, 4
+# Nats by which a mean log-probability must rise to be called so: a twentieth of the probability.
+RISE = 0.05
+# The best of several changes is better by luck more easily than one.
+LEVEL_OF_BEST = 0.01
 
 
 @dataclass(frozen=True)
@@ -89,9 +120,10 @@ class Outcome:
 class Subject:
     """A run under test, for the length of a `with`: what it is asked, on which rows.
 
-    `base_folder` is what the checker compares the adapter's files with, `base_name` the name that
-    its config should bear, and `published` the base as it was before anything was done to it.
-    `asked` may be given what other subjects have asked of the same base.
+    The first `count` of the `rows` are asked (0: all), and more may follow: what was answered is
+    kept and added to. `base_folder` is what the checker compares the adapter's files with,
+    `base_name` the name that its config should bear, and `published` the base as it was before
+    anything was done to it. `asked` may be given what other subjects have asked of the same base.
     """
 
     session: Session
@@ -102,15 +134,17 @@ class Subject:
     base_name: str = ""
     reference: Path | None = None
     published: LoadedBase | None = None
+    count: int = 0
     asked: dict[tuple[str, str], Answers] = field(default_factory=dict)
-    # Seconds a row of the base alone, and what an adapter adds to them whatever the rows.
-    pace: float = 0.0
-    overhead: float = 0.0
+    # Seconds a row that a state took when it was last asked.
+    paces: dict[str, float] = field(default_factory=dict)
+    # Mean divergence of a state from the base on each row, in nats.
+    effects: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     # What is on the base now, and how it is taken off.
     on: str = ""
     answering: PutOn | None = None
     stack: ExitStack = field(default_factory=ExitStack)
-    encoded: dict[tuple[str, tuple[str, ...]], list[Prompt]] = field(default_factory=dict)
+    encoded: dict[tuple[str, bool, tuple[str, ...]], list[Prompt]] = field(default_factory=dict)
 
     def __enter__(self) -> "Subject":
         return self
@@ -146,42 +180,65 @@ class Subject:
         return self.session.case.prompt(self.prompt).contract
 
     @property
+    def in_use(self) -> Rows:
+        """The rows that are asked now."""
+        return self.rows.head(self.count)
+
+    @property
     def labels(self) -> np.ndarray:
         """The truth; only where the subject is `labelled`."""
-        assert self.rows.labels is not None
-        return self.rows.labels
+        labels = self.in_use.labels
+        assert labels is not None
+        return labels
 
     @property
     def labelled(self) -> bool:
         """Whether there are enough rows of either class to see an order."""
-        labels = self.rows.labels
+        labels = self.in_use.labels
         least = THRESHOLDS.rows // 2
         return labels is not None and min(int(labels.sum()), int((1 - labels).sum())) >= least
 
-    @cached_property
-    def few(self) -> Rows:
-        """The first rows, which stay the same where fewer or others are taken later."""
-        return self.rows.head(FEW)
-
     def ask(self, state: str, prompt: str = "") -> Answers:
-        """The answers in a state; of `FIRST` and `OFF` on a few rows."""
+        """The answers in a state; those in `ON_FEW` on a few rows."""
         chosen = prompt or self.prompt
         if self.run.adapter is None and state not in (*ALONE, REFERENCE):
             state = FIRST if state in ON_FEW else BASE
-        if (state, chosen) not in self.asked:
-            rows = self.few if state in ON_FEW else self.rows
-            _ = self._base()  # loading it is no part of the pace
+        rows = self.rows.head(self.limit(state, len(self.in_use)))
+        known = self.asked.get((state, chosen))
+        if known is None or len(known) < len(rows):
+            more = rows.part(0 if known is None else len(known), len(rows))
+            if state not in (*ALONE, *UNHELD):
+                # Before anything is on it; loading it is no part of the pace.
+                self.ask(FIRST if state in ON_FEW else BASE, chosen)
+            _ = self._base()
             start = time.perf_counter()
-            answers = self._answer(state, chosen, rows)
-            self._note_pace(state, time.perf_counter() - start, len(rows))
-            if state not in COMPARED:  # a large vocabulary on many rows takes much memory
-                answers = replace(answers, first_log_probs=answers.first_log_probs[:, :0])
-            self.asked[state, chosen] = answers
-        return self.asked[state, chosen]
+            answers = self._answer(state, chosen, more)
+            self.paces[state] = (time.perf_counter() - start) / len(more)
+            answers = self._compared(state, chosen, answers, count=len(rows))
+            known = answers if known is None else join_answers(known, answers)
+            self.asked[state, chosen] = known
+        return known.part(0, len(rows))
 
-    def has_asked(self, state: str) -> bool:
-        """Whether the answers in a state are known already."""
-        return (state, self.prompt) in self.asked
+    def limit(self, state: str, count: int) -> int:
+        """On how many of so many rows a state is asked."""
+        return min(count, FEW if state in ON_FEW else ENOUGH if state in ON_ENOUGH else count)
+
+    def missing_rows(self, state: str, count: int) -> int:
+        """How many of the first `count` rows a state was not asked yet and will be."""
+        known = self.asked.get((state, self.prompt))
+        return max(self.limit(state, count) - (0 if known is None else len(known)), 0)
+
+    def settle(self) -> None:
+        """Leave it at the rows that the adapter was asked on."""
+        known = self.asked.get((SAVED, self.prompt))
+        self.count = self.count if known is None else min(self.count, len(known))
+
+    def effect(self, state: str, prompt: str = "") -> np.ndarray:
+        """Divergence from the base alone on each row, in nats."""
+        count = len(self.ask(state, prompt))
+        if self.run.adapter is None:
+            return np.zeros(count)
+        return self.effects[state, prompt or self.prompt][:count]
 
     def values(self, state: str, prompt: str = "") -> list[float | None]:
         """What is answered, by the run's parser, or strictly where it has none."""
@@ -199,30 +256,64 @@ class Subject:
         """Log-odds of what the prompt asks for, a row each."""
         return np.array(self.ask(state).log_odds, dtype=float)
 
+    def nearness(self, state: str) -> np.ndarray:
+        """How near each row comes to its true answer: a log-probability.
+
+        It is that of any answer of the form asked for, times the chance of the true one among them.
+        A chance counts up to odds of e to one: how sure an adapter is of what it gets wrong is a
+        matter of how long it was trained, and not of whether it belongs here.
+        """
+        form = self.ask(state).form_log_probs
+        if not self.labelled:
+            return form
+        side = np.where(self.labels[: len(form)] == 1, 1.0, -1.0)
+        return form + log_expit(np.clip(side * self.log_odds(state), -1.0, 1.0))
+
     def load(self) -> PutOn:
         """The run's model with its adapter on; `ModelError` where it does not load."""
         return self._put_on(SAVED)
 
-    def encode(self, prompt: str, rows: Rows) -> list[Prompt]:
-        """The rows as this run sends them."""
-        key = (prompt, rows.ids)
+    def encode(self, prompt: str, rows: Rows, *, otherwise: bool = False) -> list[Prompt]:
+        """The rows as this run sends them, or in the other markup."""
+        key = (prompt, otherwise, rows.ids)
         if key not in self.encoded:
-            prompts, tokenizer = self.encode_plainly(prompt, rows), self._base().tokenizer
-            rewrite = self.run.rewrite
+            prompts = self.encode_plainly(prompt, rows, otherwise=otherwise)
+            rewrite, tokenizer = self.run.rewrite, self._base().tokenizer
             self.encoded[key] = [rewrite(p, tokenizer) for p in prompts] if rewrite else prompts
         return self.encoded[key]
 
-    def encode_plainly(self, prompt: str, rows: Rows) -> list[Prompt]:
+    def encode_plainly(self, prompt: str, rows: Rows, *, otherwise: bool = False) -> list[Prompt]:
         """The rows as the case would send them."""
         limit = self.session.case.decoding(prompt).max_prompt_tokens
-        template, tokenizer = self.session.case.prompt(prompt), self._base().tokenizer
-        return encode_rows(template, rows, tokenizer=tokenizer, limit=limit)
+        template = self.template(prompt, otherwise=otherwise)
+        return encode_rows(template, rows, tokenizer=self._base().tokenizer, limit=limit)
 
-    def _note_pace(self, state: str, seconds: float, rows: int) -> None:
+    def template(self, prompt: str, *, otherwise: bool = False) -> PromptTemplate:
+        """The prompt as the run sends it; `otherwise`: through the chat template if it is raw."""
+        template = self.session.case.prompt(prompt)
+        if otherwise == self.run.otherwise:
+            return template
+        return template.model_copy(update={"chat": not template.chat})
+
+    @property
+    def has_markups(self) -> bool:
+        """Whether the prompt can be sent with the chat template and without."""
+        return self.contract != "class" and bool(self._base().tokenizer.chat_template)
+
+    def _compared(self, state: str, prompt: str, answers: Answers, *, count: int) -> Answers:
+        """The answers with their divergence from the base noted, and without the distributions.
+
+        Those of a large vocabulary on many rows take much memory; the base's alone are kept.
+        """
         if state in ALONE:
-            self.pace = seconds / rows
-        else:
-            self.overhead = max(seconds - self.pace * rows, self.overhead)
+            return answers
+        if state not in UNHELD:
+            first = FIRST if state in ON_FEW else BASE
+            alone = self.ask(first, prompt).part(count - len(answers), count)
+            found = diverge(answers, alone)
+            known = self.effects.get((state, prompt), found[:0])
+            self.effects[state, prompt] = np.concatenate([known, found])
+        return replace(answers, first_log_probs=answers.first_log_probs[:, :0])
 
     def _answer(self, state: str, prompt: str, rows: Rows) -> Answers:
         answering = self._put_on(state)
@@ -231,20 +322,21 @@ class Subject:
                 changes.enter_context(answering.model.disable_adapter())
             if state in CHANGED:
                 change = changed_in_memory(answering.model, CHANGES[CHANGED[state]])
-                try:
+                # One layer alone is adapted: moved it is as it was.
+                with suppress(NothingToChange):
                     changes.enter_context(change)
-                except NothingToChange:
-                    return self.ask(SAVED, prompt)
             return self._score(answering, state, prompt, rows)
 
     def _score(self, answering: PutOn, state: str, prompt: str, rows: Rows) -> Answers:
+        otherwise = state == OTHERWISE
         return score_rows(
             self.session,
             answering,
             state,
             prompt,
             rows=rows,
-            prompts=self.encode(prompt, rows),
+            template=self.template(prompt, otherwise=otherwise),
+            prompts=self.encode(prompt, rows, otherwise=otherwise),
             max_new_tokens=1 if state in UNWRITTEN else 0,
         )
 
@@ -288,6 +380,18 @@ class Subject:
         self.stack.close()
 
 
+def diverge(answers: Answers, alone: Answers) -> np.ndarray:
+    """KL divergence of answers from the base's on each row, in nats: the larger one of the two.
+
+    One is of the first token or the class, the other of the numbers where they are asked for.
+    """
+    pairs = [(answers.first_log_probs, alone.first_log_probs)]
+    if answers.contract == "number":
+        numbers = (answers.number_log_probs, alone.number_log_probs)
+        pairs.append((log_softmax(numbers[0], axis=1), log_softmax(numbers[1], axis=1)))
+    return np.max([kl_divergence(on, off) for on, off in pairs], axis=0)
+
+
 def set_status(answering: PutOn, run: Run) -> None:
     """Leave the adapter answering, disabled, or with another one active in its place."""
     if run.status == "another":
@@ -306,6 +410,8 @@ def why_not(test: str, subject: Subject, known: Mapping[str, str]) -> str:
         return f"it takes labels, of at least {THRESHOLDS.rows // 2} rows of either class"
     if needed.effect and known.get("effect") in ("none", "not finite"):
         return "the adapter has no effect that could be changed"
+    if test == "markup" and not subject.has_markups:
+        return "the base has no chat template"
     if test == "reference" and subject.reference is None:
         return "no sound adapter is given to compare with"
     return ""
@@ -455,7 +561,7 @@ def compare_parsers(texts: Sequence[str], values: Sequence[float | None]) -> str
 def _try_settings(subject: Subject) -> Outcome:
     """Generate one row greedily at the temperature of each attempt."""
     model = subject.load().model
-    prompt = subject.encode(subject.prompt, subject.rows)[0]
+    prompt = subject.encode(subject.prompt, subject.rows.head(1))[0]
     ids = torch.tensor([prompt.token_ids], device=model.device)
     answers = set()
     for attempt in subject.session.case.attempts.values():
@@ -521,25 +627,68 @@ def describe_answers(answers: Answers) -> str:
 
 
 def _measure_effect(subject: Subject) -> Outcome:
-    both = [_distributions(subject.ask(state)) for state in (SAVED, BASE)]
-    if any(np.isnan(part).any() for parts in both for part in parts):
+    found = subject.effect(SAVED)
+    if np.isnan(found).any():
         return Outcome("not finite", "NaN in the distribution of the answer")
-    kl = max(float(kl_divergence(on, off).mean()) for on, off in zip(*both, strict=True))
+    kl = float(found.mean())
     limits = {"none": NO_EFFECT, "faint": FAINT_EFFECT, "clear": np.inf}
     word = next((word for word, most in limits.items() if kl <= most), "not finite")
     return Outcome(word, f"KL {kl:.2g} nat between the answers")
 
 
-def _distributions(answers: Answers) -> list[np.ndarray]:
-    """Log-probabilities of the first token or class, and of the numbers where they are asked."""
-    if answers.contract != "number":
-        return [answers.first_log_probs]
-    return [answers.first_log_probs, log_softmax(answers.number_log_probs, axis=1)]
+def _compare_form(subject: Subject) -> Outcome:
+    """Whether an answer of the form asked for is likelier than of the base alone."""
+    on, off = (subject.ask(state).form_log_probs for state in (SAVED, BASE))
+    if not np.isfinite([on, off]).all():
+        return Outcome("not finite", "log-probabilities that are not finite")
+    measured = (
+        f"mean log-probability of an answer asked for {on.mean():.2f}, alone {off.mean():.2f}"
+    )
+    if _rises(on, off):
+        return Outcome("likelier", measured)
+    return Outcome("less likely" if _rises(off, on) else "as the base", measured)
+
+
+def _look_at_weights(subject: Subject) -> Outcome:
+    """Whether the updates have a few strong directions, as training leaves them, or none.
+
+    What is looked at is what is loaded: lora_B, which is zero before training.
+    """
+    if subject.run.adapter is None:
+        return Outcome("no adapter")
+    factors = [
+        parameter.detach().float().cpu().numpy()
+        for name, parameter in subject.load().model.named_parameters()
+        if "lora_B" in name and parameter.dim() == 2
+    ]
+    if not all(np.isfinite(factor).all() for factor in factors):
+        return Outcome("not finite", "values that are not finite in lora_B")
+    if not any(factor.any() for factor in factors):
+        return Outcome("all zero", "lora_B is zero")
+    found = [evenness(factor) for factor in factors if factor.any()]
+    even = [value for value in found if value is not None]
+    if not even:
+        return Outcome("trained", "of so low a rank that chance says nothing")
+    middle = float(np.median(even))
+    word = "as drawn at random" if middle > EVEN else "trained"
+    return Outcome(word, f"evenness {middle:.2f}, random numbers have 1")
+
+
+def evenness(factor: np.ndarray) -> float | None:
+    """The least singular value over the largest, against what random numbers have; None at random.
+
+    `factor` is lora_B, (out, r). Of a matrix of independent normal numbers the ratio is close to
+    (√out - √r) / (√out + √r) (Bai and Yin 1993). None below a rank of `LEAST_RANK`.
+    """
+    most, least = np.sqrt(max(factor.shape)), np.sqrt(min(factor.shape))
+    if min(factor.shape) < LEAST_RANK or most == least:
+        return None
+    values = np.linalg.svd(factor.astype(np.float64), compute_uv=False)
+    return float(values[-1] / values[0] * (most + least) / (most - least))
 
 
 def _switch_off(subject: Subject) -> Outcome:
-    alone, off = (subject.ask(state).first_log_probs for state in (FIRST, OFF))
-    gap = float(kl_divergence(off, alone).max())
+    gap = float(subject.effect(OFF).max())
     same = gap <= NO_EFFECT
     return Outcome("is the base" if same else "is not the base", f"KL {gap:.2g} nat at most")
 
@@ -586,44 +735,70 @@ def tell_order(labels: np.ndarray, scores: np.ndarray) -> Outcome:
 
 def writes_order(subject: Subject) -> bool | None:
     """Whether what is written with the adapter orders the rows; None where it was not asked."""
-    if not subject.has_asked(SAVED) or not subject.labelled:
+    if (SAVED, subject.prompt) not in subject.asked or not subject.labelled:
         return None
     return tell_order(subject.labels, subject.written(SAVED)).word == "ranks"
 
 
-def _try_scales(subject: Subject) -> Outcome:
-    states = {"no better": SAVED, "better at 1/8": EIGHTH, "better at 8": EIGHTFOLD}
-    aucs = {
-        word: auc(subject.labels, subject.written(state)) or 0.0 for word, state in states.items()
-    }
-    measured = ", ".join(f"{states[word]} {value:.2f}" for word, value in aucs.items())
-    # Another scale must be better by `GAIN`.
-    best = max(aucs, key=lambda word: aucs[word] - (GAIN if word != "no better" else 0.0))
-    return Outcome(best, f"AUC of what is written: {measured}")
-
-
-def _find_home(subject: Subject) -> Outcome:
-    """Whether log-odds with the adapter as saved favour the truth more than with changed copies.
-
-    An adapter made for this base gains on the labels more than the same adapter with its sign
-    flipped, or with its layers shifted by one: all three have the same norms.
-    """
-    odds = {state: subject.log_odds(state) for state in (SAVED, FLIPPED, SHIFTED)}
-    if not np.isfinite([*odds.values()]).all():
-        return Outcome("not finite", "log-odds that are not finite")
-    side = np.where(subject.labels == 1, 1.0, -1.0)
-    means = ", ".join(f"{state} {(side * values).mean():+.2f}" for state, values in odds.items())
-    at_home = all(_exceeds(side * odds[SAVED], side * odds[state]) for state in (FLIPPED, SHIFTED))
-    word = "at home" if at_home else "not at home"
-    return Outcome(word, f"mean log-odds of the true answer: {means}")
-
-
-def _exceeds(values: np.ndarray, others: np.ndarray) -> bool:
-    """Whether paired values are larger in the mean, by a one-sided t-test."""
+def _rises(values: np.ndarray, others: np.ndarray, *, level: float = LEVEL) -> bool:
+    """Whether paired values are larger in the mean by more than `RISE`, and not by luck."""
     gaps = values - others
-    if not np.ptp(gaps):  # all the same, of which the test would only warn
-        return bool(gaps[0] > 0)
-    return bool(ttest_1samp(gaps, 0.0, alternative="greater").pvalue < LEVEL)
+    if gaps.mean() <= RISE:
+        return False
+    # All the same: of this the test would only warn.
+    return not np.ptp(gaps) or bool(ttest_1samp(gaps, 0.0, alternative="greater").pvalue < level)
+
+
+def _find_place(subject: Subject) -> Outcome:
+    """Whether the adapter does more in this place than elsewhere, and than by chance.
+
+    Its layers moved by one, and each update turned at random, have the norms of the saved ones.
+    What was trained here has an effect that chance has not, and more of it here than a layer off.
+    """
+    effects = {
+        state: float(subject.effect(state)[:ENOUGH].mean())
+        for state in (SAVED, SHIFTED, BACK, ROTATED)
+    }
+    if not np.isfinite([*effects.values()]).all():
+        return Outcome("not finite", "NaN in the distribution of the answer")
+    measured = "KL from the base: " + ", ".join(f"{k} {v:.2g}" for k, v in effects.items())
+    if max(effects[SHIFTED], effects[BACK]) > LARGER * effects[SAVED]:
+        return Outcome("elsewhere", measured)
+    return Outcome("here" if effects[SAVED] > LARGER * effects[ROTATED] else "nowhere", measured)
+
+
+def _try_mends(subject: Subject) -> Outcome:
+    """What brings the true answer nearest: the adapter as saved, changed, or none at all."""
+    words = {
+        SAVED: "nothing",
+        BASE: "no adapter",
+        EIGHTH: "smaller",
+        EIGHTFOLD: "larger",
+        FLIPPED: "flipped",
+        SHIFTED: "moved",
+        BACK: "moved",
+    }
+    found = {state: subject.nearness(state)[:ENOUGH] for state in words}
+    means = {state: float(values.mean()) for state, values in found.items()}
+    if not np.isfinite(means[SAVED]):
+        return Outcome("not finite", "log-probabilities that are not finite")
+    measured = ", ".join(f"{state} {value:.2f}" for state, value in means.items())
+    measured = f"mean nearness to the true answer: {measured}"
+    finite = [state for state in words if np.isfinite(means[state])]
+    best = max(finite, key=lambda state: means[state])
+    # A change is worth naming where it beats the adapter as saved, and no adapter as well.
+    if not _rises(found[best], found[SAVED], level=LEVEL_OF_BEST):
+        return Outcome("nothing", measured)
+    return Outcome(words[best if _rises(found[best], found[BASE]) else BASE], measured)
+
+
+def _try_markup(subject: Subject) -> Outcome:
+    """Whether the true answer is likelier in the other markup."""
+    other, saved = (subject.nearness(state)[:ENOUGH] for state in (OTHERWISE, SAVED))
+    if not np.isfinite([other, saved]).all():
+        return Outcome("not finite", "log-probabilities that are not finite")
+    means = f"mean nearness {saved.mean():.2f}, in the other markup {other.mean():.2f}"
+    return Outcome("better" if _rises(other, saved) else "no better", means)
 
 
 def _try_reference(subject: Subject) -> Outcome:
@@ -633,6 +808,7 @@ def _try_reference(subject: Subject) -> Outcome:
 
 RUN: Mapping[str, Callable[[Subject], Outcome]] = {
     "inspect": _inspect,
+    "weights": _look_at_weights,
     "names": _compare_names,
     "prompt": _compare_prompts,
     "base-alone": _tell_base,
@@ -646,32 +822,32 @@ RUN: Mapping[str, Callable[[Subject], Outcome]] = {
     "settings": _try_settings,
     "answers": _tell_answers,
     "effect": _measure_effect,
+    "form": _compare_form,
     "off": _switch_off,
     "fingerprint": _compare_base,
     "order": _compare_order,
     "yes-no": _rank_yes_no,
-    "scale": _try_scales,
-    "home": _find_home,
+    "place": _find_place,
+    "mend": _try_mends,
+    "markup": _try_markup,
     "reference": _try_reference,
 }
 
 
 def spread(rows: Rows, count: int) -> Rows:
-    """At most `count` rows, evenly spread; as many of either class as there are, where known."""
-    if count >= len(rows):
-        return rows
+    """At most `count` rows, evenly spread, in an order of which any beginning is spread as well.
+
+    Where labels are known the classes take turns, as long as there are rows of either.
+    """
     places = np.arange(len(rows))
-    if rows.labels is None:
-        chosen = _evenly(places, count)
-    else:
-        small, large = sorted((places[rows.labels == label] for label in (0, 1)), key=len)
-        few = min(count // 2, len(small))
-        chosen = sorted(_evenly(small, few) + _evenly(large, count - few))
-    frame = rows.frame.iloc[chosen].reset_index(drop=True)
-    labels = None if rows.labels is None else rows.labels[chosen]
-    ids, groups = (tuple(kind[i] for i in chosen) for kind in (rows.ids, rows.groups))
-    return Rows(rows.source, frame, ids, groups, labels)
+    kinds = [places] if rows.labels is None else [places[rows.labels == label] for label in (0, 1)]
+    turns = zip_longest(*(_scattered(kind) for kind in kinds))
+    chosen = [place for turn in turns for place in turn if place is not None]
+    return rows.take(chosen[:count])
 
 
-def _evenly(places: np.ndarray, count: int) -> list[int]:
-    return [int(places[int(i)]) for i in np.linspace(0, len(places) - 1, count).round()]
+def _scattered(places: np.ndarray) -> list[int]:
+    """Places in an order whose beginnings are spread over all (the bits of each rank reversed)."""
+    bits = max(len(places) - 1, 1).bit_length()
+    ranks = sorted(range(len(places)), key=lambda rank: f"{rank:0{bits}b}"[::-1])
+    return [int(places[rank]) for rank in ranks]

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,8 +77,9 @@ class Answers:
 
     `contract` is what the prompt asks for. `first_log_probs` is the log-distribution of the first
     answer token, (rows, vocabulary), or of the classes, (rows, classes); `number_log_probs` that
-    of the eleven numbers, (rows, 11). A number that a prediction lacks is NaN. Where the system
-    gave no answers `missing` says why, and everything else is empty.
+    of the eleven numbers, (rows, 11), `pair_log_probs` that of the positive and the negative
+    answer, (rows, 2). A number that a prediction lacks is NaN. Where the system gave no answers
+    `missing` says why, and everything else is empty.
     """
 
     system: str
@@ -87,6 +88,7 @@ class Answers:
     predictions: tuple[Prediction, ...]
     first_log_probs: np.ndarray
     number_log_probs: np.ndarray
+    pair_log_probs: np.ndarray
     missing: str = ""
 
     def __len__(self) -> int:
@@ -143,6 +145,35 @@ class Answers:
         """Log-odds of what the prompt asks for: the number's, or those of the two answers."""
         return self.number_log_odds if self.contract == "number" else self.yes_no_log_odds
 
+    @property
+    def form_log_probs(self) -> np.ndarray:
+        """Log-probability of each row that the answer is one of those asked for, (rows,)."""
+        asked = self.number_log_probs if self.contract == "number" else self.pair_log_probs
+        return np.logaddexp.reduce(asked, axis=1)
+
+    def part(self, start: int, end: int) -> "Answers":
+        """The answers to the rows from one place up to another."""
+        if (start, end) == (0, len(self)):
+            return self
+        return replace(
+            self,
+            predictions=self.predictions[start:end],
+            first_log_probs=self.first_log_probs[start:end],
+            number_log_probs=self.number_log_probs[start:end],
+            pair_log_probs=self.pair_log_probs[start:end],
+        )
+
+
+def join_answers(first: Answers, second: Answers) -> Answers:
+    """Answers of one system to one prompt, and those to further rows."""
+    return replace(
+        first,
+        predictions=first.predictions + second.predictions,
+        first_log_probs=np.concatenate([first.first_log_probs, second.first_log_probs]),
+        number_log_probs=np.concatenate([first.number_log_probs, second.number_log_probs]),
+        pair_log_probs=np.concatenate([first.pair_log_probs, second.pair_log_probs]),
+    )
+
 
 def ask(
     session: Session,
@@ -186,7 +217,7 @@ class NoAnswer(Exception):
 def no_answers(system: str, prompt: str, contract: str, *, reason: str) -> Answers:
     """The answers of a system that gave none, with the reason."""
     none = np.empty((0, 0))
-    return Answers(system, prompt, contract, (), none, none, missing=reason)
+    return Answers(system, prompt, contract, (), none, none, none, missing=reason)
 
 
 def _name_step(system: System, prompt: str, rows_name: str) -> str:
@@ -307,16 +338,17 @@ def score_rows(
     prompt: str,
     *,
     rows: Rows,
+    template: PromptTemplate | None = None,
     prompts: Sequence[Prompt] = (),
     max_new_tokens: int = 0,
 ) -> Answers:
     """Encode the rows, score them in batches that fit the memory, and read the replies.
 
-    Where `prompts` are given, the rows are sent as these. `max_new_tokens` limits the answer where
-    its text is not needed.
+    A `template` takes the place of the prompt's own. Where `prompts` are given, the rows are sent
+    as these. `max_new_tokens` limits the answer where its text is not needed.
     """
     model, base = answering.model, answering.base
-    template, decoding = session.case.prompt(prompt), session.case.decoding(prompt)
+    template, decoding = template or session.case.prompt(prompt), session.case.decoding(prompt)
     prompts = prompts or encode_rows(
         template, rows, tokenizer=base.tokenizer, limit=decoding.max_prompt_tokens
     )
@@ -368,6 +400,7 @@ def score_rows(
         predictions,
         scores.first_log_probs,
         scores.number_log_probs,
+        scores.pair_log_probs,
     )
 
 

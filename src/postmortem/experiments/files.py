@@ -27,7 +27,7 @@ from postmortem.checker.identify import (
     measure,
     span,
 )
-from postmortem.checker.serving import Rule, rules, tabulate, versions_read
+from postmortem.checker.serving import Rule, rules, runtimes, tabulate
 from postmortem.experiments.metrics import (
     Line,
     auc,
@@ -198,7 +198,7 @@ def record_world(session: Session) -> None:
 
 
 def record_entries(session: Session) -> None:
-    """Record the failure catalogue, and what serving runtimes change without a word."""
+    """Record the failure catalogue."""
     entries = catalogue()
     session.measure("catalogue.entries", len(entries))
     session.table(
@@ -210,18 +210,43 @@ def record_entries(session: Session) -> None:
         ],
     )
 
-    silent = [rule for rule in rules() if rule.effect != "refuses"]
-    rows = [(trait, *marks) for trait, marks in tabulate(silent, _effect).items()]
-    session.table("catalogue.serving", ("the adapter has", *versions_read()), rows)
-
-
-def _effect(rule: Rule) -> str:
-    marks = (rule.versions if rule.is_past else "", "" if rule.verified == "yes" else "inferred")
-    return ", ".join(filter(None, (rule.effect, *marks)))
-
 
 def _seen(entry: Entry) -> str:
     return ", ".join(entry.threads)
+
+
+RULES = ("the adapter has", "version", "what happens", "how", "what to do", "read in")
+# What a runtime does with what it does not take as PEFT does, in a letter.
+LETTERS = {"refuses": "R", "drops": "S", "rescales": "W"}
+NO_RULE = "·"
+
+
+def record_runtimes(session: Session) -> None:
+    """Record what serving runtimes do otherwise than PEFT: side by side, and rule by rule."""
+    session.measure("check.rules", len(rules()))
+    session.measure("check.runtimes", len(runtimes()))
+    current = [rule for rule in rules() if not rule.is_past]
+    rows = [
+        (trait, *(mark or NO_RULE for mark in marks))
+        for trait, marks in tabulate(current, _letter).items()
+        if sum(map(bool, marks)) > 1
+    ]
+    rows.sort(key=lambda row: row.count(NO_RULE))
+    session.table("check.matrix", ("the adapter has", *runtimes()), rows)
+    for name in runtimes():
+        own = [rule for rule in rules() if rule.runtime == name]
+        session.measure(f"check.{name}.rules", len(own))
+        session.table(f"check.{name}", RULES, list(map(_describe_rule, own)))
+
+
+def _letter(rule: Rule) -> str:
+    doubt = "" if rule.verified == "yes" else "?"
+    return LETTERS[rule.effect] + doubt + ("*" if rule.bases else "")
+
+
+def _describe_rule(rule: Rule) -> tuple[str, ...]:
+    effect = rule.effect if rule.verified == "yes" else f"{rule.effect}, inferred"
+    return rule.trait, rule.versions, effect, rule.happens, rule.remedy, rule.source
 
 
 def _record_findings(session: Session, key: str, *, inspection: Inspection) -> None:

@@ -418,9 +418,15 @@ def input_digests(
 
 # The record that training leaves beside the models of a profile.
 WORLD = "world"
+# The record of what releases of PEFT do, which no notebook makes.
+PEFT_VERSIONS = "peft_versions"
+# The record of faults planted in adapters that chose nothing, which no notebook makes.
+HELD_OUT = "held_out"
 # What brings a record back, where it is not `make record`.
 REMEDIES = {
     "bench": "Restore the file, or run `make bench PROFILE={profile}` to make it again.",
+    PEFT_VERSIONS: "Restore the file, or run `make peft-versions` to make it again.",
+    HELD_OUT: "Restore the file, or run `make held-out DATA=...` to make it again.",
     WORLD: "Restore the files. To ship another training, put what `make world` leaves in their"
     " place and run `make record PROFILE={profile}`.",
 }
@@ -467,7 +473,7 @@ def check_kept(case: Case) -> None:
     for profile, settings in case.profiles.items():
         found = list_kept(profile)
         # The pages read what the embedded world leaves; what is kept of a real model may be absent.
-        needed = [WORLD, *kept_names(settings)] if settings.replays else []
+        needed = [WORLD, PEFT_VERSIONS, HELD_OUT, *kept_names(settings)] if settings.replays else []
         for name in dict.fromkeys([*needed, *found]):
             if profile not in read_kept(case, name) and name in needed:
                 raise RecordError(
@@ -516,7 +522,7 @@ def _check_inputs(file: RecordFile, case: Case, profile: str) -> None:
     else:  # of a real model the adapters alone are shipped
         adapters = {role: Path(name) for role, name in asked.all_adapters.items()}
         _check_members(file, adapters, remedy=remedy)
-    if made.digests["case"] != current["case"]:
+    if made.digests.get("case", current["case"]) != current["case"]:
         # The shipped models were trained on the case's prompts.
         first = "put what `make world` leaves in the models' place and " if asked.replays else ""
         remedy = (

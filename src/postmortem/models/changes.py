@@ -40,8 +40,8 @@ def scale(factor: float) -> Change:
     return lambda tensors: {k: t * factor if _is_b(k) else t for k, t in tensors.items()}
 
 
-def shift_layers(tensors: Tensors) -> Tensors:
-    """Each layer's LoRA tensors in the next adapted layer's place, the last one's in the first's.
+def shift_layers(tensors: Tensors, *, by: int = 1) -> Tensors:
+    """Each layer's LoRA tensors `by` adapted layers further on, the last ones' in the first places.
 
     Places of another shape keep their own. Raises `NothingToChange` where all stays as it is.
     """
@@ -50,7 +50,7 @@ def shift_layers(tensors: Tensors) -> Tensors:
         if "lora_" in name and layer_of(name) is not None:
             places.setdefault(layer_zero(name), []).append(name)
     for names in places.values():
-        for name, origin in zip(names, names[-1:] + names[:-1], strict=True):
+        for name, origin in zip(names, names[-by:] + names[:-by], strict=True):
             if tensors[name].shape == tensors[origin].shape:
                 shifted[name] = tensors[origin]
     if all(shifted[name].equal(tensor) for name, tensor in tensors.items()):
@@ -98,6 +98,8 @@ CHANGES: Mapping[str, Change] = {
     "zero_b": zero_b,
     "flipped": scale(-1.0),
     "shifted": shift_layers,
+    "shifted_back": partial(shift_layers, by=-1),
+    "rotated": partial(rotate, seed=0),
     "eighth": scale(1 / FACTOR),
     "eightfold": scale(FACTOR),
 }
@@ -105,6 +107,8 @@ COPIES = {
     "zero_b": "lora_B zero",
     "flipped": "sign flipped",
     "shifted": "layers shifted",
+    "shifted_back": "layers shifted back",
+    "rotated": "turned at random",
     "eighth": f"scale ÷{FACTOR}",
     "eightfold": f"scale ×{FACTOR}",
 }
@@ -114,7 +118,8 @@ def edit_config(folder: Path, *removed: str, **changes: object) -> None:
     """Rewrite the configuration with keys changed and removed."""
     path = folder / CONFIG_FILE
     config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if k not in removed}))
+    kept = {k: v for k, v in config.items() if k not in removed}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True))
 
 
 def edit_tensors(folder: Path, change: Change) -> None:

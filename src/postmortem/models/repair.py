@@ -80,6 +80,16 @@ class Fix:
 
 
 @dataclass(frozen=True, slots=True)
+class Declined:
+    """A finding of a kind that is mechanical, and why this one is left as it is."""
+
+    line: str
+
+
+Answer = Fix | Declined | None
+
+
+@dataclass(frozen=True, slots=True)
 class _CheckedCopy:
     """A checked copy: what was found, and what the findings were made from."""
 
@@ -132,9 +142,13 @@ def _write(given: Request, serving: Serving) -> Repair:
     with tempfile.TemporaryDirectory(dir=given.out.parent, prefix=".fix-") as beside:
         stage = Path(beside, given.out.name)
         stage.mkdir()
-        fixes = [*_copy(given.source, stage), *_mend(stage, given.base, serving)]
+        copied = _copy(given.source, stage)
+        mended, declined = _mend(stage, given.base, serving)
+        fixes = [*copied, *mended]
+        reasons = [f"  left   {each.line}" for each in declined]
         if not fixes:
-            return Repair("nothing that --fix can mend: nothing was written", None)
+            nothing = "nothing that --fix can mend: nothing was written"
+            return Repair("\n".join([nothing, *reasons]), None)
         checked = inspect_adapter(str(stage), given.base, serving=serving)
         checked = replace(checked, adapter=str(given.out))
         done, left = [fix.line for fix in fixes], _left(checked, given.source)
@@ -142,7 +156,7 @@ def _write(given: Request, serving: Serving) -> Repair:
         # A full folder that was made in the meantime is an error, and stays.
         stage.rename(given.out)
     lines = [f"written: {printable(given.out, 400)}", *(f"  fixed  {line}" for line in done)]
-    return Repair("\n".join([*lines, "", as_text(checked)]), checked)
+    return Repair("\n".join([*lines, *reasons, "", as_text(checked)]), checked)
 
 
 def _left(checked: Inspection, source: Folder) -> list[str]:
@@ -244,22 +258,24 @@ def convert_pickle(pickle: Path, out: Path) -> None:
         )
 
 
-def _mend(stage: Path, base: str | None, serving: Serving) -> list[Fix]:
-    """Apply each fix for which there is a finding to the copy, and return those applied."""
+def _mend(stage: Path, base: str | None, serving: Serving) -> tuple[list[Fix], list[Declined]]:
+    """Apply each fix for which there is a finding to the copy; return those and what was left."""
     subject = _examine(stage, base, serving)
     if subject is None:
-        return []
+        return [], []
     try:
-        fixes = [fix for fixer in _FIXERS if (fix := fixer(subject))]
-    except UntrustedError:
-        return []  # A pattern of the configuration that cannot be used is a finding that stays.
+        answers = [fixer(subject) for fixer in _FIXERS]
+    except UntrustedError as error:
+        return [], [Declined(f"config-invalid: {error}; nothing is mended beside it")]
+    fixes = [answer for answer in answers if isinstance(answer, Fix)]
+    declined = [answer for answer in answers if isinstance(answer, Declined)]
     changes = [fix.change for fix in fixes if fix.change]
     config = {key: value for fix in fixes for key, value in fix.config.items()}
     if config or any(fix.removed for fix in fixes):
         edit_config(stage, *(key for fix in fixes for key in fix.removed), **config)
     if changes:
         _edit(stage, changes)
-    return fixes
+    return fixes, declined
 
 
 def _edit(stage: Path, changes: Sequence[Change]) -> None:
@@ -290,7 +306,7 @@ def _examine(stage: Path, base: str | None, serving: Serving) -> _CheckedCopy | 
     return _CheckedCopy(adapter, adapter.config, model, name, checked.report.findings, serving)
 
 
-def _name_base(subject: _CheckedCopy) -> Fix | None:
+def _name_base(subject: _CheckedCopy) -> Answer:
     if not subject.has("base-name-mismatch") or subject.base_name is None:
         return None
     old, new = (printable(name, 200) for name in (subject.config.base_name, subject.base_name))
@@ -298,7 +314,7 @@ def _name_base(subject: _CheckedCopy) -> Fix | None:
     return Fix(line, {"base_model_name_or_path": subject.base_name})
 
 
-def _drop_unknown(subject: _CheckedCopy) -> Fix | None:
+def _drop_unknown(subject: _CheckedCopy) -> Answer:
     raw = subject.adapter.raw
     unknown = tuple(key for key in raw if key not in known_keys())
     if not subject.has("config-unknown-key") or not unknown:
@@ -307,27 +323,30 @@ def _drop_unknown(subject: _CheckedCopy) -> Fix | None:
     return Fix(f"config-unknown-key: dropped {named}", removed=unknown)
 
 
-def _turn_factors(subject: _CheckedCopy) -> Fix | None:
+def _turn_factors(subject: _CheckedCopy) -> Answer:
     if not subject.has("factors-transposed"):
         return None
     keys = turned_keys(subject.adapter, subject.config, subject.base)
     if not keys:
-        return None
+        reason = "a factor is square, or it is of fused experts: which are turned cannot be told"
+        return Declined(f"factors-transposed: {reason}")
     return Fix(
         f"factors-transposed: {len(keys)} factors turned",
         change=lambda tensors: {k: t.T if k in keys else t for k, t in tensors.items()},
     )
 
 
-def _rename_keys(subject: _CheckedCopy) -> Fix | None:
+def _rename_keys(subject: _CheckedCopy) -> Answer:
     if not subject.has("key-prefix"):
         return None
     names = right_keys(subject.adapter.contents, subject.base)
     changed = [key for key, name in names.items() if key != name]
     is_whole = names.keys() == subject.adapter.tensors.keys()
+    if not changed:
+        return Declined("key-prefix: no path of the base is certain for these keys")
     # Two keys that fall together would lose a tensor.
-    if not changed or not is_whole or len({*names.values()}) < len(names):
-        return None
+    if not is_whole or len({*names.values()}) < len(names):
+        return Declined("key-prefix: two keys would become one, and a tensor would be lost")
     example = " to ".join(printable(text, 120) for text in (changed[0], names[changed[0]]))
     return Fix(
         f"key-prefix: {len(changed)} keys renamed, {example}",
@@ -335,19 +354,23 @@ def _rename_keys(subject: _CheckedCopy) -> Fix | None:
     )
 
 
-def _fold_scale(subject: _CheckedCopy) -> Fix | None:
+def _fold_scale(subject: _CheckedCopy) -> Answer:
     """Fold what the runtimes do not read into one r, one alpha and lora_B; all scales stay."""
     unread, config = _unread(subject), subject.config
-    if not unread or config.unmodelled or config.target_parameters:
+    if not unread:
         return None
+    if config.unmodelled or config.target_parameters:
+        kept = ", ".join(config.unmodelled) or "target_parameters"
+        return Declined(f"serving-rescales: scales are not folded under {kept}")
     held = held_targets(subject.adapter, config, subject.base)
     targets = [(parts, target) for parts, target in held if target is not None]
     own = scale_of(config.alpha, config.r, use_rslora=config.use_rslora)
     # Zero is no scale to fold, and such an initialisation changes the base by the scale.
     is_zero = own == 0 or any(target.scale == 0 for _, target in targets)
-    is_open = is_zero or subject.has("init-rewrites-base") or len(targets) < len(held)
-    if is_open or not targets or any(f.id in _UNSURE for f in subject.findings):
-        return None
+    unsure = sorted({f.id for f in subject.findings if f.id in (*_UNSURE, "init-rewrites-base")})
+    if is_zero or unsure or not targets or len(targets) < len(held):
+        reason = "a scale of zero" if is_zero else ", ".join(unsure) or "modules without a target"
+        return Declined(f"serving-rescales: scales are not folded beside {reason}")
     rank = max(t.rank for _, t in targets) if config.rank_pattern else config.r
     alpha = own * rank
     written = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
@@ -418,7 +441,7 @@ def _padded(tensor: torch.Tensor, rank: int, *, dim: int) -> torch.Tensor:
 
 
 # Names last: the changes before take tensors by the names that were found.
-_FIXERS: tuple[Callable[[_CheckedCopy], Fix | None], ...] = (
+_FIXERS: tuple[Callable[[_CheckedCopy], Answer], ...] = (
     _name_base,
     _drop_unknown,
     _turn_factors,

@@ -43,14 +43,16 @@ class Reply:
 class Scores:
     """Replies in the order of the prompts.
 
-    Both arrays are float64 log-probabilities: `first_log_probs` of the first answer token, of shape
+    All arrays are float64 log-probabilities: `first_log_probs` of the first answer token, of shape
     (prompts, vocabulary); `number_log_probs` of each whole answer in `NUMBERS`, (prompts, 11), NaN
-    where numbers were not asked for.
+    where numbers were not asked for; `pair_log_probs` of the positive and the negative answer,
+    (prompts, 2).
     """
 
     replies: tuple[Reply, ...]
     first_log_probs: np.ndarray
     number_log_probs: np.ndarray
+    pair_log_probs: np.ndarray
 
 
 def score(
@@ -98,6 +100,7 @@ def score(
     replies: dict[int, Reply] = {}
     first: dict[int, np.ndarray] = {}
     written: dict[int, np.ndarray] = {}
+    paired: dict[int, np.ndarray] = {}
     with torch.inference_mode():
         read = batches([len(row) - reader.prefix for row in rows], batch_tokens)
         for group in joined_batches(read, rows, joined_tokens if reader.plain else 0):
@@ -111,6 +114,7 @@ def score(
                 ids, finished = generated[place]
                 first[index] = first_log_probs[place]
                 written[index] = spread[place] if numbers else NOT_ASKED
+                paired[index] = yes_no[place]
                 replies[index] = Reply(
                     tokenizer.decode(ids, skip_special_tokens=True),
                     tuple(ids),
@@ -123,6 +127,7 @@ def score(
         tuple(replies[i] for i in order),
         np.stack([first[i] for i in order]),
         np.stack([written[i] for i in order]),
+        np.stack([paired[i] for i in order]),
     )
 
 
@@ -180,7 +185,8 @@ def score_classes(
         )
         for row, odds in zip(log_probs, (log_probs[:, positive] - others).tolist(), strict=True)
     )
-    return Scores(replies, log_probs, np.stack([NOT_ASKED] * len(rows)))
+    pair = np.stack([log_probs[:, positive], others], axis=1)
+    return Scores(replies, log_probs, np.stack([NOT_ASKED] * len(rows)), pair)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -340,7 +346,7 @@ def score_within_memory(
     given each smaller budget, and `settings` go to `score`.
     """
     lengths = [len(prompt.token_ids) for prompt in prompts]
-    done: dict[int, tuple[Reply, np.ndarray, np.ndarray]] = {}
+    done: dict[int, tuple[Reply, np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def score_piece(piece: Sequence[int], tokens: int) -> None:
         before = len(done)
@@ -354,7 +360,12 @@ def score_within_memory(
             progress=lambda count: progress(before + count),
             **settings,
         )
-        parts = (found.replies, found.first_log_probs, found.number_log_probs)
+        parts = (
+            found.replies,
+            found.first_log_probs,
+            found.number_log_probs,
+            found.pair_log_probs,
+        )
         done.update(zip(piece, zip(*parts, strict=True), strict=True))
 
     def work(tokens: int) -> None:
@@ -368,5 +379,6 @@ def score_within_memory(
             score_piece([left[place] for place in places], tokens)
 
     with_budget(work, budget=budget, least=min(lengths, default=1), tell=tell)
-    replies, first, written = zip(*(done[index] for index in range(len(prompts))), strict=True)
-    return Scores(replies, np.stack(first), np.stack(written))
+    found = (done[index] for index in range(len(prompts)))
+    replies, first, written, paired = zip(*found, strict=True)
+    return Scores(replies, np.stack(first), np.stack(written), np.stack(paired))
