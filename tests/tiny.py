@@ -25,6 +25,7 @@ _MLA = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 6,
     "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
     "n_group": 1,
     "topk_group": 1,
     "n_shared_experts": 2,
@@ -130,7 +131,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ),
     "glm4_moe": (
         "Glm4MoeConfig",
-        {**_DECODER, "attention_bias": True, "n_routed_experts": 4, "moe_intermediate_size": 24},
+        {
+            **_DECODER,
+            "attention_bias": True,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+        },
         ("Glm4MoeForCausalLM",),
     ),
     "glm4_moe_lite": (
@@ -175,7 +182,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {**_DECODER, **_LINEAR, **_EXPERTS},
         ("Qwen3NextForCausalLM",),
     ),
-    "olmoe": ("OlmoeConfig", {**_DECODER, "num_experts": 4}, ("OlmoeForCausalLM",)),
+    "olmoe": (
+        "OlmoeConfig",
+        {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2},
+        ("OlmoeForCausalLM",),
+    ),
     "gemma4": ("Gemma4TextConfig", {**_DECODER, **_UNLIKE}, ("Gemma4ForCausalLM",)),
     "gemma4-moe": ("Gemma4TextConfig", {**_DECODER, **_ALIKE_VALUES}, ("Gemma4ForCausalLM",)),
     "phi": ("PhiConfig", _DECODER, ("PhiForCausalLM", "PhiForSequenceClassification")),

@@ -139,8 +139,11 @@ def _pattern_values(patterns: Mapping[str, float], names: list[str]) -> dict[str
     if not patterns:
         return {}
     plain = {key: key.removeprefix("^") for key in patterns}
-    regexes = {k: rf"(.*\.)?({k})" for k, text in plain.items() if not is_literal(text)}
-    found = match_names(regexes.values(), names) if regexes else {}
+    # PEFT's (.*\.)?(key), as two: with a group that may be absent, every key would be a risky one.
+    regexes = {
+        k: (rf"()({k})", rf"(.*\.)({k})") for k, text in plain.items() if not is_literal(text)
+    }
+    found = match_names([p for pair in regexes.values() for p in pair], names) if regexes else {}
     by_end: dict[str, list[str]] = {}
     for name in names:
         for end in ends_of(name):
@@ -149,7 +152,7 @@ def _pattern_values(patterns: Mapping[str, float], names: list[str]) -> dict[str
     # PEFT takes the first pattern that matches, in the order of the file.
     for key, value in patterns.items():
         if key in regexes:
-            matching: Iterable[str] = found[regexes[key]]
+            matching: Iterable[str] = found[regexes[key][0]] | found[regexes[key][1]]
         elif key.startswith("^"):
             matching = [plain[key]]
         else:
