@@ -83,7 +83,8 @@ def test_same_likelihood_for_all_changes_nothing(ledger, words, data):
     added = experiment("same", WORDS[:words])
     wider = Likelihoods((*old.experiments, added), old.hypotheses, counts, old.replays)
     before = replace(ledger, likelihoods=wider)
-    after = before.observe("same", data.draw(st.sampled_from(added.outcomes)))
+    outcome = data.draw(st.sampled_from(added.outcomes))
+    after = replace(before, observed={**ledger.observed, "same": outcome})
     assert after.weights == pytest.approx(ledger.weights)
     last = after.account()[-1]
     assert last.bits == pytest.approx(0.0, abs=1e-9)

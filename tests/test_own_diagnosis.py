@@ -114,7 +114,7 @@ def test_without_labels_they_are_asked_for(place, tmp_path, capsys):
         ({"base": "nowhere/at-all/base"}, (), ("nowhere/at-all/base",)),
         ({"data": "nowhere.csv"}, (), ("nowhere.csv",)),
         ({}, ("--observe", "x-ray=seen"), ("TEST=OUTCOME",)),
-        ({}, ("--prior", "initial"), ("flat",)),
+        ({}, ("--prior", "write-up"), ("flat",)),
         ({}, ("--profile", "embedded"), ("own",)),
     ],
 )

@@ -73,7 +73,8 @@ def test_a_plan_takes_what_gains_and_fits(ledger, minutes):
     assert minutes is None or found.minutes <= minutes
     path = [step.experiment for step in found.steps]
     assert len({*path, *ledger.observed}) == len(path) + len(ledger.observed)
-    assert found.bits == pytest.approx(information(ledger, labels, path), abs=LUCK)
+    bits = sum(step.bits for step in found.steps)
+    assert bits == pytest.approx(information(ledger, labels, path), abs=LUCK)
 
 
 @settings(max_examples=30)
@@ -92,10 +93,6 @@ def test_plan_halves_then_halves():
     found = plan(Ledger(HALVES), by_cause(HALVES))
     assert [step.experiment for step in found.steps] == ["half", "other half"]
     assert [step.bits for step in found.steps] == pytest.approx([1.0, 1.0], abs=0.01)
-    assert [step.total_minutes for step in found.steps] == [1.0, 3.0]
-    assert [step.entropy for step in found.steps] == pytest.approx([1.0, 0.0], abs=0.01)
-    assert [step.leading for step in found.steps] == pytest.approx([0.5, 1.0], abs=0.01)
-    assert (found.entropy, found.leading) == (pytest.approx(2.0), pytest.approx(0.25))
     assert found.minutes == 3.0
 
 
@@ -124,7 +121,7 @@ def test_only_what_fits_and_parts_is_planned(ledger, options, planned):
 def test_plan_is_about_the_answer():
     """Where the answer is the same for all causes, nothing is to be gained."""
     found = plan(Ledger(HALVES), dict.fromkeys(HALVES.hypotheses, "any"))
-    assert (found.steps, found.entropy, found.leading) == ((), 0.0, pytest.approx(1.0))
+    assert found.steps == ()
 
 
 @pytest.mark.parametrize(("minutes", "first"), [((0.01, 0.0), "weak"), ((0.0, 0.0), "strong")])

@@ -241,7 +241,7 @@ def suite(
 def diagnose(
     case: Annotated[Path, typer.Argument(help="A case file.")],
     profile: Profile = "",
-    prior: Annotated[str, typer.Option(help="flat, or the write-up's: initial or final.")] = "flat",
+    prior: Annotated[str, typer.Option(help="flat, or write-up: its last confidences.")] = "flat",
     observe: Annotated[
         list[str] | None, typer.Option(help="A further outcome, as TEST=OUTCOME.")
     ] = None,

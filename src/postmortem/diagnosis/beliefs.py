@@ -1,7 +1,7 @@
 """From evidence to beliefs: prior, likelihoods, posterior, and what each outcome did."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -138,10 +138,6 @@ class Ledger:
                     expected = f"a {kind} of the replays: {', '.join(names)}"
                     raise DiagnosisError("the prior", expected=expected, found=repr(name))
         _ = self.log_prior, self.columns
-
-    def observe(self, experiment: str, outcome: str) -> "Ledger":
-        """The ledger with one more outcome, or another one of an experiment seen before."""
-        return replace(self, observed={**self.observed, experiment: outcome})
 
     @cached_property
     def columns(self) -> list[int]:
@@ -284,33 +280,18 @@ HISTORIES = 4000
 
 @dataclass(frozen=True)
 class Step:
-    """One experiment of a plan and what is expected of it, given those before it.
-
-    `bits`: expected information about the answer. `entropy` (bits): expected uncertainty left;
-    `leading`: expected probability of the then leading answer, which is the probability that it is
-    right.
-    """
+    """One experiment of a plan, with its expected bits about the answer after those before it."""
 
     experiment: str
     bits: float
     minutes: float
-    total_minutes: float
-    entropy: float
-    leading: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Experiments in order, with the uncertainty (bits) and the leading answer before the first."""
+    """Experiments in order."""
 
-    entropy: float
-    leading: float
     steps: tuple[Step, ...]
-
-    @property
-    def bits(self) -> float:
-        """Expected information of the whole."""
-        return sum(step.bits for step in self.steps)
 
     @property
     def minutes(self) -> float:
@@ -325,30 +306,13 @@ class _Future:
         _, members = memberships(ledger.likelihoods, labels)
         self.table, self.answers = ledger.likelihoods, members.astype(float).T
         self.beliefs = ledger.weights[None]
-        self.steps: list[Step] = []
         self.random = np.random.default_rng(0)
-        self.before = (self._entropy(self.beliefs), self.leading)
 
     def _entropy(self, weights: np.ndarray) -> float:
         """Uncertainty about the answer in bits, from weights that need not sum to one."""
         masses = weights @ self.answers
         bits = (entr(masses).sum(axis=-1) - entr(masses.sum(axis=-1))) / np.log(2)
         return float(np.maximum(bits, 0.0).sum() / len(weights))
-
-    @property
-    def leading(self) -> float:
-        """Expected probability of the leading answer."""
-        return float((self.beliefs @ self.answers).max(axis=1).mean())
-
-    @property
-    def minutes(self) -> float:
-        """What the steps so far cost."""
-        return sum(step.minutes for step in self.steps)
-
-    @property
-    def plan(self) -> Plan:
-        """The steps so far."""
-        return Plan(*self.before, tuple(self.steps))
 
     def gain(self, experiment: Experiment) -> float:
         """Expected information of one more experiment about the answer, in bits."""
@@ -357,8 +321,8 @@ class _Future:
         return max(self._entropy(self.beliefs) - self._entropy(joint), 0.0)
 
     def run(self, experiment: Experiment) -> None:
-        """Take one more step: in each history the experiment comes out at random."""
-        bits, likelihood = self.gain(experiment), self.table.of(experiment.name)
+        """Run one more experiment: in each history it comes out at random."""
+        likelihood = self.table.of(experiment.name)
         if len(self.beliefs) == 1:
             self.beliefs = self.beliefs.repeat(HISTORIES, axis=0)
         limits = (self.beliefs @ likelihood).cumsum(axis=1)[:, :-1]
@@ -367,9 +331,6 @@ class _Future:
         outcomes = (drawn[:, None] >= limits).sum(axis=1)
         joint = self.beliefs * likelihood.T[outcomes]
         self.beliefs = joint / joint.sum(axis=1, keepdims=True)
-        minutes, total = experiment.minutes, self.minutes + experiment.minutes
-        left = self._entropy(self.beliefs)
-        self.steps.append(Step(experiment.name, bits, minutes, total, left, self.leading))
 
 
 def plan(
@@ -392,13 +353,15 @@ def plan(
     for name in named:
         table.experiment(name)
     left = [e for e in table.experiments if e.name in named - set(ledger.observed)]
+    found = Plan(())
     while True:
-        fitting = [e for e in left if minutes is None or future.minutes + e.minutes <= minutes]
+        fitting = [e for e in left if minutes is None or found.minutes + e.minutes <= minutes]
         gains = {experiment: future.gain(experiment) for experiment in fitting}
         worth = [experiment for experiment, bits in gains.items() if bits > SMALL_GAIN]
         if not worth:
-            return future.plan
+            return found
         best = max(worth, key=lambda one: _preference(gains[one], one.minutes))
+        found = Plan((*found.steps, Step(best.name, gains[best], best.minutes)))
         future.run(best)
         left.remove(best)
 

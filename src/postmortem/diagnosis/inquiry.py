@@ -39,7 +39,7 @@ from postmortem.diagnosis.likelihoods import (
     separable_groups,
 )
 from postmortem.experiments.metrics import Estimate, mean_estimate, rate_estimate, say_estimate
-from postmortem.experiments.records import Replay
+from postmortem.experiments.records import Cell, Replay
 from postmortem.experiments.session import Session
 
 # Narrow where it matters: what is said with near certainty must be right nearly always.
@@ -206,7 +206,7 @@ NOTHING = Estimate(0.0, 0.0, 0.0, n=0)
 PRICED = ("needed? from nothing", "needed? now", "cause? from nothing", "cause? now")
 
 TRUST_MEASURES = ("top1", "false_alarms", "brier", "symptom_top1", "fewest_groups")
-TRUST_TABLES = {"reliability": ("said", "mean", "right", "replays")}
+RELIABILITY_TABLE = ("diagnosis.reliability", ("said", "mean", "right", "replays"))
 
 
 @dataclass(frozen=True)
@@ -390,8 +390,7 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
             session.measure(f"diagnosis.{name}", None, reason=reason)
         for name in ("trusted", "alarms_few"):
             session.verdict(f"diagnosis.{name}", "not available", reason)
-        for name, columns in TRUST_TABLES.items():
-            session.table(f"diagnosis.{name}", columns, [])
+        session.table(*RELIABILITY_TABLE, [])
         return
     whole = leave_out(inquiry.trials, inquiry.experiments)
     symptom = leave_out(inquiry.trials, inquiry.experiments, subset=[*inquiry.observed])
@@ -413,8 +412,7 @@ def record_trust(session: Session, inquiry: Inquiry) -> None:
         f"{_count_alarms(alarms)} healthy runs were taken for faulty" if alarms.n else unsound,
     )
     session.table(
-        "diagnosis.reliability",
-        TRUST_TABLES["reliability"],
+        *RELIABILITY_TABLE,
         [
             (certainty, round(mean, 2), say_estimate(right), right.n)
             for certainty, mean, right in whole.bins()
@@ -579,13 +577,15 @@ def _record_answers(session: Session, inquiry: Inquiry) -> None:
 
 def _record_sensitivity(session: Session, inquiry: Inquiry) -> None:
     """What would be said were reports trusted less or more."""
-    before, rows = Ledger(inquiry.table).marginal(inquiry.hypotheses), []
+    before = Ledger(inquiry.table).marginal(inquiry.hypotheses)
+    rows: list[tuple[Cell, ...]] = []
     for way, posterior in inquiry.posteriors.items():
         shares = posterior.marginal(inquiry.hypotheses)
         best = max(shares, key=lambda name: shares[name].value or 0.0)
         gone = [name for name, share in shares.items() if is_refuted(before[name], share)]
         alone = posterior.marginal(inquiry.needed).get("no", NOTHING)
-        rows.append((*way, best, say_estimate(shares[best]), say_estimate(alone), ", ".join(gone)))
+        told = (best, say_estimate(shares[best]), say_estimate(alone), ", ".join(gone))
+        rows.append((*way, *told))
     columns = ("leads", "its share", "the base alone", "refuted")
     session.table("diagnosis.sensitivity", (*SENSITIVITY, *columns), rows)
 
@@ -615,19 +615,15 @@ def record_first_steps(session: Session, inquiry: Inquiry) -> None:
     }
     tests = {question: step.experiment for question, steps in first.items() for step in steps}
     tests[WORTH] = WORTH_TEST
+    rows: list[tuple[Cell, ...]] = []
+    for question, name in tests.items():
+        test = inquiry.table.experiment(name)
+        bits = (_bits(found, name) for found in worth.get(question, ({}, {})))
+        rows.append((question, test.title, round(test.minutes, 1), *bits, WHY[question]))
     session.table(
         "diagnosis.steps",
         ("question", "first step", "minutes", "bits from nothing", "bits with the record", "why"),
-        [
-            (
-                question,
-                TESTS[name].title,
-                round(inquiry.table.experiment(name).minutes, 1),
-                *(_bits(found, name) for found in worth.get(question, ({}, {}))),
-                WHY[question],
-            )
-            for question, name in tests.items()
-        ],
+        rows,
     )
     following = inquiry.table.experiment(next(iter(tests.values())))
     session.text("diagnosis.next.test", following.title)
