@@ -247,7 +247,7 @@ def main() -> None:
         notebook="held_out",
         case=load_case(chosen.case).name,
         profile="smollm2",
-        parameters={"minutes": str(chosen.minutes)},
+        parameters={"rows": 0, "minutes": chosen.minutes},
         digests={},
         versions=package_versions(),
         device="cpu",
