@@ -8,6 +8,7 @@ the rows it holds the number alone.
 
 import argparse
 import dataclasses
+import platform
 import random
 import sys
 import time
@@ -229,7 +230,7 @@ def main() -> None:
     parser.add_argument("--unlabelled", nargs="*", default=["yes_no"], help="contracts")
     parser.add_argument("--faults", nargs="*", default=[*FAULTS])
     parser.add_argument("--out", default=RESULTS / "embedded" / HELD_OUT, type=Path)
-    chosen = parser.parse_args()
+    chosen, started = parser.parse_args(), time.time()
     pairs = [(name, contract) for contract in chosen.contracts for name in chosen.faults]
     work: Callable[..., tuple[str, ...]] = partial(
         diagnose, case_path=chosen.case, data=chosen.data, minutes=chosen.minutes
@@ -253,7 +254,12 @@ def main() -> None:
         device="cpu",
         dtype="float32",
         seed=0,
-        aside={"made": time.strftime("%Y-%m-%d", time.gmtime()), "commit": find_commit()},
+        aside={
+            "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(started)),
+            "seconds": time.time() - started,
+            "commit": find_commit(),
+            "hardware": platform.processor() or platform.machine(),
+        },
     )
     write_records(chosen.out, provenance, records=records)
     shares = {r.key: r.value for r in records if isinstance(r, Measure)}
