@@ -369,7 +369,7 @@ def test_each_rule_of_a_runtime_is_on_record(session):
     files.record_runtimes(session)
     tables, measures = recorded(session, Table), recorded(session, Measure)
     listed = [(name, *row[:4]) for name in runtimes() for row in tables[f"check.{name}"].rows]
-    doubt = {"yes": "", "no": ", inferred"}
+    doubt = {"run": ", run", "yes": "", "no": ", inferred"}
     expected = {
         (r.runtime, r.trait, r.versions, f"{r.effect}{doubt[r.verified]}", r.happens)
         for r in rules()

@@ -75,6 +75,7 @@ TOWER = pair(f"{PREFIX}model.visual.blocks.0.attn.qkv")
 TEXT_LIKE_TOWER = pair(f"{PREFIX}model.vision_tower.encoder.layers.0.self_attn.q_proj")
 MAGNITUDE = {f"{LAYERS}0.mlp.experts.0.down_proj.lora_magnitude_vector": (32,)}
 EXPERTS = pair(f"{LAYERS}0.mlp.experts.0.w1", rank=8) | pair(f"{LAYERS}0.mlp.experts.1.w1")
+MIXTURE = {"model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 48}
 QUERY = f"{LAYERS}0.self_attn.q_proj"
 
 # Trait of a rule, or a runtime and its trait -> what gives an adapter this trait.
@@ -130,6 +131,22 @@ CASES: dict[str, dict[str, Any]] = {
         "serving": Serving(("vllm",), target_modules=("qkv_proj",))
     },
     "no tensor at all": {"shapes": {}},
+    "lora_alpha absent": {"removed": "lora_alpha"},
+    "LoRA on an output tied to the embedding": {
+        "shapes": sound() | HEAD,
+        "base": {"tie_word_embeddings": True},
+    },
+    "llama.cpp paths that the served model lacks": {
+        "shapes": renamed(f"{PREFIX}model.", f"{PREFIX}model.model.")
+    },
+    "experts adapted in part": {
+        "shapes": sound() | pair(f"{LAYERS}0.mlp.experts.1.down_proj", 48, 32),
+        "base": MIXTURE,
+    },
+    "llama.cpp experts of unequal rank in a layer": {
+        "shapes": sound() | EXPERTS,
+        "base": MIXTURE,
+    },
     "rank_pattern or alpha_pattern": {"config": {"alpha_pattern": {"q_proj": 64}}},
     "rank_pattern": {"config": {"rank_pattern": {"q_proj": 32}}},
     "alpha_pattern": {"config": {"alpha_pattern": {"q_proj": 64}}},
@@ -147,7 +164,7 @@ CASES: dict[str, dict[str, Any]] = {
     "layers that the base lacks": {"base": {"num_hidden_layers": 1}},
     "norms": {"shapes": sound() | NORM},
     "lora_alpha of 0": {"config": {"lora_alpha": 0}},
-    "lora_A without lora_B": {"shapes": without("1.self_attn.o_proj.lora_B")},
+    "lora_A without lora_B, or the reverse": {"shapes": without("1.self_attn.o_proj.lora_B")},
     "LoRA on fused experts": {"shapes": sound() | pair(f"{LAYERS}0.mlp.experts")},
     "vllm LoRA on fused experts": {
         "shapes": sound() | pair(f"{LAYERS}0.mlp.experts"),
@@ -245,11 +262,38 @@ def test_ranks_are_padded_by_the_number_of_devices(rank, devices, is_padded, tmp
     assert bool(find_places(rule, subject)) is is_padded
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_either_half_of_a_pair_is_missed(part, tmp_path):
+    """llama.cpp's converter stops at a lora_B without lora_A as at the reverse."""
+    rule = next(r for r in rules() if r.condition == "half pair")
+    folder = write(tmp_path / "a", shapes=without(f"1.self_attn.o_proj.{part}"))
+    assert find_places(rule, read(folder, {}, Serving()))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "model_type", "effect"),
+    [
+        (WHOLE_HEAD, "gemma2", "drops"),
+        ({f"{PREFIX}lm_head.modules_to_save.default.weight": (96, 32)}, "gemma2", "refuses"),
+        ({f"{LAYERS}0.input_layernorm.modules_to_save.x.weight": (32,)}, "llama", "refuses"),
+        (pair(f"{PREFIX}model.patch_embed.proj"), "llama", "drops"),
+    ],
+)
+def test_what_the_converter_filters_is_no_refusal(shapes, model_type, effect, tmp_path):
+    """llama.cpp's converter drops names before it looks at their ending, and stops at others."""
+    subject = read(
+        write(tmp_path / "a", shapes=sound() | shapes), {"model_type": model_type}, Serving()
+    )
+    assert {r.effect for r in rules() if r.runtime == "llama.cpp" and find_places(r, subject)} == {
+        effect
+    }
+
+
 def test_the_table_is_complete():
     """Each row names a known condition and effect, has words for all, and is the only one such."""
     assert {rule.condition.partition(": ")[0] for rule in rules()} == set(CONDITIONS)
     assert {rule.effect for rule in rules()} == set(EFFECTS)
-    assert {rule.verified for rule in rules()} == {"yes", "no"}
+    assert {rule.verified for rule in rules()} == {"run", "yes", "no"}
     assert all(rule.happens and rule.remedy and rule.source for rule in rules())
     same = Counter((rule.runtime, rule.versions, rule.effect, rule.trait) for rule in rules())
     assert max(same.values()) == 1

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,7 @@ TOKENS_FILE = "added_tokens.json"
 MAX_TOKENS = 1_000_000  # Bytes of that file; those that trainers write have a few hundred.
 _TOWER = re.compile(r"visual|vision_|audio_|multi_modal_projector")
 _LAYERS = re.compile(r"(.*?)layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _PATH_LIKE = ("/", ".", "~")
 
 
@@ -35,7 +37,8 @@ class Rule:
 
     `condition` is a name of `CONDITIONS`, perhaps with an argument behind a colon. `bases` are
     model types to which the rule is limited; with a minus, to which it does not apply. `verified`
-    is "no" where the effect was inferred from the source.
+    is "run" where the runtime's own code did it to an adapter, "yes" where its source says so, and
+    "no" where the effect was inferred from the source.
     """
 
     runtime: str
@@ -53,6 +56,11 @@ class Rule:
     def is_past(self) -> bool:
         """Whether newer versions do otherwise."""
         return self.versions.startswith("up to")
+
+    @property
+    def is_inferred(self) -> bool:
+        """Whether the source does not say it outright."""
+        return self.verified == "no"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +155,7 @@ def _finding(
 ) -> Finding:
     entry = catalogue()[f"serving-{rule.effect}"]
     is_loud = rule.effect == "refuses" and not is_named
-    mark = "" if rule.verified == "yes" else " (read in the source, not run)"
+    mark = " (read in the source, not run)" if rule.is_inferred else ""
     happens = f"{rule.runtime} {rule.versions} {rule.happens}{mark}"
     times = f" ({len(places)} in all)" if len(places) > 1 else ""
     folded = f"{subject.config.alpha * math.sqrt(subject.config.r):.10g}"
@@ -278,6 +286,23 @@ def _expert_ranks_differ(subject: ServedAdapter, _: str) -> list[str]:
     )
 
 
+def _projection_ranks_differ(subject: ServedAdapter, _: str) -> list[str]:
+    return _uneven(
+        subject, lambda path: _EXPERT.sub(".experts.", path) if _EXPERT.search(path) else ""
+    )
+
+
+def _experts_in_part(subject: ServedAdapter, _: str) -> list[str]:
+    """The layers with LoRA on some, not all, of the three projections of each expert."""
+    experts = subject.base.experts if subject.base else None
+    if experts is None:
+        return []
+    paths = (path for path in subject.adapter.contents.lora if _EXPERT.search(path))
+    held = Counter(path.partition(".experts.")[0] for path in paths)
+    whole = 3 * experts.count
+    return [f"{name}.experts: {n} of {whole}" for name, n in held.items() if n < whole]
+
+
 def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
 
@@ -396,7 +421,12 @@ def _padded_rank(subject: ServedAdapter, _: str) -> list[str]:
 
 def _half_pair(subject: ServedAdapter, _: str) -> list[str]:
     lora = subject.adapter.contents.lora
-    return [path for path, parts in lora.items() if "lora_A" in parts and "lora_B" not in parts]
+    return [path for path, parts in lora.items() if ("lora_A" in parts) != ("lora_B" in parts)]
+
+
+def _tied_output(subject: ServedAdapter, _: str) -> list[str]:
+    is_tied = subject.base is not None and subject.base.tied("lm_head") is not None
+    return _keys_like(subject, r"(^|\.)lm_head\.lora_") if is_tied else []
 
 
 def _collides(subject: ServedAdapter, _: str) -> list[str]:
@@ -450,6 +480,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "bias": _has_bias,
     "colliding layers": _collides,
     "expert ranks differ": _expert_ranks_differ,
+    "experts in part": _experts_in_part,
     "half pair": _half_pair,
     "head on a causal base": _head_on_causal,
     "init among": _is_among,
@@ -467,6 +498,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "padded rank": _padded_rank,
     "paths outside the base": _paths_outside,
     "pickle only": _pickle_only,
+    "projection ranks differ": _projection_ranks_differ,
     "rank over": _over,
     "rank over the limit": _over_limit,
     "ranks differ": _ranks_differ,
@@ -477,6 +509,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "smaller than the base": _smaller,
     "target null": _target_is_null,
     "target regex": _target_is_regex,
+    "tied output": _tied_output,
     "tower keys": _tower_keys,
     "untargeted": _untargeted,
 }
@@ -485,7 +518,7 @@ CONDITIONS: Mapping[str, Condition] = {
 def as_matrix(effect: str) -> str:
     """Write which runtimes have an effect on adapters with which trait, and by which versions."""
     read = ", ".join(versions_read())
-    closing = f"x: read in the source of {read}; ?: inferred from it; none was run"
+    closing = f"x: read in the source of {read}; r: also run; ?: inferred"
     lines = _matrix_lines([rule for rule in rules() if rule.effect == effect])
     return "\n".join([*lines, "", closing])
 
@@ -501,7 +534,7 @@ def tabulate(chosen: Sequence[Rule], mark: Callable[[Rule], str]) -> dict[str, t
 def _mark(rule: Rule) -> str:
     if rule.is_past:
         return rule.versions.replace("up to ", "≤")
-    return "x" if rule.verified == "yes" else "?"
+    return {"run": "r", "yes": "x", "no": "?"}[rule.verified]
 
 
 def _matrix_lines(chosen: Sequence[Rule]) -> list[str]:

@@ -219,11 +219,14 @@ RULES = ("the adapter has", "version", "what happens", "how", "what to do", "rea
 # What a runtime does with what it does not take as PEFT does, in a letter.
 LETTERS = {"refuses": "R", "drops": "S", "rescales": "W"}
 NO_RULE = "·"
+# How a rule is known, behind what happens; nothing where the source says it outright.
+GROUNDS = {"run": ", run", "yes": "", "no": ", inferred"}
 
 
 def record_runtimes(session: Session) -> None:
     """Record what serving runtimes do otherwise than PEFT: side by side, and rule by rule."""
     session.measure("check.rules", len(rules()))
+    session.measure("check.rules_run", sum(rule.verified == "run" for rule in rules()))
     session.measure("check.runtimes", len(runtimes()))
     current = [rule for rule in rules() if not rule.is_past]
     rows = [
@@ -240,13 +243,19 @@ def record_runtimes(session: Session) -> None:
 
 
 def _letter(rule: Rule) -> str:
-    doubt = "" if rule.verified == "yes" else "?"
+    doubt = "?" if rule.is_inferred else ""
     return LETTERS[rule.effect] + doubt + ("*" if rule.bases else "")
 
 
 def _describe_rule(rule: Rule) -> tuple[str, ...]:
-    effect = rule.effect if rule.verified == "yes" else f"{rule.effect}, inferred"
-    return rule.trait, rule.versions, effect, rule.happens, rule.remedy, rule.source
+    return (
+        rule.trait,
+        rule.versions,
+        rule.effect + GROUNDS[rule.verified],
+        rule.happens,
+        rule.remedy,
+        rule.source,
+    )
 
 
 def _record_findings(session: Session, key: str, *, inspection: Inspection) -> None:
