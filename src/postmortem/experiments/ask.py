@@ -149,7 +149,8 @@ class Answers:
     def form_log_probs(self) -> np.ndarray:
         """Log-probability of each row that the answer is one of those asked for, (rows,)."""
         asked = self.number_log_probs if self.contract == "number" else self.pair_log_probs
-        return np.logaddexp.reduce(asked, axis=1)
+        with np.errstate(invalid="ignore"):  # what is not finite stays so, and is looked for
+            return np.logaddexp.reduce(asked, axis=1)
 
     def part(self, start: int, end: int) -> "Answers":
         """The answers to the rows from one place up to another."""
