@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from postmortem.case.load import load_case
 from postmortem.cli import main
-from postmortem.diagnosis.timed import record_diagnosis, say_minutes
+from postmortem.diagnosis.timed import record_diagnosis
 from postmortem.experiments.records import Measure, Table, Text, Verdict
 from postmortem.experiments.session import Session
 from postmortem.models.model_set import resolve_world
@@ -169,11 +169,6 @@ def test_a_notebook_records_the_diagnosis(place, tmp_path):
     reasons = found[Table, "diagnosis.reasons"].rows
     assert ("for", "with it and without it the answers are the same") in reasons
     assert (Table, "diagnosis.next") in found
-
-
-def test_minutes_are_rounded_up():
-    """A duration is whole minutes, and one at least."""
-    assert (say_minutes(0.0), say_minutes(1.2)) == ("1 minute", "2 minutes")
 
 
 def test_a_base_that_does_not_load_is_no_finding_of_the_adapters(place, tmp_path, capsys):

@@ -15,12 +15,14 @@ from postmortem.diagnosis.timed import (
     TimedDiagnosis,
     as_text,
     describe_judgements,
+    next_step,
     parse_observed,
     reported_prior,
     say_certainty,
     say_outcome,
     sentences,
     stand,
+    what_to_give,
 )
 
 SEEN = {
@@ -266,3 +268,23 @@ def test_an_open_question_says_what_to_type_or_to_give(examine):
     assert "Cannot tell yet" in text
     assert "Give labels" in text
     assert "%" not in text
+
+
+def test_more_time_is_more_than_there_was(examine):
+    """Where rows are left, or a test did not fit, the command has more minutes than were given."""
+    diagnosis, found, _ = examine("labels-swapped", labelled=False, minutes=0.4, pace=0.6)
+    rows_left = replace(found, word="cannot tell", ahead=())
+    assert next_step(diagnosis, rows_left).startswith("Run `postmortem diagnose CASE --minutes 2`")
+    assert f"{diagnosis.subject.count} of 64 rows" in next_step(diagnosis, rows_left)
+    diagnosis.minutes = 10
+    assert "--minutes 30`" in next_step(diagnosis, rows_left)
+
+
+def test_a_test_that_nothing_makes_possible_is_not_held_out(examine):
+    """What the base or the adapter rules out is not among the tests that were not run."""
+    diagnosis, _, _ = examine("labels-swapped", labelled=False)
+    assert what_to_give("order", diagnosis).startswith("Give labels")
+    assert what_to_give("reference", diagnosis).startswith("Give labels")
+    assert not what_to_give("markup", diagnosis)
+    diagnosis.tests["effect"] = DoneTest("effect", "none", "", 0.0)
+    assert not what_to_give("mend", diagnosis)

@@ -72,8 +72,6 @@ from postmortem.models.loading import LoadedBase
 
 # Mean KL in nats: up to the first it is rounding, up to the second no answer changes by it.
 NO_EFFECT, FAINT_EFFECT = 1e-6, 1e-2
-# An AUC is better, and not by luck alone, when it rises by more than this.
-GAIN = 0.1
 # One row in twenty may differ and the others still have one value.
 ALIKE = 0.95
 # So many texts, that come in nine of ten rows, are answers to some question.
@@ -401,19 +399,24 @@ def set_status(answering: PutOn, run: Run) -> None:
         answering.model.base_model.disable_adapter_layers()
 
 
+# What a user can give, so that a test can be run.
+NO_LABELS = f"it takes labels, of at least {THRESHOLDS.rows // 2} rows of either class"
+NO_REFERENCE = "no sound adapter is given to compare with"
+
+
 def why_not(test: str, subject: Subject, known: Mapping[str, str]) -> str:
     """Why a test is not to be had, given the outcomes so far; nothing where it is."""
     needed = TESTS[test]
     if needed.loaded and known.get("load") == "raises":
         return "the adapter does not load"
     if needed.labels and not subject.labelled:
-        return f"it takes labels, of at least {THRESHOLDS.rows // 2} rows of either class"
+        return NO_LABELS
     if needed.effect and known.get("effect") in ("none", "not finite"):
         return "the adapter has no effect that could be changed"
     if test == "markup" and not subject.has_markups:
         return "the base has no chat template"
     if test == "reference" and subject.reference is None:
-        return "no sound adapter is given to compare with"
+        return NO_REFERENCE
     return ""
 
 

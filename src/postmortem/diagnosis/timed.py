@@ -32,7 +32,14 @@ from postmortem.diagnosis.likelihoods import (
     memberships,
     read_profiles,
 )
-from postmortem.diagnosis.subject import Subject, run_test, spread, why_not
+from postmortem.diagnosis.subject import (
+    NO_LABELS,
+    NO_REFERENCE,
+    Subject,
+    run_test,
+    spread,
+    why_not,
+)
 from postmortem.experiments.measure import escaped, shown
 from postmortem.experiments.metrics import THRESHOLDS, Estimate, auc_estimate
 from postmortem.experiments.records import Replay
@@ -146,7 +153,7 @@ class Conclusion:
 
 @dataclass
 class TimedDiagnosis:
-    """An diagnosis under way: what was seen, and what time there is.
+    """A diagnosis under way: what was seen, and what time there is.
 
     `replays` say what causes look like; `told` holds outcomes that the user gives, which are not
     run again. `report` is given a line for each step.
@@ -335,7 +342,7 @@ def reported_prior(table: Likelihoods) -> Prior:
 
 
 def conclude(diagnosis: TimedDiagnosis) -> Conclusion:
-    """The verdict on what an diagnosis has seen."""
+    """The verdict on what a diagnosis has seen."""
     diagnosis.subject.settle()
     fatal = diagnosis.fatal
     warnings = tuple(f for f in diagnosis.strange if f is not fatal)
@@ -428,7 +435,7 @@ def look_ahead(diagnosis: TimedDiagnosis, ledger: Ledger) -> Iterator[Ahead]:
         if name not in outcomes
     }
     # What cannot be had by giving more is not held out.
-    ahead = [name for name, why in reasons.items() if "the adapter" not in why]
+    ahead = [name for name in reasons if what_to_give(name, diagnosis)]
     if not ahead or max(ledger.marginal(by_cause(ledger.likelihoods)).values()) >= SETTLED:
         return
     for step in plan(ledger, by_cause(ledger.likelihoods), candidates=ahead).steps:
@@ -613,12 +620,6 @@ def say_certainty(share: float) -> str:
     return next((word for least, word in words.items() if share >= least), "possible")
 
 
-def say_minutes(minutes: float) -> str:
-    """A duration in whole minutes, rounded up."""
-    whole = max(1, math.ceil(minutes))
-    return "1 minute" if whole == 1 else f"{whole} minutes"
-
-
 def say_outcome(test: str, outcome: str) -> str:
     """An outcome of a test as a sentence about the adapter."""
     found = sentences().get((test, outcome))
@@ -632,30 +633,44 @@ def sentences() -> Mapping[tuple[str, str], str]:
         return {(row["test"], row["outcome"]): row["says"] for row in csv.DictReader(file)}
 
 
-def what_to_do(conclusion: Conclusion) -> str:
+def what_to_do(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> str:
     """The remedy of what was named, or what makes sure of the likeliest cause."""
     if conclusion.finding is not None:
         return conclusion.finding.remedy
     first = meanings()[conclusion.causes[0][0]]
     if conclusion.word == "cannot tell":
-        return f"{next_step(conclusion)} By hand: {first.settles}"
-    return first.remedy if conclusion.word == "works here" else f"{first.remedy} {first.settles}"
+        return f"{next_step(diagnosis, conclusion)} By hand: {first.settles}"
+    sure = "" if conclusion.word == "works here" else f" To be sure: {first.settles}"
+    return first.remedy + sure
 
 
-def next_step(conclusion: Conclusion) -> str:
-    """What to give or type for the test that would say most and was not run."""
-    if not conclusion.ahead:
-        return "No test is left here that would tell more."
-    step = conclusion.ahead[0]
-    first, other = (meanings()[cause].title for cause in step.parts)
-    tells = f"it tells “{first}” from “{other}”"
+def next_step(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> str:
+    """What to type or give: for the test that would say most and was not run, or for more rows."""
+    if conclusion.ahead:
+        step = conclusion.ahead[0]
+        first, other = (meanings()[cause].title for cause in step.parts)
+        given = what_to_give(step.test, diagnosis)
+        return f"{given}: the test `{step.test}` was not run, and tells “{first}” from “{other}”."
+    asked, total = len(diagnosis.subject.in_use), len(diagnosis.subject.rows)
+    if asked < total:
+        return f"{give_time(diagnosis)}: {asked} of {total} rows were asked."
+    return "No test is left here that would tell more."
+
+
+def what_to_give(test: str, diagnosis: TimedDiagnosis) -> str:
+    """What makes a test run that was not: labels, a reference or time; nothing where none does."""
     given = {
-        "labels": "Give labels (a column `label` of 0 and 1) and diagnose again",
-        "sound adapter": "Name a sound adapter as `reference` in the case and diagnose again",
-        "time": f"Run `postmortem diagnose CASE --minutes {max(2, math.ceil(3 * step.minutes))}`",
+        "": give_time(diagnosis),
+        NO_LABELS: "Give labels (a column `label` of 0 and 1) and diagnose again",
+        NO_REFERENCE: "Name a sound adapter as `reference` in the case and diagnose again",
     }
-    what = next((words for key, words in given.items() if key in step.why), step.why)
-    return f"{what}: the test `{step.test}` was not run, and {tells}."
+    return given.get(why_not(test, diagnosis.subject, diagnosis.outcomes), "")
+
+
+def give_time(diagnosis: TimedDiagnosis) -> str:
+    """The command with three times the time that there was."""
+    minutes = max(2, math.ceil(3 * diagnosis.minutes))
+    return f"Run `postmortem diagnose CASE --minutes {minutes}`"
 
 
 def notes_on(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> Iterator[str]:
@@ -683,7 +698,7 @@ def as_text(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> str:
             for w in conclusion.weights
             if sign * w.log10 > 0
         ]
-    lines.append(f"  to do: {what_to_do(conclusion)}")
+    lines.append(f"  to do: {what_to_do(diagnosis, conclusion)}")
     lines += [f"  note: {line}" for line in notes_on(diagnosis, conclusion)]
     named = {cause for cause, _ in conclusion.causes}
     others = [c for c, told in conclusion.ranking if c not in named and _worth(told)]
@@ -709,7 +724,7 @@ def as_json(diagnosis: TimedDiagnosis, conclusion: Conclusion) -> str:
     content: dict[str, Any] = {
         "verdict": conclusion.word,
         "conclusion": conclude_in_words(conclusion),
-        "to_do": what_to_do(conclusion),
+        "to_do": what_to_do(diagnosis, conclusion),
         "notes": [*notes_on(diagnosis, conclusion)],
         "rows": len(diagnosis.subject.in_use),
         "prompt": diagnosis.subject.prompt,
@@ -796,6 +811,6 @@ def _record_conclusion(session: Session, diagnosis: TimedDiagnosis, conclusion: 
         ],
     )
     words = conclude_in_words(conclusion)
-    session.text("diagnosis.to_do", escaped(what_to_do(conclusion)))
+    session.text("diagnosis.to_do", escaped(what_to_do(diagnosis, conclusion)))
     session.verdict("diagnosis.settled", None if conclusion.word == "cannot tell" else True, words)
     session.text("diagnosis.conclusion", escaped(words))
