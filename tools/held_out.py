@@ -8,7 +8,6 @@ the rows it holds the number alone.
 
 import argparse
 import dataclasses
-import platform
 import random
 import sys
 import time
@@ -35,7 +34,7 @@ from postmortem.experiments.records import (
     Provenance,
     Record,
     Table,
-    find_commit,
+    describe_run,
     package_versions,
     write_records,
 )
@@ -254,12 +253,7 @@ def main() -> None:
         device="cpu",
         dtype="float32",
         seed=0,
-        aside={
-            "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(started)),
-            "seconds": time.time() - started,
-            "commit": find_commit(),
-            "hardware": platform.processor() or platform.machine(),
-        },
+        aside=describe_run(started),
     )
     write_records(chosen.out, provenance, records=records)
     shares = {r.key: r.value for r in records if isinstance(r, Measure)}

@@ -8,7 +8,6 @@ environment is made in a temporary folder, by uv where it is on the path, and re
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -34,8 +33,8 @@ from postmortem.experiments.records import (
     Table,
     Text,
     Verdict,
+    describe_run,
     digest_notebook,
-    find_commit,
     package_versions,
     write_records,
 )
@@ -245,12 +244,7 @@ def write(releases: Sequence[Release], case_path: Path, *, started: float) -> Pa
         device=NO_MODEL,
         dtype=NO_MODEL,
         seed=0,
-        aside={
-            "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(started)),
-            "seconds": time.time() - started,
-            "commit": find_commit(),
-            "hardware": platform.processor() or platform.machine(),
-        },
+        aside=describe_run(started),
     )
     write_records(path, provenance, records=records_of(releases))
     return path

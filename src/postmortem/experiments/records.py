@@ -12,8 +12,10 @@ of its answers asked again with today's code. The tests confirm what runs in the
 import hashlib
 import json
 import math
+import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -368,6 +370,16 @@ def settings_digest(case: Case, settings: Mapping[str, str | int]) -> str:
     read = [case_digest(case, str(settings["profile"])), evidence_digest(case), files]
     parts = [*read, chosen, package_versions()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def describe_run(started: float) -> dict[str, str | float]:
+    """When a run began, how long it took until now, and on which commit and machine."""
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(started)),
+        "seconds": time.time() - started,
+        "commit": find_commit(),
+        "hardware": platform.processor() or platform.machine(),
+    }
 
 
 def find_commit() -> str:

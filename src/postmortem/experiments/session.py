@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from postmortem.experiments.records import (
     Table,
     Text,
     Timing,
-    find_commit,
+    describe_run,
     input_digests,
     package_versions,
     write_records,
@@ -242,21 +241,17 @@ class Session:
             device=base.device if base else NO_MODEL,
             dtype=base.dtype if base else NO_MODEL,
             seed=self.world.seed,
-            aside={
-                "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.started)),
-                "seconds": time.time() - self.started,
-                "commit": find_commit(),
-                **self._describe_machine(),
-            },
+            aside=describe_run(self.started) | self._describe_device(),
         )
         seal = write_records(self.records_path, provenance, records=self.records)
         self.records_path.with_suffix(".progress").unlink(missing_ok=True)
         return seal
 
-    def _describe_machine(self) -> Mapping[str, str | float]:
+    def _describe_device(self) -> dict[str, str | float]:
+        """The device of the base in place of the machine, where one was loaded."""
         base = self.bases.get("base")
         if base is None:
-            return {"hardware": platform.processor() or platform.machine()}
+            return {}
         import torch
 
         from postmortem.models.loading import describe_hardware
