@@ -169,8 +169,17 @@ LISTED = (
 )
 
 
-def _changed(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Site, Any], Run]:
+# A tensor by its name, changed.
+TensorChange = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def _changed(change: TensorChange) -> Callable[[Site, Any], Run]:
     return lambda site, _: Run(site.materials.base, site.materials.edited(change))
+
+
+def _each(change: Callable[[Any], TensorChange]) -> Callable[[Site, Any], Run]:
+    """A change of which each severity is another one."""
+    return lambda site, value: Run(site.materials.base, site.materials.edited(change(value)))
 
 
 def _random_b(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -184,23 +193,21 @@ def _reversed_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flip(0) if "lora_B" in name else tensor
 
 
-def _rows_zero(site: Site, share: float) -> Run:
-    """Only the first rows of each lora_B were saved."""
+def keep_rows(share: float) -> TensorChange:
+    """The first rows of each lora_B alone, as one rank of a sharded training saves them."""
 
-    def keep(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         kept = tensor.clone()
         if "lora_B" in name:
-            kept[round(len(kept) * (1 - share)) :] = 0
+            kept[round(len(kept) * share) :] = 0
         return kept
 
-    return Run(site.materials.base, site.materials.edited(keep))
+    return change
 
 
-def _half_untrained(site: Site, module: str) -> Run:
-    def zero(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(tensor) if "lora_B" in name and module in name else tensor
-
-    return Run(site.materials.base, site.materials.edited(zero))
+def without(module: str) -> TensorChange:
+    """lora_B of one kind of module zero, as before training."""
+    return lambda name, t: torch.zeros_like(t) if "lora_B" in name and module in name else t
 
 
 def _merged_twice(site: Site, _: Any) -> Run:
@@ -221,8 +228,8 @@ PLANTED: Mapping[str, Planted] = {
     "random-weights": Planted(_changed(_random_b)),
     "rows-permuted": Planted(_changed(_reversed_rows)),
     "sign-flipped": Planted(_changed(lambda name, t: -t if "lora_B" in name else t)),
-    "rows-zero": Planted(_rows_zero, {"half": 1 / 2, "seven eighths": 7 / 8}),
-    "half-untrained": Planted(_half_untrained, {"q_proj": "q_proj", "v_proj": "v_proj"}),
+    "rows-zero": Planted(_each(keep_rows), {"half": 1 / 2, "seven eighths": 1 / 8}),
+    "half-untrained": Planted(_each(without), {"q_proj": "q_proj", "v_proj": "v_proj"}),
     "merged-twice": Planted(_merged_twice),
     "other-markup": Planted(_other_markup),
     "too-large": Planted(_too_large, {"×1e6": 1e6, "×1e4": 1e4}),

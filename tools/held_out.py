@@ -48,6 +48,7 @@ from postmortem.models.changes import (
     shift_layers,
     zero_b,
 )
+from tools.cause_profiles import TensorChange, keep_rows, without
 
 ADAPTERS = RESULTS / "smollm2" / "adapters"
 # The prompts are those of the shipped case, which the adapters were trained for.
@@ -75,21 +76,9 @@ def randomise(tensors: Tensors, *, factors: Sequence[str]) -> Tensors:
     return found
 
 
-def lose_rows(tensors: Tensors) -> Tensors:
-    """The second half of the rows of each lora_B zero, as one rank of two saves it."""
-    found = {name: tensor.clone() for name, tensor in tensors.items()}
-    for name, tensor in found.items():
-        if "lora_B" in name:
-            tensor[len(tensor) // 2 :] = 0
-    return found
-
-
-def lose_values(tensors: Tensors) -> Tensors:
-    """lora_B of v_proj zero."""
-    return {
-        name: torch.zeros_like(tensor) if "v_proj.lora_B" in name else tensor
-        for name, tensor in tensors.items()
-    }
+def each(change: TensorChange) -> Change:
+    """A change of each tensor as one of all."""
+    return lambda tensors: {name: change(name, tensor) for name, tensor in tensors.items()}
 
 
 def nest(tensors: Tensors) -> Tensors:
@@ -126,8 +115,8 @@ FAULTS: Mapping[str, Fault] = {
     "layers moved by three": Fault("layers-shifted", partial(shift_layers, by=3)),
     "layers in another order": Fault("layers-permuted", permute_layers),
     "sign flipped": Fault("sign-flipped", scale(-1)),
-    "half of the rows zero": Fault("rows-zero", lose_rows),
-    "v_proj untrained": Fault("half-untrained", lose_values),
+    "half of the rows zero": Fault("rows-zero", each(keep_rows(1 / 2))),
+    "v_proj untrained": Fault("half-untrained", each(without("v_proj"))),
     "trained for another answer": Fault("other-answer", adapter="numeric"),
     "trained to think first": Fault("other-answer", adapter="thinking"),
 }
