@@ -77,7 +77,7 @@ def named_keys(text):
         r"\{(?:verdict|because)\}`([^`:]+)": "verdicts",
         r"\{text\}`([^`:]+)": "texts",
         r"\{record-(?:table|entries|ledger)\} (\S+)": "tables",
-        r"\{record-output\} (\S+)": "texts",
+        r"\{record-quote\} (\S+)": "texts",
         r"\{when\} (?:has|lacks) (\S+)": "measures",
     }
     return {(kind, key) for pattern, kind in kinds.items() for key in re.findall(pattern, text)}

@@ -143,7 +143,7 @@ def test_recorded_text_is_never_markup(tmp_path):
 def test_an_output_keeps_its_lines(tmp_path):
     """A recorded output stands line by line, spaces and marks as they came; none warns."""
     texts = {"o": "$ cmd <x>\n\n    **detail** 'q' --for"}
-    page = "# T\n\n:::{record-output} o\n:::\n\n:::{record-output} none\n:::\n"
+    page = "# T\n\n:::{record-quote} o\n:output:\n:::\n\n:::{record-quote} none\n:::\n"
     html, told = build(tmp_path, page, VALUES | {"texts": texts})
     shown = re.search(r'<pre class="pm-output[^>]*>(.*?)</pre>', html, re.DOTALL)
     lines = unescape(re.sub(r"<[^>]+>", "", shown[1]))

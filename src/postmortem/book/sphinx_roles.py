@@ -195,18 +195,6 @@ class FigureDirective(RecordDirective):
         return [figure, *messages]
 
 
-class OutputDirective(RecordDirective):
-    """A recorded text as a block with its line ends: a command and what it printed."""
-
-    has_content = False
-
-    def show(self, name: str, values: Values) -> list[nodes.Node]:
-        lines = values.data["texts"][name].split("\n")
-        # A line each: the style sheet lets a long one go on below where its text began.
-        shown = [_inline(f"{line}\n", "pm-detail" if line[:1] == " " else "") for line in lines]
-        return [nodes.literal_block(name, "", *shown, classes=["pm-output"])]
-
-
 class TableDirective(RecordDirective):
     """A recorded table; every cell is text."""
 
@@ -231,7 +219,12 @@ class TableDirective(RecordDirective):
 
 
 class QuoteDirective(RecordDirective):
-    """A recorded text, character for character, as a block of its own."""
+    """A recorded text, character for character, as a block of its own.
+
+    With `output` it is what a command printed: a long line goes on below where its text began.
+    """
+
+    option_spec: ClassVar[dict[str, Any]] = {"output": directives.flag}
 
     def show(self, name: str, values: Values) -> list[nodes.Node]:
         text = values.data["texts"].get(name)
@@ -239,7 +232,11 @@ class QuoteDirective(RecordDirective):
             return [nodes.paragraph("", "not in this case", classes=["pm-unavailable"])]
         if text is None:
             raise ValueError("not recorded among texts")
-        return [nodes.literal_block(text, text, language="text", classes=["pm-quote"])]
+        if "output" not in self.options:
+            return [nodes.literal_block(text, text, language="text", classes=["pm-quote"])]
+        lines = text.split("\n")
+        shown = [_inline(f"{line}\n", "pm-detail" if line[:1] == " " else "") for line in lines]
+        return [nodes.literal_block(name, "", *shown, classes=["pm-output"])]
 
 
 class EntriesDirective(RecordDirective):
@@ -438,7 +435,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_role("text", ValueRole("texts", show_text))
     app.add_role("grade", GradeRole())
     app.add_directive("record-figure", FigureDirective)
-    app.add_directive("record-output", OutputDirective)
     app.add_directive("record-table", TableDirective)
     app.add_directive("record-quote", QuoteDirective)
     app.add_directive("record-entries", EntriesDirective)
